@@ -1,0 +1,47 @@
+# secondnature: `make demo` shows the main job, `make test` runs the tests. Both set themselves up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench check fuzz mutants clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch first and alone: asked for together with the rest, pip may pick a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## correct the embedded model while it serves: before/after table, ./report.html
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## every figure of docs/benchmarks.md, measured here
+	$(BIN)/python benchmarks/run.py
+
+mutants: $(STAMP)  ## break each law and see the tests turn red
+	$(BIN)/python tests/mutants/run.py
+
+fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py
+
+check: lint test mutants  ## all gates
+
+clean:  ## remove what the commands made
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
