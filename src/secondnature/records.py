@@ -140,7 +140,9 @@ class Check(Record):
     def _is_one(self) -> Self:
         given = [k for k in ("matches", "not_matches", "prefers", "python") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"found {given or 'no check'}; expected one of matches, not_matches, prefers, python")
+            raise ValueError(
+                f"found {given or 'no check'}; expected one of matches, not_matches, prefers, python"
+            )
         for key in ("matches", "not_matches"):
             pattern: str | None = getattr(self, key)
             if pattern is not None:
@@ -173,7 +175,7 @@ class Probe(Record):
     @classmethod
     def _from_text(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
-            return {**data, "prompt": _as_messages(data["prompt"], "user")}
+            return {**data, "prompt": _as_messages(data["prompt"], "user")}  # pyright: ignore[reportUnknownVariableType]
         return data  # pyright: ignore[reportUnknownVariableType]
 
     def digest(self) -> str:
@@ -198,12 +200,40 @@ class Example(Record):
     weight: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
 
 
+class OptimizerSettings(Record):
+    """APOLLO's settings (arXiv 2412.05270). `lr: None` takes the model card's value, else 1e-5."""
+
+    lr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    """Multiplies the per-tensor alpha."""
+    proj_refresh: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    """Steps after which the projections are drawn anew."""
+    norm_growth_limit: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] = 1.01
+
+
 class ErrorInfo(Record):
     """Why a job ended without a result."""
 
     type: str
     message: str
     hint: str = ""
+
+
+class GateSettings(Record):
+    """When a lesson is kept. Lowering a minimum is allowed and said in the evidence."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] = 0.025
+    min_gain_probes: Annotated[int, Field(ge=1, le=100_000)] = 60
+    min_gain_seeds: Annotated[int, Field(ge=1, le=100_000)] = 20
+    guard_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.05
+    min_guard_probes: Annotated[int, Field(ge=1, le=100_000)] = 300
+    other_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.10
+    min_other_probes: Annotated[int, Field(ge=1, le=100_000)] = 120
 
 
 class Cause(Record):
@@ -244,6 +274,10 @@ class Lesson(Record):
     moved: list[dict[str, Any]] = []
     """Per tensor: {name, layer, intended (norm of the un-rounded update), relative, written}."""
     delta_sha256: str | None = None
+    """Checksum of the delta's file."""
+    optimizer_before: str | None = None
+    """Id of the lesson whose directory holds the optimizer's state before this one; None: a fresh state."""
+    optimizer_after: str | None = None
     verdict: Verdict | None = None
     reason: str = ""
     """One sentence: why it was kept or undone."""
@@ -374,9 +408,13 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
         try:
             records.append(kind.model_validate(json.loads(line.decode("utf-8"))))
         except UnicodeDecodeError as e:
-            raise BadRecord(f"{where}: not UTF-8 text (byte {e.start}); {expected}", "is it a binary file?") from None
+            raise BadRecord(
+                f"{where}: not UTF-8 text (byte {e.start}); {expected}", "is it a binary file?"
+            ) from None
         except json.JSONDecodeError as e:
-            raise BadRecord(f"{where}, column {e.colno}: not JSON ({e.msg}); {expected}", "mend the line") from None
+            raise BadRecord(
+                f"{where}, column {e.colno}: not JSON ({e.msg}); {expected}", "mend the line"
+            ) from None
         except RecursionError:
             raise BadRecord(f"{where}: nested too deeply; {expected}", "mend the line") from None
         except ValidationError as e:
