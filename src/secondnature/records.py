@@ -247,6 +247,21 @@ class Cause(Record):
     """How often the same corrections were tried before: each halves the gate's alpha."""
 
 
+class Moved(Record):
+    """How far one tensor was moved by a lesson."""
+
+    name: str
+    """The tensor's name in the Hugging Face model, e.g. `model.layers.3.mlp.up_proj.weight`."""
+    layer: int | None = None
+    """None: it belongs to no layer (embeddings, last norm)."""
+    intended: float
+    """Frobenius norm of the intended, un-rounded update."""
+    relative: float
+    """`intended` over the norm of the tensor before the lesson."""
+    written: float
+    """Norm of the difference that was written: with bf16 rounding mostly noise at small learning rates."""
+
+
 class Lesson(Record):
     """One training job on the weights: parent, cause, settings, state. Like a commit."""
 
@@ -271,8 +286,7 @@ class Lesson(Record):
     """The resolved settings of the job: every default spelled out."""
     steps: int = 0
     loss: float | None = None
-    moved: list[dict[str, Any]] = []
-    """Per tensor: {name, layer, intended (norm of the un-rounded update), relative, written}."""
+    moved: list[Moved] = []
     delta_sha256: str | None = None
     """Checksum of the delta's file."""
     optimizer_before: str | None = None
@@ -364,6 +378,55 @@ class Evidence(Record):
     probes_sha256: str
     """Hash over the digests of all probes that were asked."""
     created_at: datetime
+
+
+class StepMetric(Record):
+    """A line of metrics.jsonl: one optimizer step."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    loss: float | None
+    """Mean over the batch, nats per token; None: not finite."""
+    tokens_per_s: float | None = None
+    grad_norm: float | None = None
+
+
+class LookMetric(Record):
+    """A line of metrics.jsonl: the development probes of both sides, asked after that step (0: before any)."""
+
+    kind: Literal["look"] = "look"
+    step: int
+    margins: dict[Side, list[float]] = {}
+    """Per probe: log p(wanted) - log p(unwanted), nats over the whole answers. Smooth."""
+    passed: dict[Side, float | None] = {}
+    """Share of probes whose greedy answer passes (or whose margin is > 0, where none was generated). Jumps."""
+
+
+class KlMetric(Record):
+    """A line of metrics.jsonl: KL(before || after) of the next-token distributions, nats per token."""
+
+    kind: Literal["kl"] = "kl"
+    on: Literal["new", "replay"]
+    mean: float
+    per_prompt: list[float] = []
+
+
+class SampleAnswer(Record):
+    """A line of answers.jsonl: the same prompt answered before and after the lesson (greedy)."""
+
+    prompt: Conversation
+    before: Text
+    after: Text
+    wanted: Text | None = None
+    """The answer that the user wanted, where this prompt was corrected."""
+    behaviour: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
+            return {**data, "prompt": _as_messages(data["prompt"], "user")}  # pyright: ignore[reportUnknownVariableType]
+        return data  # pyright: ignore[reportUnknownVariableType]
 
 
 def digest(value: Any) -> str:
