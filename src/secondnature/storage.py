@@ -1,0 +1,116 @@
+"""Durable writes: write, fsync, rename, fsync the directory (any process).
+
+Nothing is acknowledged before it is on the disk, and a reader sees the old content or the new one, never half.
+Files and directories are owner-only: they hold what people said to their model. A full or read-only disk is a
+`StorageError`; a half-written temporary file is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from secondnature.errors import StorageError
+
+__all__ = ["append_line", "make_dir", "read_lines", "storage_errors", "sync_dir", "write_bytes", "write_text"]
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError on `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as e:
+        raise StorageError(
+            f"{path}: {e.strerror or e}; nothing was changed",
+            "free some space or mend the permissions, then repeat",
+        ) from e
+
+
+def sync_dir(path: Path) -> None:
+    """Make a rename or a new file inside `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_dir(path: Path) -> Path:
+    """The directory, made if needed, readable by its owner only, durable."""
+    with storage_errors(path):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_dir(path.parent)
+    return path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole; durable when this returns.
+
+    Raises:
+        StorageError: the disk refused; the old content is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_dir(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log; durable when this returns.
+
+    A torn line from a crash (no newline at the end) is closed off first, so it spoils nothing but itself; if the
+    disk refuses, what was written of this line is cut off again.
+
+    Raises:
+        StorageError: the disk refused; the file is as before.
+    """
+    with storage_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            data = (b"\n" if torn else b"") + line.encode() + b"\n"
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(fd, data[written:])
+                os.fsync(fd)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+        if size == 0:
+            sync_dir(path.parent)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The whole lines of a log that `append_line` wrote; empty where there is none."""
+    with storage_errors(path):
+        try:
+            text = path.read_bytes().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+    return [line for line in text.split("\n") if line.strip()]

@@ -1,0 +1,189 @@
+"""The arena: the shared memory in which the engine's only copy of the weights lies (engine and trainer).
+
+A `memfd_create` file, allocated for real (`posix_fallocate`: a sparse file on a full tmpfs kills its writer with
+SIGBUS) and sealed against shrinking. The engine owns it; the trainer opens the same file through
+`/proc/PID/fd/N`, which needs no name, no /dev/shm and vanishes with its last user. The first page holds the
+write counters; each tensor lies at a 64-byte boundary. A JSON manifest says what lies where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from secondnature.errors import WeightsError
+
+HEADER_BYTES = 4096
+ALIGN_BYTES = 64
+MAGIC = 0x5EC0_0D0A_7012_0001
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies."""
+
+    name: str
+    offset: int
+    """Bytes from the start of the file."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Slot], int]:
+    slots: list[Slot] = []
+    end = HEADER_BYTES
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise WeightsError(
+                f"tensor {name}: dtype {dtype}; expected one of {sorted(_DTYPES)}", "convert the model"
+            )
+        slot = Slot(name, end, tuple(tensor.shape), dtype)
+        slots.append(slot)
+        end += -(-slot.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+    return slots, end
+
+
+class Arena:
+    """The mapped weights: `tensors` are views (name -> tensor) of memory that every process shares.
+
+    Make one with `create` (the engine) or `attach` (the trainer).
+    """
+
+    def __init__(self, fd: int, nbytes: int, slots: list[Slot], *, owner_pid: int, owner_fd: int) -> None:
+        self._fd = fd
+        self._memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._slots = slots
+        self._owner = (owner_pid, owner_fd)
+        self.nbytes = nbytes
+        # [magic, writes begun, writes done]; aligned 8-byte stores, one writer at a time
+        self._header = np.frombuffer(self._memory, dtype=np.uint64, count=3)
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.tensors: dict[str, torch.Tensor] = {
+            s.name: whole[s.offset : s.offset + s.nbytes].view(_DTYPES[s.dtype]).view(s.shape) for s in slots
+        }
+
+    @classmethod
+    def create(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Allocate an arena and copy the tensors in: the only copy that is kept.
+
+        Raises:
+            WeightsError: not enough memory, or a dtype that is not a weight's.
+        """
+        slots, nbytes = _layout(tensors)
+        fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except OSError as e:
+            os.close(fd)
+            raise WeightsError(
+                f"cannot allocate {nbytes:,} bytes of shared memory: {e.strerror}",
+                "free memory or raise the limit",
+            ) from e
+        arena = cls(fd, nbytes, slots, owner_pid=os.getpid(), owner_fd=fd)
+        arena._header[0] = MAGIC
+        for name, tensor in tensors.items():
+            arena.tensors[name].copy_(tensor)
+        return arena
+
+    @classmethod
+    def attach(cls, manifest: str) -> Self:
+        """Map another process's arena: no byte is copied.
+
+        Raises:
+            WeightsError: the owner is gone, may not be opened, or the manifest does not fit the file.
+        """
+        try:
+            plan: dict[str, Any] = json.loads(manifest)
+            slots = [Slot(t["name"], t["offset"], tuple(t["shape"]), t["dtype"]) for t in plan["tensors"]]
+            pid, owner_fd, nbytes = int(plan["pid"]), int(plan["fd"]), int(plan["nbytes"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise WeightsError(
+                f"not an arena's manifest: {e!r}", "server and trainer differ in version?"
+            ) from None
+        try:
+            fd = os.open(f"/proc/{pid}/fd/{owner_fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            raise WeightsError(
+                f"cannot map the weights of process {pid}: {e.strerror}",
+                "is the server alive, and the same user?",
+            ) from e
+        if os.fstat(fd).st_size != nbytes or any(s.offset + s.nbytes > nbytes for s in slots):
+            os.close(fd)
+            raise WeightsError("the manifest does not fit the weights in memory", "restart the server")
+        arena = cls(fd, nbytes, slots, owner_pid=pid, owner_fd=owner_fd)
+        if int(arena._header[0]) != MAGIC:
+            raise WeightsError("the mapped memory is not an arena", "restart the server")
+        return arena
+
+    def manifest(self) -> str:
+        """What `attach` needs, as JSON: owner, size, and per tensor name, offset, shape, dtype."""
+        pid, fd = self._owner
+        tensors = [
+            {"name": s.name, "offset": s.offset, "shape": s.shape, "dtype": s.dtype} for s in self._slots
+        ]
+        return json.dumps({"pid": pid, "fd": fd, "nbytes": self.nbytes, "tensors": tensors})
+
+    @property
+    def writes(self) -> tuple[int, int]:
+        """(begun, done): equal when nobody is writing; never goes back, also not after an undo."""
+        return int(self._header[1]), int(self._header[2])
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Brackets in-place writes, so that readers can tell what they overlapped with. Takes no lock."""
+        begun = max(int(self._header[1]), int(self._header[2])) + 1
+        self._header[1] = begun
+        try:
+            yield
+        finally:
+            self._header[2] = begun
+
+    def settle(self) -> None:
+        """After a writer died inside `writing`: counts its torn write as done. Call when nobody writes."""
+        self._header[2] = self._header[1]
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put these values in place (names and shapes as in the arena), in one bracket.
+
+        Raises:
+            WeightsError: a name or shape that is not the arena's; nothing was written.
+        """
+        for name, value in tensors.items():
+            mine = self.tensors.get(name)
+            if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+                raise WeightsError(f"tensor {name} does not fit the arena", "is it a file of another model?")
+        with self.writing():
+            for name, value in tensors.items():
+                self.tensors[name].copy_(value)
+
+
+def content_id(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The version of these weights: `w` and 16 hex digits of sha256 over names, dtypes, shapes and bytes.
+
+    The same weights have the same id everywhere, also after an undo.
+    """
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return "w" + hasher.hexdigest()[:16]

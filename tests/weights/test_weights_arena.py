@@ -1,0 +1,177 @@
+"""The arena: one copy, seen by another process; deltas that undo to the byte; checkpoints that swap whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from secondnature.errors import BadCheckpoint, BadDelta, StorageError, WeightsError
+from secondnature.weights import checkpoint, delta
+from secondnature.weights.arena import Arena, content_id
+
+
+def some_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "a.weight": torch.randn(7, 5).to(torch.bfloat16),
+        "b.weight": torch.randn(3, 1, 4).to(torch.bfloat16),
+        "c": torch.randn(11).to(torch.bfloat16),
+    }
+
+
+def test_create_copies_the_values_and_aligns_them() -> None:
+    weights = some_weights()
+    arena = Arena.create(weights)
+    assert content_id(arena.tensors) == content_id(weights)
+    for tensor in arena.tensors.values():
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.is_contiguous()
+
+
+def test_another_process_writes_into_the_same_memory() -> None:
+    arena = Arena.create(some_weights())
+    code = """
+import sys, torch
+from secondnature.weights.arena import Arena
+arena = Arena.attach(sys.stdin.read())
+with arena.writing():
+    arena.tensors["a.weight"][0, 0] = 42.0
+"""
+    subprocess.run([sys.executable, "-c", code], input=arena.manifest(), text=True, check=True, timeout=120)
+    assert float(arena.tensors["a.weight"][0, 0]) == 42.0
+    assert arena.writes == (1, 1)
+
+
+def test_the_write_counter_never_goes_back() -> None:
+    arena = Arena.create(some_weights())
+    before = {n: t.clone() for n, t in arena.tensors.items()}
+    with arena.writing():
+        assert arena.writes == (1, 0)
+        arena.tensors["c"].zero_()
+    arena.write(before)
+    assert content_id(arena.tensors) == content_id(before)
+    assert arena.writes == (2, 2)
+
+
+def test_a_torn_write_is_settled() -> None:
+    arena = Arena.create(some_weights())
+    arena._header[1] = 5
+    assert arena.writes == (5, 0)
+    arena.settle()
+    with arena.writing():
+        assert arena.writes == (6, 5)
+
+
+def test_attach_refuses_what_is_no_arena() -> None:
+    with pytest.raises(WeightsError, match="manifest"):
+        Arena.attach("{}")
+    plan = json.loads(Arena.create(some_weights()).manifest())
+    with pytest.raises(WeightsError, match="cannot map"):
+        Arena.attach(json.dumps({**plan, "fd": 9999}))
+    with pytest.raises(WeightsError, match="does not fit"):
+        Arena.attach(json.dumps({**plan, "nbytes": plan["nbytes"] + 4096}))
+
+
+def test_write_refuses_a_wrong_shape_before_writing_anything() -> None:
+    arena = Arena.create(some_weights())
+    before = content_id(arena.tensors)
+    bad = {"c": torch.zeros(11, dtype=torch.bfloat16), "a.weight": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    with pytest.raises(WeightsError, match=r"a\.weight"):
+        arena.write(bad)
+    assert content_id(arena.tensors) == before
+
+
+def test_content_id_sees_every_byte_name_and_shape() -> None:
+    weights = some_weights()
+    ids = {content_id(weights)}
+    flipped = {n: t.clone() for n, t in weights.items()}
+    flipped["c"].view(torch.int16)[3] ^= 1
+    ids.add(content_id(flipped))
+    ids.add(content_id({**weights, "c": weights["c"].reshape(11, 1)}))
+    ids.add(content_id({("d" if n == "c" else n): t for n, t in weights.items()}))
+    assert len(ids) == 4
+
+
+def test_delta_is_the_lesson_and_its_undo(tmp_path: Path) -> None:
+    before, after = some_weights(0), some_weights(1)
+    after["b.weight"] = before["b.weight"].clone()
+    after["c"][2] = float("nan")  # bits are bits
+    sha = delta.write(delta.between(before, after), tmp_path / "d.safetensors")
+    loaded = delta.read(tmp_path / "d.safetensors", sha)
+    assert set(loaded.xor) == {"a.weight", "c"}
+    weights = {n: t.clone() for n, t in before.items()}
+    delta.apply_(weights, loaded)
+    assert content_id(weights) == loaded.result == content_id(after)
+    delta.apply_(weights, loaded)
+    assert content_id(weights) == loaded.base == content_id(before)
+
+
+def test_an_empty_delta_is_a_delta(tmp_path: Path) -> None:
+    weights = some_weights()
+    delta.write(delta.between(weights, weights), tmp_path / "d.safetensors")
+    assert delta.read(tmp_path / "d.safetensors").xor == {}
+
+
+def test_delta_refuses_damage_and_strangers(tmp_path: Path) -> None:
+    before, after = some_weights(0), some_weights(1)
+    path = tmp_path / "d.safetensors"
+    sha = delta.write(delta.between(before, after), path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(BadDelta, match="checksum"):
+        delta.read(path, sha)
+    with pytest.raises(BadDelta):
+        delta.read(tmp_path / "none")
+    stranger = {"z": torch.zeros(4, dtype=torch.bfloat16)}
+    weights = {n: t.clone() for n, t in before.items()}
+    with pytest.raises(BadDelta, match="does not fit"):
+        delta.apply_(stranger, delta.between(before, after))
+    assert content_id(weights) == content_id(before)
+
+
+def test_checkpoint_is_whole_and_swapped_in(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"torch_dtype": "float32"}')
+    (source / "tokenizer.json").write_text("{}")
+    root = tmp_path / "model"
+    assert not (root / "current").exists()
+    first = checkpoint.save(root, source, some_weights(0), {"version": "w1"})
+    second = checkpoint.save(root, source, some_weights(1), {"version": "w2", "lesson": 3})
+    assert checkpoint.current(root) == second
+    assert not first.exists()
+    assert checkpoint.state(second) == {"version": "w2", "lesson": 3}
+    assert content_id(checkpoint.read(second)) == content_id(some_weights(1))
+    assert json.loads((second / "config.json").read_text())["dtype"] == "bfloat16"
+    again = checkpoint.save(root, source, some_weights(1), {"version": "w2"})
+    assert checkpoint.current(root) == again
+
+
+def test_checkpoint_on_a_disk_that_refuses_leaves_the_old_one(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    root = tmp_path / "model"
+    first = checkpoint.save(root, source, some_weights(0), {"version": "w1"})
+    with pytest.raises(StorageError):  # no such config: stands for a read that fails in the middle
+        checkpoint.save(root, tmp_path / "missing", some_weights(1), {"version": "w2"})
+    assert checkpoint.current(root) == first
+    assert [p.name for p in root.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_read_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="no model.safetensors"):
+        checkpoint.read(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(os.urandom(100))
+    with pytest.raises(BadCheckpoint):
+        checkpoint.read(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(BadCheckpoint, match="outside"):
+        checkpoint.read(tmp_path)
