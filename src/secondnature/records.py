@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secondnature.errors import BadRecord, TooLarge
 
@@ -25,7 +25,19 @@ MAX_FILE_BYTES = 100_000_000
 
 Role = Literal["system", "user", "assistant"]
 Side = Literal["right", "other"]
-Text = Annotated[str, Field(max_length=200_000)]
+
+
+def _is_unicode(text: str) -> str:
+    """JSON can smuggle in half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"not valid Unicode (a lone surrogate at character {e.start})") from None
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_is_unicode)]
+Text = Annotated[Unicode, Field(max_length=200_000)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 LessonState = Literal["queued", "running", "on_trial", "kept", "undone", "failed", "cancelled"]
 Verdict = Literal["kept", "undone", "inconclusive"]
@@ -127,9 +139,9 @@ class Correction(Record):
 class Check(Record):
     """How an answer is judged: exactly one of the fields."""
 
-    matches: str | None = None
+    matches: Unicode | None = None
     """A regular expression that the answer must contain (`re.search`)."""
-    not_matches: str | None = None
+    not_matches: Unicode | None = None
     """A regular expression that the answer must not contain."""
     prefers: tuple[Text, Text] | None = None
     """(A, B): the model must give A the higher log-probability."""
@@ -165,7 +177,7 @@ class Probe(Record):
     prompt: Conversation
     behaviour: Name
     check: Check
-    seed: Annotated[str, Field(max_length=200)] | None = None
+    seed: Annotated[Unicode, Field(max_length=200)] | None = None
     """The scenario this probe is a variation of: the unit of the cluster test. None: a scenario of its own."""
     side: Side = "right"
     margin: tuple[Text, Text] | None = None

@@ -31,6 +31,7 @@ from secondnature.records import (
     Probe,
     Text,
     TokenIds,
+    Unicode,
 )
 
 # --------------------------------------------------------------------------------------------- HTTP: bodies
@@ -43,7 +44,7 @@ class Body(BaseModel):
 
 
 Objective = Literal["sft", "orpo", "dpo", "dpop"]
-Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
 BIG = 2**62
 
 
@@ -60,19 +61,19 @@ class _Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(max_length=500)] | None = None
+    model: Annotated[Unicode, Field(max_length=500)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     seed: Annotated[int, Field(ge=-BIG, le=BIG)] | None = None
-    stop: Annotated[str, Field(min_length=1, max_length=200)] | Stop | None = None
+    stop: Annotated[Unicode, Field(min_length=1, max_length=200)] | Stop | None = None
     n: Literal[1] = 1
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
-    metadata: dict[str, str] | None = None
-    cache_salt: Annotated[str, Field(max_length=500)] | None = None
+    user: Annotated[Unicode, Field(max_length=500)] | None = None
+    metadata: dict[Unicode, Unicode] | None = None
+    cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
 
     def stops(self) -> list[str]:
         """The stop strings as a list."""
@@ -93,7 +94,8 @@ class CompletionRequest(_Sampling):
     """`POST /v1/completions`: text or token ids."""
 
     prompt: (
-        Annotated[str, Field(min_length=1, max_length=2_000_000)] | Annotated[TokenIds, Field(min_length=1)]
+        Annotated[Unicode, Field(min_length=1, max_length=2_000_000)]
+        | Annotated[TokenIds, Field(min_length=1)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -103,7 +105,7 @@ class CompletionRequest(_Sampling):
 class FeedbackRequest(Body):
     """`POST /v1/feedback`: what the user thinks of a completion."""
 
-    completion_id: Annotated[str, Field(min_length=1, max_length=200)]
+    completion_id: Annotated[Unicode, Field(min_length=1, max_length=200)]
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
     corrected: Annotated[Text, Field(min_length=1)] | None = None
     text: Annotated[Text, Field(min_length=1)] | None = None
@@ -151,7 +153,7 @@ class LessonInfo(Body):
     """What a lesson is about."""
 
     behaviour: Name | None = None
-    note: Annotated[str, Field(max_length=2000)] = ""
+    note: Annotated[Unicode, Field(max_length=2000)] = ""
 
 
 class TrainRequest(Body):
