@@ -20,6 +20,7 @@ from safetensors.torch import save as to_safetensors
 
 from secondnature import storage
 from secondnature.errors import BadCheckpoint
+from secondnature.model.load import TensorSpec, plan
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "secondnature.json"
@@ -40,45 +41,22 @@ _SIDE_FILES = (
 )
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as e:
-            raise BadCheckpoint(
-                f"{index}: not an index of weights ({e!r})", "get the checkpoint again"
-            ) from None
-        if any(Path(str(n)).name != n for n in names):
-            raise BadCheckpoint(f"{index}: names a file outside its directory", "get the checkpoint again")
-        return [directory / str(n) for n in sorted(names)]
-    single = directory / WEIGHTS_FILE
-    if single.is_file():
-        return [single]
-    raise BadCheckpoint(
-        f"{directory}: no {WEIGHTS_FILE} and no index",
-        "expected a Hugging Face directory with safetensors weights",
-    )
-
-
 def read(directory: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint by their names in the files, floating ones as bf16 (the arena's dtype).
+    """All weights of a checkpoint by parameter name, as bf16 (the arena's dtype); checked against its config first.
 
     Raises:
-        BadCheckpoint: missing, damaged, quantised, or not safetensors.
+        BadCheckpoint: missing, damaged, or not what config.json says.
+        UnsupportedModel: the architecture or a dtype cannot be used.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(directory):
+    by_file: dict[Path, list[TensorSpec]] = {}
+    for spec in plan(directory):
+        by_file.setdefault(spec.file, []).append(spec)
+    for path, specs in by_file.items():
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    tensor = file.get_tensor(name)
-                    if not tensor.is_floating_point():
-                        raise BadCheckpoint(
-                            f"{path}: tensor {name} is {tensor.dtype}",
-                            "quantised weights cannot be trained in place",
-                        )
-                    tensors[name] = tensor.to(torch.bfloat16)
+                for spec in specs:
+                    tensors[spec.name] = file.get_tensor(spec.key).to(torch.bfloat16)
         except (SafetensorError, OSError) as e:
             raise BadCheckpoint(f"{path}: {e}", "get the checkpoint again") from None
     return tensors
