@@ -1,0 +1,359 @@
+"""A Hugging Face causal language model whose parameters are somebody else's memory (engine and trainer).
+
+`plan` reads the headers of the safetensors files and checks them against the config; `build` makes the model on
+the meta device, where nothing is allocated or initialised, and puts the given tensors (views of the arena) in the
+place of every parameter. Plan, validate, apply: what is missing, mis-shaped or left on meta is an error that
+names the tensor. Nothing is downloaded, no code of a model directory is run, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from secondnature.errors import BadCheckpoint, BadInput, UnsupportedModel
+from secondnature.model.upcast import compute_at_use
+from secondnature.records import Message
+
+__all__ = [
+    "TensorSpec",
+    "build",
+    "context_limit",
+    "encode_answer",
+    "encode_chat",
+    "fingerprint",
+    "plan",
+    "read_config",
+    "read_tokenizer",
+]
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter of the model, and where it lies on disk."""
+
+    name: str
+    """The parameter's name in the Hugging Face model; tied parameters appear once, under the first name."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """What the file holds (float32, bfloat16 or float16)."""
+    file: Path
+    key: str
+    """The tensor's name in the file; differs from `name` only where the file leaves the model's prefix out."""
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The model's config, from `config.json` alone.
+
+    Raises:
+        BadCheckpoint: no readable config.json.
+        UnsupportedModel: transformers does not know the architecture.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise BadCheckpoint(f"{path}: {e.strerror or e}", "expected a Hugging Face model directory") from None
+    except ValueError as e:
+        raise BadCheckpoint(f"{path}: not JSON ({e})", "mend or re-export the config") from None
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as e:
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raise UnsupportedModel(
+            f"{path}: model_type {kind!r} cannot be read: {str(e).splitlines()[0]}",
+            "expected a causal language model that this transformers version knows",
+        ) from None
+
+
+def _on_meta(directory: Path) -> nn.Module:
+    """The model with every parameter and buffer on the meta device; tied parameters are one object."""
+    config = read_config(directory)
+    last: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+                )
+        except (ValueError, ImportError, TypeError, AttributeError) as e:
+            last = e
+            continue
+        model.tie_weights()
+        return model.eval()
+    raise UnsupportedModel(
+        f"{directory}: {type(config).__name__} is not a causal language model: {str(last).splitlines()[0]}",
+        "expected an architecture that AutoModelForCausalLM can make",
+    )
+
+
+def _headers(directory: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
+    """Tensor name in the file -> (shape, dtype, file), from safetensors headers only."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        try:
+            names = sorted({str(n) for n in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            raise BadCheckpoint(
+                f"{index}: not an index of safetensors files ({e!r})", "re-export the model"
+            ) from None
+        outside = [n for n in names if Path(n).name != n]
+        if outside:
+            raise BadCheckpoint(
+                f"{index}: names a file outside the directory: {outside[0]}", "re-export the model"
+            )
+        files = [directory / n for n in names]
+    elif single.exists():
+        files = [single]
+    else:
+        raise BadCheckpoint(
+            f"{directory}: no model.safetensors and no model.safetensors.index.json",
+            "pickled weights (.bin, .pt) are never read: export with save_pretrained",
+        )
+    found: dict[str, tuple[tuple[int, ...], str, Path]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (not a mapping)
+                    part = stored.get_slice(key)
+                    found[key] = (tuple(part.get_shape()), part.get_dtype(), file)
+        except (OSError, SafetensorError) as e:
+            raise BadCheckpoint(
+                f"{file}: not a whole safetensors file ({e})", "copy or export it again"
+            ) from None
+    return found
+
+
+def plan(directory: Path) -> list[TensorSpec]:
+    """Every parameter of the model in `directory` and where it is stored; reads headers only.
+
+    Raises:
+        BadCheckpoint: a tensor is missing, has another shape than the config says, or belongs to no parameter.
+        UnsupportedModel: the architecture or a dtype cannot be used.
+    """
+    model = _on_meta(directory)
+    headers = _headers(directory)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    specs: list[TensorSpec] = []
+    known: set[str] = set()
+    for names in _tied_names(model).values():
+        wanted = tuple(model.get_parameter(names[0]).shape)
+        keys = [k for n in names for k in (n, n.removeprefix(prefix)) if k in headers]
+        if not keys:
+            raise BadCheckpoint(f"{directory}: tensor {names[0]} is missing", "is the checkpoint complete?")
+        shape, dtype, file = headers[keys[0]]
+        if shape != wanted:
+            raise BadCheckpoint(
+                f"{file}: tensor {keys[0]} has shape {shape}; the config says {wanted}",
+                "config.json and the weights belong to different models",
+            )
+        if dtype not in _DTYPES:
+            raise UnsupportedModel(
+                f"{file}: tensor {keys[0]} is {dtype}; expected one of {sorted(_DTYPES)}",
+                "quantised weights cannot be trained in place",
+            )
+        known.update(keys)
+        specs.append(TensorSpec(names[0], shape, _DTYPES[dtype], file, keys[0]))
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    strangers = [k for k in headers if k not in known and not any(re.search(p, k) for p in ignored)]
+    if strangers:
+        raise BadCheckpoint(
+            f"{headers[strangers[0]][2]}: tensor {strangers[0]} belongs to no parameter of the model"
+            + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else ""),
+            "config.json and the weights belong to different models",
+        )
+    return specs
+
+
+def _tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> all its names; tied ones have several, the first is the one we use."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def build(
+    directory: Path, weights: Mapping[str, Tensor], *, compute_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model of `directory` (only its config.json is read) around the given tensors, which are not copied.
+
+    Every parameter is a view of `weights[name]` (names as in `plan`; a tied parameter needs one of its names), so
+    that a write into that memory is a write into the model. Weights are computed with in `compute_dtype`, cast at
+    use (`model/upcast.py`); None: float32 on CPUs, the weights' own dtype elsewhere. The model is in eval mode.
+
+    Raises:
+        BadCheckpoint: a tensor is missing, mis-shaped or superfluous.
+        UnsupportedModel: the architecture, a dtype or a buffer cannot be handled.
+    """
+    model = _on_meta(directory)
+    tied = _tied_names(model)
+    replaced: dict[int, nn.Parameter] = {}
+    device: torch.device | None = None
+    for key, names in tied.items():
+        name = next((n for n in names if n in weights), None)
+        if name is None:
+            raise BadCheckpoint(f"tensor {names[0]} was not given", "is the checkpoint complete?")
+        tensor, wanted = weights[name], tuple(model.get_parameter(name).shape)
+        if tuple(tensor.shape) != wanted:
+            raise BadCheckpoint(f"tensor {name} has shape {tuple(tensor.shape)}; the config says {wanted}")
+        if tensor.dtype not in _DTYPES.values():
+            raise UnsupportedModel(f"tensor {name} is {tensor.dtype}; expected bfloat16 or float32")
+        if tensor.is_meta:
+            raise BadCheckpoint(f"tensor {name} has no memory (meta device)", "give real tensors")
+        device = device or tensor.device
+        replaced[key] = nn.Parameter(tensor, requires_grad=False)
+    strangers = sorted(set(weights) - {n for names in tied.values() for n in names})
+    if strangers:
+        raise BadCheckpoint(
+            f"tensor {strangers[0]} belongs to no parameter of the model", "wrong model directory?"
+        )
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                module._parameters[name] = replaced[id(old)]
+    assert device is not None, "a language model has parameters"
+    _materialise_buffers(model, device)
+    compute_at_use(
+        model, compute_dtype or (torch.float32 if device.type == "cpu" else replaced[next(iter(tied))].dtype)
+    )
+    _check_wiring(model, weights)
+    return model
+
+
+def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
+    """Real values for the buffers that no checkpoint holds (rotary frequencies), by the module's constructor."""
+    for path, module in list(model.named_modules()):
+        hollow = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        if not hollow:
+            continue
+        config = getattr(module, "config", None)
+        unknown = [n for n in hollow if n not in module._non_persistent_buffers_set]
+        if config is None or unknown:
+            raise UnsupportedModel(
+                f"buffer {path}.{(unknown or hollow)[0]} cannot be made from the config",
+                "this architecture keeps state outside its parameters",
+            )
+        fresh = type(module)(config=config)
+        for name in hollow:
+            module._buffers[name] = fresh.get_buffer(name).to(device)
+
+
+def _check_wiring(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Nothing on meta, every parameter the very memory that was given."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            raise UnsupportedModel(f"parameter {name} has no memory")
+        if name in weights and parameter.data_ptr() != weights[name].data_ptr():
+            raise UnsupportedModel(
+                f"parameter {name} is not the memory it was given", "is it tied to another one?"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise UnsupportedModel(f"buffer {name} has no memory")
+
+
+def context_limit(source: Path | PretrainedConfig) -> int:
+    """How many tokens the model can read, prompt and answer together."""
+    config = read_config(source) if isinstance(source, Path) else source
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedModel(f"config has max_position_embeddings = {limit!r}; expected a positive number")
+    return limit
+
+
+def fingerprint(directory: Path) -> str:
+    """64 hex digits that name the architecture: the config, and names and shapes of the parameters."""
+    config = read_config(directory).to_dict()
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)
+    shapes = [[n, list(p.shape)] for n, p in _on_meta(directory).named_parameters()]
+    text = json.dumps([config, shapes], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer with its chat template, from the directory's files alone.
+
+    Raises:
+        BadCheckpoint: the files are missing or broken.
+    """
+    if not (directory / "tokenizer.json").exists():
+        raise BadCheckpoint(f"{directory}: no tokenizer.json", "expected the files of a fast tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise BadCheckpoint(f"{directory}: tokenizer cannot be read: {e}", "export it again") from None
+
+
+def _render(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], *, prompt: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadInput(
+            "the model has no chat template", "send token ids, or add chat_template.jinja to the model"
+        )
+    plain = [m.model_dump() if isinstance(m, Message) else dict(m) for m in messages]
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], add_generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a conversation as the model's chat template renders it; nothing is added to the rendering.
+
+    Raises:
+        BadInput: the tokenizer has no chat template.
+    """
+    return _ids(tokenizer, _render(tokenizer, messages, prompt=add_generation_prompt))
+
+
+def encode_answer(
+    tokenizer: Any,
+    prompt_messages: Sequence[Message | Mapping[str, str]],
+    answer_message: Message | Mapping[str, str],
+) -> tuple[list[int], list[int]]:
+    """(context_ids, continuation_ids): the prompt up to where the model answers, and the answer with its end.
+
+    Context + continuation is the template's own rendering of the whole conversation, cut after the end-of-turn
+    token (what follows is never generated); a template that writes no end gets the tokenizer's `eos_token`.
+    Where the rendering or its tokens do not split at the answer (a template that drops or adds reasoning, a
+    token across the border), the continuation is the answer's own text, encoded alone, and a warning says so.
+
+    Raises:
+        BadInput: the tokenizer has no chat template.
+    """
+    before = _render(tokenizer, prompt_messages, prompt=True)
+    whole = _render(tokenizer, [*prompt_messages, answer_message], prompt=False)
+    context = _ids(tokenizer, before)
+    everything = _ids(tokenizer, whole)
+    if whole.startswith(before) and everything[: len(context)] == context:
+        continuation = everything[len(context) :]
+    else:
+        _LOG.warning("the chat template does not split at the answer: the answer is encoded on its own")
+        content = answer_message.content if isinstance(answer_message, Message) else answer_message["content"]
+        continuation = _ids(tokenizer, whole[len(before) :] if whole.startswith(before) else content)
+    end: int | None = tokenizer.eos_token_id
+    if end is not None:
+        continuation = continuation[: continuation.index(end)] if end in continuation else continuation
+        continuation = [*continuation, end]
+    return context, continuation
