@@ -162,7 +162,7 @@ class Check(Record):
                     raise ValueError(f"`{key}` has {len(pattern)} characters; expected at most 2000")
                 try:
                     re.compile(pattern)
-                except re.error as e:
+                except (re.error, OverflowError, RecursionError) as e:
                     raise ValueError(f"`{key}` is not a regular expression: {e}") from None
         return self
 
@@ -362,12 +362,15 @@ class Comparison(Record):
     p: float | None
     passed: bool | None
     """None: not judged (a guard the model failed anyway, or too few probes)."""
+    harm_p: float | None = None
+    """One-sided p of "more losses than gains"; harm is shown where it is small and the test was not passed."""
+    harmed: bool = False
     n_needed: int | None = None
-    """The n that would do, where the set was too small to say."""
+    """The n that would do, where the set was too small to say; None where no n would."""
     mean_margin_before: float | None = None
     mean_margin_after: float | None = None
     clusters: list[tuple[int, int, int]] = []
-    """Per scenario seed: (n, gains, losses); p of the cluster test follows from it."""
+    """Per scenario seed: (n, gains, losses); p of the cluster test follows from it. Empty: one probe per seed."""
     flips: list[Flip] = []
     note: str = ""
 
@@ -382,9 +385,18 @@ class Evidence(Record):
     before_version: str
     after_version: str
     comparisons: list[Comparison]
+    behaviour: str = ""
+    gate: GateSettings = GateSettings()
     d_prime_before: float | None = None
+    """z(hit rate on the right side) - z(false-accept rate on the other side); 0 for a yes-sayer."""
     d_prime_after: float | None = None
+    d_prime_after_low: float | None = None
+    """One-sided lower limit of d' after the lesson (delta method, level alpha)."""
+    d_prime_change_high: float | None = None
+    """One-sided upper limit of the change of d'; below 0 a fall is shown."""
+    d_prime_passed: bool | None = None
     alpha: float
+    """The level of the tests: `gate.alpha` halved `num_retries` times."""
     num_retries: int = 0
     seed: int = 0
     probes_sha256: str
