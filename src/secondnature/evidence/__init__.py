@@ -1,0 +1,1 @@
+"""Probes, checks, statistics and the gate: what a lesson must show to be kept (no torch)."""

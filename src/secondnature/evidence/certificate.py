@@ -1,0 +1,409 @@
+"""From counts to a certificate: every p, interval and verdict is a pure function of the counts (any process).
+
+`compare` judges one probe set, `certify` the whole lesson; `recompute` does both again from the counts that a
+certificate carries and `verify` refuses one whose figures differ. Precedence: harm shown, or no gain among enough
+probes -> undone; everything shown -> kept; otherwise inconclusive, with the n that would do.
+
+"d' must not fall" for finite samples: d' = z(hits) - z(false accepts) is noisy (a standard error of 0.3 to 0.4 at
+60 + 120 probes), so a rule on the point estimate would be a coin toss. What is asked: the lower limit of d'
+after the lesson is above 0 (a yes-sayer has d' = 0), and the upper limit of its change is not below 0 (no fall is
+shown). Both one-sided at alpha, by the delta method, paired. How far the other side may fall is the exact test's job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from secondnature.errors import BadRecord
+from secondnature.evidence.power import gain_n_needed, noninferiority_n_needed
+from secondnature.evidence.statistics import (
+    Cluster,
+    clopper_pearson,
+    cluster_sign_flip,
+    d_prime,
+    difference_interval,
+    effective_counts,
+    mcnemar_mid_p,
+    noninferiority_p,
+    normal_quantile,
+    z_moments,
+)
+from secondnature.records import Comparison, Evidence, GateSettings, Verdict
+
+HOPELESS = 0.20
+"""A guard with a lower pass rate before the lesson guards nothing: it is shown, not judged."""
+POWER = 0.80
+"""With this chance the n that is asked for would do."""
+
+ProbeRole = Literal["gain", "other", "guard"]
+
+
+def level(gate: GateSettings, num_retries: int) -> float:
+    """The level of the tests: halved for each earlier try with the same corrections."""
+    return gate.alpha / 2**num_retries
+
+
+def compare(
+    *,
+    name: str,
+    role: ProbeRole,
+    n: int,
+    num_seeds: int,
+    before: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    gate: GateSettings,
+    num_retries: int = 0,
+) -> Comparison:
+    """Judge one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
+    alpha = level(gate, num_retries)
+    after = before + gains - losses
+    figures: dict[str, Any] = {
+        "name": name,
+        "role": role,
+        "n": n,
+        "num_seeds": num_seeds,
+        "before": before,
+        "after": after,
+        "gains": gains,
+        "losses": losses,
+        "before_interval": clopper_pearson(before, n),
+        "after_interval": clopper_pearson(after, n),
+        "difference_interval": difference_interval(*_in_order(clusters, n, gains, losses)),
+        "alpha": alpha,
+        "clusters": list(clusters),
+    }
+    if clusters:
+        mirrored = [(size, lost, gained) for size, gained, lost in clusters]
+        harm_p = cluster_sign_flip(mirrored)
+    else:
+        harm_p = mcnemar_mid_p(losses, gains)
+    figures["harm_p"] = harm_p
+    if role == "gain":
+        figures |= _judge_gain(n, num_seeds, gains, losses, clusters, alpha, gate)
+    else:
+        figures |= _judge_guard(role, n, num_seeds, before, gains, losses, clusters, alpha, gate)
+        judged = before >= HOPELESS * n
+        figures["harmed"] = judged and figures["p"] > alpha and harm_p <= gate.alpha
+        if figures["harmed"]:
+            figures |= {"passed": False, "n_needed": None, "note": ""}
+    return Comparison(**figures)
+
+
+def _in_order(clusters: Sequence[Cluster], n: int, gains: int, losses: int) -> Cluster:
+    return effective_counts(clusters) if clusters else (n, gains, losses)
+
+
+def _judge_gain(
+    n: int,
+    num_seeds: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    alpha: float,
+    gate: GateSettings,
+) -> dict[str, Any]:
+    p = cluster_sign_flip(clusters) if clusters else mcnemar_mid_p(gains, losses)
+    judged: dict[str, Any] = {
+        "method": "cluster-sign-flip/1" if clusters else "mcnemar-midp/1",
+        "margin": None,
+        "p": p,
+        "passed": p <= alpha,
+    }
+    few = n < gate.min_gain_probes or num_seeds < gate.min_gain_seeds
+    if few:
+        judged["passed"] = None
+        judged["note"] = (
+            f"{n} probes from {num_seeds} scenarios; at least {gate.min_gain_probes} from "
+            f"{gate.min_gain_seeds} are asked for"
+        )
+    if few or p > alpha:
+        size, up, down = _in_order(clusters, n, gains, losses)
+        needed = gain_n_needed(up / size, down / size, alpha, POWER)
+        if needed is not None:
+            judged["n_needed"] = max(gate.min_gain_probes, math.ceil(needed * n / size))
+        elif few:
+            judged["n_needed"] = gate.min_gain_probes
+    return judged
+
+
+def _judge_guard(
+    role: ProbeRole,
+    n: int,
+    num_seeds: int,
+    before: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    alpha: float,
+    gate: GateSettings,
+) -> dict[str, Any]:
+    margin = gate.other_margin if role == "other" else gate.guard_margin
+    minimum = gate.min_other_probes if role == "other" else gate.min_guard_probes
+    size, up, down = _in_order(clusters, n, gains, losses)
+    p = noninferiority_p(size, down, up, margin)
+    judged: dict[str, Any] = {
+        "method": "exact-paired-noninferiority/1" + ("+design-effect/1" if clusters else ""),
+        "margin": margin,
+        "p": p,
+        "passed": p <= alpha,
+    }
+    notes: list[str] = []
+    if size < n:
+        notes.append(f"probes share scenarios: {n} count as {size} independent ones")
+    if before < HOPELESS * n:
+        failed = f"passed only {before} of {n} before the lesson: it guards nothing and is not judged"
+        return judged | {"passed": None, "note": failed}
+    few_seeds = noninferiority_p(num_seeds, 0, 0, margin) > alpha
+    if n < minimum or few_seeds:
+        judged["passed"] = None
+        notes.append(
+            f"{n} probes; at least {minimum} are asked for"
+            if n < minimum
+            else f"{num_seeds} scenarios are too few, however many probes there are"
+        )
+    if judged["passed"] is not True:
+        needed = noninferiority_n_needed(up / size, down / size, margin, alpha, POWER)
+        if needed is not None:
+            seeds = noninferiority_n_needed(0.0, 0.0, margin, alpha, POWER) or 0  # no flip at all
+            judged["n_needed"] = max(minimum, math.ceil(needed * n / size), math.ceil(seeds * n / num_seeds))
+        elif n < minimum:
+            judged["n_needed"] = minimum
+    return judged | {"note": "; ".join(notes)}
+
+
+def certify(
+    comparisons: Sequence[Comparison],
+    *,
+    behaviour: str,
+    gate: GateSettings,
+    num_retries: int,
+    before_version: str,
+    after_version: str,
+    probes_sha256: str,
+    seed: int,
+    created_at: datetime,
+) -> Evidence:
+    """The certificate of a lesson from its judged probe sets."""
+    alpha = level(gate, num_retries)
+    discrimination = _discrimination(comparisons, alpha)
+    verdict, reason = _decide(comparisons, discrimination, behaviour)
+    weaker = _weaker(gate)
+    return Evidence(
+        verdict=verdict,
+        sentence=reason + (f" (A weaker gate than the standard one: {weaker}.)" if weaker else ""),
+        before_version=before_version,
+        after_version=after_version,
+        comparisons=list(comparisons),
+        behaviour=behaviour,
+        gate=gate,
+        alpha=alpha,
+        num_retries=num_retries,
+        seed=seed,
+        probes_sha256=probes_sha256,
+        created_at=created_at,
+        **discrimination,
+    )
+
+
+def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str, Any]:
+    """d' before and after, its limits, and whether it passed; empty where a side was not probed."""
+    sides = {c.role: c for c in comparisons if c.role != "guard"}
+    if len(sides) < 2:
+        return {}
+    right, other = sides["gain"], sides["other"]
+    before = d_prime(right.before, right.n, other.n - other.before, other.n)
+    after = d_prime(right.after, right.n, other.n - other.after, other.n)
+    moments = [z_moments(c.n, c.before, c.after, c.losses) for c in (right, other)]
+    reach = normal_quantile(1 - alpha)
+    low = after - reach * math.sqrt(sum(m[0] for m in moments))
+    high = after - before + reach * math.sqrt(sum(m[1] for m in moments))
+    return {
+        "d_prime_before": before,
+        "d_prime_after": after,
+        "d_prime_after_low": low,
+        "d_prime_change_high": high,
+        "d_prime_passed": low > 0 and high >= 0,
+    }
+
+
+def _weaker(gate: GateSettings) -> str:
+    """What this gate asks less of than the standard one, in words; empty where nothing."""
+    standard = GateSettings()
+    parts: list[str] = []
+    for key in ("min_gain_probes", "min_gain_seeds", "min_guard_probes", "min_other_probes"):
+        if getattr(gate, key) < getattr(standard, key):
+            parts.append(f"{key} {getattr(gate, key)} instead of {getattr(standard, key)}")
+    for key in ("alpha", "guard_margin", "other_margin"):
+        if getattr(gate, key) > getattr(standard, key):
+            parts.append(f"{key} {getattr(gate, key):g} instead of {getattr(standard, key):g}")
+    return ", ".join(parts)
+
+
+def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str) -> tuple[Verdict, str]:
+    gain = next((c for c in comparisons if c.role == "gain"), None)
+    guards = [c for c in comparisons if c.role != "gain"]
+    harmed = sorted((c for c in guards if c.harmed), key=lambda c: (c.after - c.before) / c.n)
+    if harmed:
+        return "undone", "Undone: the lesson did harm. " + "; ".join(map(_fall, harmed)) + "."
+    if d and d["d_prime_change_high"] < 0:
+        return "undone", (
+            f"Undone: the model tells the two sides of {behaviour} apart less well than before "
+            f"(d' {d['d_prime_before']:.2f} -> {d['d_prime_after']:.2f})."
+        )
+    if gain is not None and gain.passed is False and gain.gains <= gain.losses:
+        return "undone", f"Undone: no gain. {_rates(gain)}."
+    open_ends = [_open_end(c) for c in comparisons if _is_open(c)]
+    if gain is None:
+        open_ends.insert(0, f"no probe of {behaviour} was asked, so no gain can be shown")
+    if d and not d["d_prime_passed"]:
+        open_ends.append(
+            f"d' after the lesson is {d['d_prime_after']:.2f}, not shown to be above 0: it may be a yes-sayer"
+        )
+    if open_ends:
+        return "inconclusive", "Not enough evidence, so undone: " + "; ".join(open_ends) + "."
+    assert gain is not None
+    return "kept", f"Kept: {_rates(gain)} (p = {gain.p:.2g}); {_held(guards)}."
+
+
+def _is_open(c: Comparison) -> bool:
+    hopeless = c.role != "gain" and c.before < HOPELESS * c.n
+    return c.passed is not True and not hopeless
+
+
+def _label(c: Comparison) -> str:
+    return f"the other side of {c.name}" if c.role == "other" else c.name
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0")
+
+
+def _rates(c: Comparison) -> str:
+    return f"{_label(c)} went from {c.before} to {c.after} of {c.n} probes"
+
+
+def _fall(c: Comparison) -> str:
+    assert c.difference_interval is not None
+    assert c.margin is not None
+    least = max(0.0, -c.difference_interval[1])
+    return (
+        f"{_rates(c)}, a fall of {_points((c.before - c.after) / c.n)} points (at least {_points(least)} with 95 % "
+        f"confidence; {_points(c.margin)} are allowed)"
+    )
+
+
+def _open_end(c: Comparison) -> str:
+    would_do = f"; about {c.n_needed:,} probes would do" if c.n_needed else "; no number of probes would do"
+    if c.role == "gain":
+        said = c.note or f"the gain could be chance (p = {c.p:.2g}, alpha {c.alpha:.2g})"
+        return f"{_rates(c)}, {said}{would_do}"
+    assert c.margin is not None
+    few = f" ({c.note})" if c.note else ""
+    return f"{_rates(c)}{few}, which does not rule out a fall of {_points(c.margin)} points{would_do}"
+
+
+def _held(guards: Sequence[Comparison]) -> str:
+    """What was guarded, and what was not."""
+    judged = [c for c in guards if c.passed]
+    parts: list[str] = []
+    if judged:
+        falls = ", ".join(f"{_label(c)} (< {_points(c.margin or 0)})" for c in judged)
+        parts.append(f"falls of these many points are ruled out: {falls}")
+    else:
+        parts.append("nothing guarded the rest of what the model can do")
+    if all(c.role != "other" for c in guards):
+        parts.append("where the behaviour must not show was not probed")
+    parts += [f"{_label(c)} {c.note}" for c in guards if c.passed is None]
+    return "; ".join(parts)
+
+
+def recompute(evidence: Evidence) -> Evidence:
+    """The same certificate, every figure and the verdict computed again from its counts.
+
+    Raises:
+        BadRecord: the counts contradict each other.
+    """
+    comparisons: list[Comparison] = []
+    for c in evidence.comparisons:
+        _check_counts(c)
+        fresh = compare(
+            name=c.name,
+            role=c.role,
+            n=c.n,
+            num_seeds=c.num_seeds,
+            before=c.before,
+            gains=c.gains,
+            losses=c.losses,
+            clusters=c.clusters,
+            gate=evidence.gate,
+            num_retries=evidence.num_retries,
+        )
+        kept = {k: getattr(c, k) for k in ("flips", "mean_margin_before", "mean_margin_after")}
+        comparisons.append(fresh.model_copy(update=kept))
+    return certify(
+        comparisons,
+        behaviour=evidence.behaviour,
+        gate=evidence.gate,
+        num_retries=evidence.num_retries,
+        before_version=evidence.before_version,
+        after_version=evidence.after_version,
+        probes_sha256=evidence.probes_sha256,
+        seed=evidence.seed,
+        created_at=evidence.created_at,
+    )
+
+
+def _check_counts(c: Comparison) -> None:
+    problems = {
+        "before, gains and losses fit n": 0 <= c.losses <= c.before and 0 <= c.gains <= c.n - c.before,
+        "after = before + gains - losses": c.after == c.before + c.gains - c.losses,
+        "clusters add up to the counts": not c.clusters
+        or (
+            [sum(column) for column in zip(*c.clusters, strict=True)] == [c.n, c.gains, c.losses]
+            and len(c.clusters) == c.num_seeds
+            and all(min(k) >= 0 and k[1] + k[2] <= k[0] for k in c.clusters)
+        ),
+        "one scenario per probe where no clusters are given": bool(c.clusters) or c.num_seeds == c.n,
+        "at least one probe": c.n > 0,
+    }
+    for expected, holds in problems.items():
+        if not holds:
+            raise BadRecord(
+                f"{c.name} ({c.role}): the counts contradict each other; expected {expected}",
+                "this certificate was changed or damaged",
+            )
+
+
+def verify(evidence: Evidence) -> None:
+    """Recompute a certificate and refuse it where a figure, the verdict or the sentence differs.
+
+    Raises:
+        BadRecord: names the first figure that differs, what it says and what its counts give.
+    """
+    fresh = recompute(evidence)
+    _same(evidence.model_dump(), fresh.model_dump(), "evidence")
+
+
+def _same(found: Any, expected: Any, where: str) -> None:
+    if isinstance(found, dict):
+        for key in found:  # pyright: ignore[reportUnknownVariableType]
+            _same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(found, list | tuple) and len(found) == len(expected):  # pyright: ignore[reportUnknownArgumentType]
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            _same(a, b, f"{where}[{i}]")
+    elif isinstance(found, float) and isinstance(expected, float):
+        if not math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-12):
+            _refuse(where, found, expected)
+    elif found != expected:
+        _refuse(where, found, expected)
+
+
+def _refuse(where: str, found: Any, expected: Any) -> None:
+    raise BadRecord(
+        f"{where}: found {found!r}; the counts give {expected!r}", "this certificate was changed or damaged"
+    )

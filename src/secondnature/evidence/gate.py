@@ -1,0 +1,204 @@
+"""The gate: what the probes said before and after a lesson, in; kept, undone or inconclusive, out (process A).
+
+A pure function of its arguments: it asks nothing, writes nothing, draws no random number. It pairs the outcomes by
+probe, counts, and leaves all figures and the verdict to `certificate`, which needs the counts alone. Probes of the
+lesson's behaviour measure the gain (`side: right`) and the restraint (`side: other`); probes of every other name
+are guards. The same prompt asked twice is one probe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from secondnature.errors import BadInput
+from secondnature.evidence.certificate import ProbeRole, certify, compare
+from secondnature.evidence.power import noninferiority_n_needed
+from secondnature.evidence.statistics import clopper_pearson
+from secondnature.records import (
+    Comparison,
+    Correction,
+    Evidence,
+    Flip,
+    GateSettings,
+    Outcome,
+    Probe,
+    digest,
+    utc_now,
+)
+
+MAX_FLIPS = 20
+"""How many flips per set keep their texts, the losses first."""
+MAX_FLIP_CHARACTERS = 2000
+"""Longer prompts and answers are cut in `Flip`; the whole answers lie in the run directory."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    probe: Probe
+    before: Outcome
+    after: Outcome
+
+
+def judge_lesson(
+    probes: Sequence[Probe],
+    before: Iterable[Outcome],
+    after: Iterable[Outcome],
+    *,
+    behaviour: str,
+    before_version: str,
+    after_version: str,
+    gate: GateSettings | None = None,
+    num_retries: int = 0,
+    seed: int = 0,
+    created_at: datetime | None = None,
+) -> Evidence:
+    """The certificate of a lesson: its verdict, and all counts and figures that lead to it.
+
+    Raises:
+        BadInput: a probe has no outcome before or after.
+    """
+    gate = gate or GateSettings()
+    pairs = _pair(probes, before, after)
+    sets: dict[tuple[int, str], list[_Pair]] = defaultdict(list)
+    roles: tuple[ProbeRole, ...] = ("gain", "other", "guard")
+    for pair in pairs:
+        role = _role(pair.probe, behaviour)
+        sets[roles.index(role), pair.probe.behaviour].append(pair)
+    comparisons = [
+        _compare(name, roles[role], found, gate, num_retries) for (role, name), found in sorted(sets.items())
+    ]
+    return certify(
+        comparisons,
+        behaviour=behaviour,
+        gate=gate,
+        num_retries=num_retries,
+        before_version=before_version,
+        after_version=after_version,
+        probes_sha256=hash_probes([pair.probe for pair in pairs]),
+        seed=seed,
+        created_at=created_at or utc_now(),
+    )
+
+
+def hash_probes(probes: Iterable[Probe]) -> str:
+    """sha256 over the sorted digests of the probes: the same set in another order has the same hash."""
+    return hashlib.sha256("\n".join(sorted({p.digest() for p in probes})).encode()).hexdigest()
+
+
+def _role(probe: Probe, behaviour: str) -> ProbeRole:
+    if probe.behaviour != behaviour:
+        return "guard"
+    return "gain" if probe.side == "right" else "other"
+
+
+def _pair(probes: Sequence[Probe], before: Iterable[Outcome], after: Iterable[Outcome]) -> list[_Pair]:
+    was = {o.probe: o for o in before}
+    now = {o.probe: o for o in after}
+    asked = {p.digest(): p for p in probes}
+    for name, outcomes in (("before", was), ("after", now)):
+        missing = [d for d in asked if d not in outcomes]
+        if missing:
+            raise BadInput(
+                f"{len(missing)} of {len(asked)} probes have no outcome {name} the lesson "
+                f"(the first: {missing[0]})",
+                "ask the same probes before and after",
+            )
+    return [_Pair(p, was[d], now[d]) for d, p in asked.items()]
+
+
+def _compare(
+    name: str, role: ProbeRole, pairs: Sequence[_Pair], gate: GateSettings, num_retries: int
+) -> Comparison:
+    per_seed: dict[str, list[int]] = {}
+    for pair in pairs:
+        counts = per_seed.setdefault(pair.probe.cluster, [0, 0, 0])
+        counts[0] += 1
+        counts[1] += pair.after.passed and not pair.before.passed
+        counts[2] += pair.before.passed and not pair.after.passed
+    clusters = [(c[0], c[1], c[2]) for c in per_seed.values()]
+    comparison = compare(
+        name=name,
+        role=role,
+        n=len(pairs),
+        num_seeds=len(clusters),
+        before=sum(pair.before.passed for pair in pairs),
+        gains=sum(c[1] for c in clusters),
+        losses=sum(c[2] for c in clusters),
+        clusters=clusters if len(clusters) < len(pairs) else [],
+        gate=gate,
+        num_retries=num_retries,
+    )
+    return comparison.model_copy(
+        update={
+            "flips": _flips(pairs),
+            "mean_margin_before": _mean_margin(pair.before for pair in pairs),
+            "mean_margin_after": _mean_margin(pair.after for pair in pairs),
+        }
+    )
+
+
+def _mean_margin(outcomes: Iterable[Outcome]) -> float | None:
+    margins = [o.margin for o in outcomes if o.margin is not None]
+    return sum(margins) / len(margins) if margins else None
+
+
+def _flips(pairs: Iterable[_Pair]) -> list[Flip]:
+    flips = [
+        Flip(
+            prompt=pair.probe.prompt[-1].content[:MAX_FLIP_CHARACTERS],
+            before=pair.before.answer[:MAX_FLIP_CHARACTERS],
+            after=pair.after.answer[:MAX_FLIP_CHARACTERS],
+            gained=pair.after.passed,
+        )
+        for pair in pairs
+        if pair.before.passed != pair.after.passed
+    ]
+    return sorted(flips, key=lambda flip: flip.gained)[:MAX_FLIPS]
+
+
+def held_out(probes: Iterable[Probe], corrections: Iterable[Correction]) -> list[Probe]:
+    """The probes whose prompt is not also the prompt of a correction: nothing that was taught is evidence."""
+    taught = {digest([m.model_dump() for m in c.prompt]) for c in corrections}
+    return [p for p in probes if digest([m.model_dump() for m in p.prompt]) not in taught]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The A/A floor: how often a probe's verdict changes although the weights did not."""
+
+    n: int
+    flips: int
+    rate: float
+    interval: tuple[float, float]
+    """Clopper-Pearson, 95 %, of the flip rate."""
+    guard_probes: int | None
+    """How many probes a guard needs with this many flips (both ways alike), at 80 % power."""
+
+
+def aa_floor(first: Iterable[Outcome], second: Iterable[Outcome], gate: GateSettings | None = None) -> Floor:
+    """The flip rate between two runs of the same probes on the same weights (batching moves greedy answers).
+
+    Raises:
+        BadInput: the runs share no probe.
+    """
+    gate = gate or GateSettings()
+    was: Mapping[str, bool] = {o.probe: o.passed for o in first}
+    now: Mapping[str, bool] = {o.probe: o.passed for o in second}
+    both = was.keys() & now.keys()
+    if not both:
+        raise BadInput(
+            "the two runs share no probe; expected the same probes twice", "ask the same set again"
+        )
+    flips = sum(was[d] != now[d] for d in both)
+    rate = flips / len(both)
+    return Floor(
+        n=len(both),
+        flips=flips,
+        rate=rate,
+        interval=clopper_pearson(flips, len(both)),
+        guard_probes=noninferiority_n_needed(rate / 2, rate / 2, gate.guard_margin, gate.alpha),
+    )
