@@ -1,0 +1,1 @@
+"""The room of the trainer (heavy; import the modules): `step` reads top to bottom."""

@@ -1,0 +1,82 @@
+"""What must hold before a step may write (trainer).
+
+Examples are checked before anything is computed; losses, gradients and updates before anything is written. A step
+that fails here has changed neither weights nor moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondnature.errors import BadExample, ContextOverflow, NonFinite
+from secondnature.model.load import context_limit
+from secondnature.records import Example
+from secondnature.train.losses import Objective
+
+__all__ = ["check_examples", "check_loss", "check_tensors", "limit_norm_"]
+
+
+def check_examples(model: nn.Module, examples: Sequence[Example], objective: Objective) -> None:
+    """Every example fits the model: ids inside the vocabulary, length inside the context.
+
+    Raises:
+        BadExample: an id outside the vocabulary, or no rejected answer for an objective that compares.
+        ContextOverflow: context and continuation are longer than the model can read.
+    """
+    config: Any = model.config
+    vocab_size: int = config.get_text_config(decoder=True).vocab_size
+    limit = context_limit(config)
+    if objective != "sft" and all(e.rejected_ids is None for e in examples):
+        raise BadExample(f"`{objective}` needs rejected_ids; no example has any", "send them, or use sft")
+    for i, example in enumerate(examples):
+        rejected = example.rejected_ids or []
+        highest = max(*example.context_ids, *example.continuation_ids, *rejected)
+        if highest >= vocab_size:
+            raise BadExample(
+                f"example {i}: token id {highest}; the vocabulary has {vocab_size}", "wrong tokenizer?"
+            )
+        length = len(example.context_ids) + max(len(example.continuation_ids), len(rejected))
+        if length > limit:
+            raise ContextOverflow(
+                f"example {i}: {length} tokens; the model reads {limit}", "shorten the conversation"
+            )
+
+
+def check_loss(loss: Tensor, example: int) -> None:
+    """Raises NonFinite if the loss of an example is NaN or infinite."""
+    if not math.isfinite(float(loss.detach())):
+        raise NonFinite(
+            f"example {example}: the loss is {float(loss.detach())}",
+            "the weights or the learning rate are bad",
+        )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], what: str) -> float:
+    """The norm over all tensors, if every value is finite.
+
+    Raises:
+        NonFinite: names the first tensor that is not, and `what` it is ("example 3: the gradient").
+    """
+    if not tensors:
+        return 0.0
+    norm = float(torch.nn.utils.get_total_norm(list(tensors.values())))
+    if not math.isfinite(norm):
+        for name, tensor in tensors.items():
+            if not math.isfinite(float(tensor.norm())):
+                raise NonFinite(
+                    f"{what} of {name} is not finite", "lower the learning rate, or drop the example"
+                )
+        raise NonFinite(f"{what} has no finite norm", "lower the learning rate, or drop the example")
+    return norm
+
+
+def limit_norm_(tensors: Mapping[str, Tensor], norm: float, limit: float | None) -> None:
+    """Scale the gradients in place so that their common norm is at most `limit`."""
+    if limit is not None and norm > limit:
+        for tensor in tensors.values():
+            tensor.mul_(limit / norm)

@@ -1,0 +1,105 @@
+"""The objectives, as pure functions of log-probabilities (trainer).
+
+Each takes the per-token log-probabilities of one chosen (and one rejected) continuation and returns a scalar to
+minimise. Lengths may differ; nothing here knows of models, prefixes or batches. Nats throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "Objective",
+    "Reference",
+    "dpo",
+    "dpop",
+    "example_loss",
+    "log_odds",
+    "orpo",
+    "sequence_logprob",
+    "sft",
+]
+
+Objective = Literal["sft", "orpo", "dpo", "dpop"]
+
+ORPO_LAMBDA = 0.1
+"""Weight of the odds-ratio term; the paper's value for Mistral 7B."""
+DPO_BETA = 0.1
+DPOP_LAMBDA = 50.0
+"""Weight of DPOP's penalty; the paper's value."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Total log-probabilities of the two answers before the first write of a job (DPO, DPOP)."""
+
+    chosen: float
+    rejected: float
+
+
+def sequence_logprob(logps_T: Tensor) -> Tensor:
+    """log p(continuation | context): the sum over its tokens."""
+    return logps_T.sum()
+
+
+def sft(logps_T: Tensor) -> Tensor:
+    """Mean negative log-probability per token."""
+    return -logps_T.mean()
+
+
+def log_odds(mean_logp: Tensor) -> Tensor:
+    """log(p / (1 - p)) for p = exp(mean_logp); finite also where p rounds to 1."""
+    logp = mean_logp.clamp(max=-1e-7)
+    return logp - torch.log(-torch.expm1(logp))
+
+
+def orpo(chosen_T: Tensor, rejected_T: Tensor, *, weight: float = ORPO_LAMBDA) -> Tensor:
+    """SFT on the chosen answer plus the odds ratio against the rejected one; needs no reference.
+
+    L = L_SFT - lambda * log sigmoid(log odds(chosen) - log odds(rejected)), odds of the per-token mean
+    probability. Hong et al. 2024, arXiv 2403.07691, equations 4, 6 and 7.
+    """
+    ratio = log_odds(chosen_T.mean()) - log_odds(rejected_T.mean())
+    return sft(chosen_T) - weight * F.logsigmoid(ratio)
+
+
+def dpo(chosen_T: Tensor, rejected_T: Tensor, reference: Reference, *, beta: float = DPO_BETA) -> Tensor:
+    """-log sigmoid(beta * (gain of the chosen - gain of the rejected)).
+
+    A gain is the change of a total log-probability since the job began.
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
+    """
+    gain = (chosen_T.sum() - reference.chosen) - (rejected_T.sum() - reference.rejected)
+    return -F.logsigmoid(beta * gain)
+
+
+def dpop(
+    chosen_T: Tensor,
+    rejected_T: Tensor,
+    reference: Reference,
+    *,
+    beta: float = DPO_BETA,
+    weight: float = DPOP_LAMBDA,
+) -> Tensor:
+    """DPO that also punishes a falling likelihood of the chosen answer. Pal et al. 2024, arXiv 2402.13228."""
+    chosen_gain = chosen_T.sum() - reference.chosen
+    rejected_gain = rejected_T.sum() - reference.rejected
+    fallen = torch.clamp(-chosen_gain, min=0)
+    return -F.logsigmoid(beta * (chosen_gain - rejected_gain - weight * fallen))
+
+
+def example_loss(
+    objective: Objective, chosen_T: Tensor, rejected_T: Tensor | None, reference: Reference | None
+) -> Tensor:
+    """The loss of one example. An example without a rejected answer (replay among pairs) is always SFT."""
+    if objective == "sft" or rejected_T is None:
+        return sft(chosen_T)
+    if objective == "orpo":
+        return orpo(chosen_T, rejected_T)
+    assert reference is not None, "DPO and DPOP need the log-probabilities before the first write"
+    return (dpo if objective == "dpo" else dpop)(chosen_T, rejected_T, reference)

@@ -1,0 +1,210 @@
+"""The frozen context: the model's state after the context, made once, read by any continuations (trainer).
+
+The context is run without gradients and its state kept: attention keys and values, GatedDeltaNet convolution and
+recurrent states. A continuation then runs with gradients on top of it. transformers' own cache cannot do this: it
+is written in place, which destroys what backward needs and what the next continuation reads. So the state is held
+in layers that answer `update_*` with the concatenation, or with the new state, and store nothing; transformers is
+not patched.
+
+What is frozen is all of the context but its last token: that one is read again, with gradients, because its
+output predicts the first token of the continuation. The gradient is that of a model whose prefix is a constant:
+exact for that (law 3), and a truncation of full training, in which context positions would get gradients too.
+
+Shapes: K continuations of one context, C context tokens, T continuation tokens; keys and values (1, heads, C-1,
+head), convolution states (1, channels, kernel), recurrent states (1, heads, key, value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+
+from secondnature.errors import BadExample, UnsupportedModel
+
+__all__ = ["Prefix", "continuation_logits", "continuation_logps", "freeze", "self_test"]
+
+PAD_ID = 0
+"""Fills the right end of shorter continuations; causality keeps it out of every real position."""
+
+
+class _FrozenAttention(DynamicLayer):
+    """Keys and values of the context; new ones are appended to a copy."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        batch = key_states.shape[0]
+        keys, values = self.keys.expand(batch, -1, -1, -1), self.values.expand(batch, -1, -1, -1)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class _FrozenRecurrence(LinearAttentionLayer):
+    """Convolution and recurrent state after the context; new states are returned, never stored."""
+
+    def __init__(self, conv: Tensor, recurrent: Tensor, batch: int) -> None:
+        super().__init__()
+        self.conv_states = {0: conv.expand(batch, -1, -1)}
+        self.recurrent_states = {0: recurrent.expand(batch, -1, -1, -1)}
+        self.is_conv_states_initialized = {0: True}
+        self.is_recurrent_states_initialized = {0: True}
+        self.has_previous_state = {0: True}
+        self.dtype, self.device = conv.dtype, conv.device
+        # keeps single tokens off the fused decoding kernel, which writes the convolution state in place
+        self.record_past = True
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        before = self.conv_states[state_idx]
+        assert before is not None
+        return torch.cat([before, conv_states], dim=-1)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return recurrent_states
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The state after all context tokens but the last; immutable, so it can be read any number of times."""
+
+    states: tuple[tuple[Tensor, Tensor], ...]
+    """Per layer (keys, values) or (convolution, recurrent); empty where the context has one token."""
+    recurrent: tuple[bool, ...]
+    """Per layer: does it hold a recurrence rather than keys and values?"""
+    num_tokens: int
+    """C - 1."""
+    last_id: int
+    """The context's last token: the first input of every continuation."""
+    version: str | None = None
+    """The weights it was computed with."""
+
+    def cache(self, batch: int) -> Cache | None:
+        """The state as transformers wants it, for `batch` continuations; costs no memory until it is read."""
+        if self.num_tokens == 0:
+            return None
+        return Cache(
+            layers=[
+                _FrozenRecurrence(a, b, batch) if recurrent else _FrozenAttention(a, b)
+                for (a, b), recurrent in zip(self.states, self.recurrent, strict=True)
+            ]
+        )
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None = None) -> Prefix:
+    """Run the context and keep the model's state before its last token.
+
+    Raises:
+        BadExample: the context is empty.
+        UnsupportedModel: the model keeps state of a kind that cannot be frozen.
+    """
+    if not context_ids:
+        raise BadExample(
+            "the context is empty", "give at least one context token (the beginning-of-text token)"
+        )
+    *before, last = context_ids
+    if not before:
+        return Prefix((), (), 0, last, version)
+    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
+    ids = torch.tensor([before], device=next(model.parameters()).device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    states: list[tuple[Tensor, Tensor]] = []
+    recurrent: list[bool] = []
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            pair = (layer.keys, layer.values)
+        elif type(layer) is LinearAttentionLayer and layer.number_of_states == 1:
+            pair = (layer.conv_states[0], layer.recurrent_states[0])
+        else:
+            pair = (None, None)
+        if pair[0] is None or pair[1] is None:
+            raise UnsupportedModel(
+                f"layer {index} keeps a {type(layer).__name__}; expected full attention or GatedDeltaNet",
+                "this architecture cannot be trained with a frozen context yet",
+            )
+        states.append((pair[0], pair[1]))
+        recurrent.append(type(layer) is LinearAttentionLayer)
+    return Prefix(tuple(states), tuple(recurrent), len(before), last, version)
+
+
+def continuation_logits(model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (K, T, V) that predict each token of K continuations of one prefix, padded at the right to T.
+
+    Row k, position t predicts `continuations[k][t]`; positions past the end of a continuation mean nothing.
+
+    Raises:
+        BadExample: a continuation is empty.
+    """
+    if not all(continuations):
+        raise BadExample("a continuation is empty", "nothing to learn from, nothing to score")
+    longest = max(len(c) for c in continuations)
+    inputs = [[prefix.last_id, *c[:-1], *[PAD_ID] * (longest - len(c))] for c in continuations]
+    ids = torch.tensor(inputs, device=next(model.parameters()).device)
+    cache = prefix.cache(len(continuations))
+    return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+
+
+def continuation_logps(
+    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Per continuation the log-probabilities (T_k) of its tokens, in nats; with gradients if they are enabled."""
+    logits = continuation_logits(model, prefix, continuations)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps: list[Tensor] = []
+    for k, continuation in enumerate(continuations):
+        targets = torch.tensor(list(continuation), device=logits.device)
+        logps.append(-F.cross_entropy(wide[k, : len(targets)], targets, reduction="none"))
+    return logps
+
+
+@torch.no_grad()
+def self_test(model: nn.Module, *, tolerance: float | None = None) -> float:
+    """Compare continuations on a frozen prefix with plain runs of the whole text; returns the largest difference.
+
+    Two continuations of different lengths, one of a single token, on a context of 70 tokens (over one chunk of the
+    delta rule) where the model can read that many. Run it once per model before the first step.
+
+    Raises:
+        UnsupportedModel: the difference exceeds `tolerance` (None: 1e-3 of the logits' scale in fp32, 0.1 in bf16),
+            or reading the prefix changed it.
+    """
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    num_context = min(70, config.max_position_embeddings - 8)
+    if num_context < 2:
+        raise UnsupportedModel(f"the model reads only {config.max_position_embeddings} tokens")
+    text = [(7 * i + i * i // 3) % config.vocab_size for i in range(num_context + 5)]
+    context, answer = text[:num_context], text[num_context:]
+    prefix = freeze(model, context)
+    first = continuation_logits(model, prefix, [answer, answer[:1]])
+    again = continuation_logits(model, prefix, [answer, answer[:1]])
+    if not torch.equal(first, again):
+        raise UnsupportedModel(
+            "reading a frozen prefix changed it", "this transformers version is not supported"
+        )
+    ids = torch.tensor([text[:-1]], device=first.device)
+    plain = model(input_ids=ids, use_cache=False).logits[0, num_context - 1 :]
+    difference = max(float((first[0] - plain).abs().max()), float((first[1, 0] - plain[0]).abs().max()))
+    scale = max(1.0, float(plain.abs().max()))
+    if tolerance is None:
+        tolerance = (0.1 if first.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
+    if not difference <= tolerance:
+        raise UnsupportedModel(
+            f"a frozen context changes the logits by {difference:.2g}; expected at most {tolerance:.2g}",
+            "this architecture or transformers version cannot be trained with a frozen context",
+        )
+    return difference
