@@ -1,0 +1,330 @@
+"""What is asked of the engine, and what it answers: requests, events, results, stamps (process A). No torch.
+
+A `GenerationHandle` can be read by the thread that asked (`result()`, iteration), by an asyncio task
+(`async for event in handle.stream()`) or by a callback in the engine's thread; events that came before a reader
+are replayed to it, so none is ever lost. Leaving `stream()` early cancels the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from secondnature.errors import BadExample, BadInput, SecondnatureError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which weights there are at one moment."""
+
+    epoch: int
+    """Moves with every write and every undo; never repeats."""
+    writing: bool = False
+    """A write is going on."""
+    version: str = ""
+    """Content id of the weights (of the last whole state, while one is written)."""
+    trial: bool = False
+    """A lesson is running or on trial."""
+
+
+class WeightsClock(Protocol):
+    """Tells which weights there are; read before and after every forward, so it has to be cheap."""
+
+    def read(self) -> Stamp:
+        """The stamp of this moment."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which weights gave an answer (law 5): the stamps around its first and its last forward."""
+
+    first: Stamp
+    last: Stamp
+    changed: bool = False
+    """A write happened or was going on between the two: no single version gave this answer."""
+    trial: bool = False
+    """A lesson was running or on trial at any of the stamps."""
+
+    def seen(self, stamp: Stamp) -> Span:
+        """The span, grown by a later stamp."""
+        changed = self.changed or stamp.writing or stamp.epoch != self.last.epoch
+        return Span(
+            self.first, stamp, changed or stamp.version != self.last.version, self.trial or stamp.trial
+        )
+
+    @staticmethod
+    def begin(stamp: Stamp) -> Span:
+        """The span of a request whose first forward is about to begin."""
+        return Span(stamp, stamp, stamp.writing, stamp.trial)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer to generate, or one text to score (`max_tokens=0` with `score_from`)."""
+
+    prompt_ids: list[int]
+    max_tokens: int | None = None
+    """None: as many as the context still holds. 0: only score the prompt."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """None: no log-probabilities; k: of each token and its k best alternatives (at most 20)."""
+    score_from: int | None = None
+    """Report the log-probability of every prompt token from this index (>= 1) on."""
+    background: bool = False
+    """Probes and the like: gets the rows that users leave free."""
+    ignore_eos: bool = False
+
+    def check(self) -> None:
+        """Raises: BadInput: a sampling field is out of its range."""
+        problems = (
+            (
+                not 0 <= self.temperature < float("inf"),
+                f"temperature is {self.temperature}; expected 0 or more",
+            ),
+            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}; expected more than 0 and at most 1"),
+            (self.max_tokens is not None and self.max_tokens < 0, f"max_tokens is {self.max_tokens}"),
+            (
+                self.logprobs is not None and not 0 <= self.logprobs <= 20,
+                f"logprobs is {self.logprobs}; 0 to 20",
+            ),
+            (
+                self.score_from is not None and not 1 <= self.score_from <= len(self.prompt_ids),
+                f"score_from is {self.score_from}; expected 1 to {len(self.prompt_ids)} (the prompt's length)",
+            ),
+        )
+        for wrong, message in problems:
+            if wrong:
+                raise BadInput(message, "mend the request")
+
+
+def score_request(
+    context_ids: Sequence[int], continuation_ids: Sequence[int], *, top: int = 0, background: bool = False
+) -> GenerationRequest:
+    """The request that scores a continuation, teacher-forced: read `result.prompt_tokens`.
+
+    Raises:
+        BadExample: no context (the first token of a text has no log-probability) or no continuation.
+    """
+    if not context_ids or not continuation_ids:
+        empty = "continuation" if context_ids else "context"
+        raise BadExample(f"the {empty} has no tokens; expected at least one", "give both parts")
+    return GenerationRequest(
+        [*context_ids, *continuation_ids],
+        max_tokens=0,
+        logprobs=top,
+        score_from=len(context_ids),
+        background=background,
+    )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its text (of this token alone), its log-probability and the best alternatives."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text, whole characters only, and the log-probabilities (if asked for) of the tokens behind it."""
+
+    text: str
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The whole answer."""
+
+    text: str
+    """Without the stop string and without special tokens: the deltas' texts, joined."""
+    token_ids: list[int]
+    """Every token that was generated, the end token and a stop string's tokens included."""
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    tokens: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    """With `logprobs`: the tokens of `text` (no end token, none of the stop string)."""
+    prompt_tokens: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    """With `score_from`: the prompt's tokens from there on."""
+    stop_reason: str | int | None = None
+    """The stop string or the end token that was met."""
+    weights: Span | None = None
+    """None where no forward was run."""
+    error: SecondnatureError | None = None
+    """With finish_reason error or cancelled."""
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event."""
+
+    result: GenerationResult
+
+
+Event = Delta | Done
+OnEvent = Callable[[Event], None]
+
+
+class GenerationHandle:
+    """A request under way."""
+
+    def __init__(self, request: GenerationRequest, wake: Callable[[], None]) -> None:
+        self.request = request
+        self._wake = wake
+        self._lock = threading.Condition()
+        self._events: list[Event] = []
+        self._readers: list[OnEvent] = []
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked for the end."""
+        return self._cancelled
+
+    @property
+    def done(self) -> bool:
+        """Whether the last event was sent."""
+        with self._lock:
+            return bool(self._events) and isinstance(self._events[-1], Done)
+
+    def cancel(self) -> None:
+        """Give the row back at the engine's next turn; the result is `cancelled`. Harmless when done."""
+        self._cancelled = True
+        self._wake()
+
+    def subscribe(self, on_event: OnEvent) -> None:
+        """Call `on_event` for every event, past ones first; later from the engine's thread: return at once."""
+        with self._lock:
+            for event in self._events:
+                on_event(event)
+            self._readers.append(on_event)
+
+    def emit(self, event: Event) -> None:
+        """Send an event (the engine). A reader that raises is gone: it is dropped and the request cancelled."""
+        with self._lock:
+            self._events.append(event)
+            for reader in list(self._readers):
+                try:
+                    reader(event)
+                except Exception:  # noqa: BLE001  (whatever a reader does must not touch the other requests)
+                    self._readers.remove(reader)
+                    self._cancelled = True
+            self._lock.notify_all()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Every event, blocking; the last one is `Done`."""
+        position = 0
+        while True:
+            with self._lock:
+                while len(self._events) <= position:
+                    self._lock.wait()
+                event = self._events[position]
+            yield event
+            if isinstance(event, Done):
+                return
+            position += 1
+
+    async def stream(self) -> AsyncIterator[Event]:
+        """Every event, for asyncio; leaving early (the client is gone) cancels the request."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.subscribe(lambda event: loop.call_soon_threadsafe(queue.put_nowait, event) and None)
+        try:
+            while True:
+                event = await queue.get()
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            if not self.done:
+                self.cancel()
+
+    async def answer(self) -> GenerationResult:
+        """Wait for the whole answer, for asyncio; being cancelled cancels the request.
+
+        Raises:
+            SecondnatureError: the request failed; the error says why.
+        """
+        async for event in self.stream():
+            if isinstance(event, Done):
+                return self.result()
+        raise AssertionError("the last event is Done")
+
+    def result(self, timeout_s: float | None = None) -> GenerationResult:
+        """Wait for the whole answer.
+
+        Raises:
+            SecondnatureError: the request failed; the error says why.
+            TimeoutError: not done in time.
+        """
+        with self._lock:
+            if not self._lock.wait_for(
+                lambda: self._events and isinstance(self._events[-1], Done), timeout_s
+            ):
+                raise TimeoutError(f"no answer within {timeout_s} s")
+            last = self._events[-1]
+        assert isinstance(last, Done)
+        if last.result.finish_reason == "error":
+            assert last.result.error is not None
+            raise last.result.error
+        return last.result
+
+
+@dataclass
+class Histogram:
+    """Counts per bucket, as Prometheus wants them; seconds."""
+
+    bounds: tuple[float, ...] = (
+        *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075),
+        *(0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    )
+    counts: list[int] = field(default_factory=lambda: [0] * 17)
+    """One more than bounds: the last is everything above."""
+    total_s: float = 0.0
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Count one observation (or several equal ones)."""
+        index = next((i for i, bound in enumerate(self.bounds) if seconds <= bound), len(self.bounds))
+        self.counts[index] += times
+        self.total_s += seconds * times
+
+
+@dataclass
+class EngineMetrics:
+    """Plain numbers; read by the server at any time."""
+
+    requests: dict[str, int] = field(
+        default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+    )
+    """Ended requests by finish reason."""
+    refused: int = 0
+    """Requests refused at the door because the queue was full."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    running: int = 0
+    """Rows in use, prompts being read included."""
+    waiting: int = 0
+    steps: int = 0
+    """Forwards of the running batch."""
+    time_per_token: Histogram = field(default_factory=Histogram)
+    """Between two tokens of one stream, as its reader sees it: reading other prompts included."""
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    """From submit to the first token."""
