@@ -26,6 +26,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     │   ├── NonFinite(FloatingPointError)   a loss or a gradient was NaN or infinite
     │   ├── Cancelled                       somebody asked for it
     │   └── TrainerDied                     the trainer process is gone; it is restarted
+    ├── SandboxFailed(RuntimeError)    500  the sandbox itself could not run (not: an answer that failed in it)
     └── Unreachable(ConnectionError)   503  no server answers, or it is shutting down
 """
 
@@ -47,6 +48,7 @@ __all__ = [
     "HomeInUse",
     "NonFinite",
     "NotFound",
+    "SandboxFailed",
     "SecondnatureError",
     "StorageError",
     "TooLarge",
@@ -187,6 +189,10 @@ class Cancelled(TrainingError):
 
 class TrainerDied(TrainingError):
     """The trainer process is gone; its writes were undone and it is being restarted."""
+
+
+class SandboxFailed(SecondnatureError, RuntimeError):
+    """The sandbox itself could not run; says nothing about the answers."""
 
 
 class Unreachable(SecondnatureError, ConnectionError):

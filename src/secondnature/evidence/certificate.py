@@ -7,7 +7,7 @@ probes -> undone; everything shown -> kept; otherwise inconclusive, with the n t
 "d' must not fall" for finite samples: d' = z(hits) - z(false accepts) is noisy (a standard error of 0.3 to 0.4 at
 60 + 120 probes), so a rule on the point estimate would be a coin toss. What is asked: the lower limit of d'
 after the lesson is above 0 (a yes-sayer has d' = 0), and the upper limit of its change is not below 0 (no fall is
-shown). Both one-sided at alpha, by the delta method, paired. How far the other side may fall is the exact test's job.
+shown). Both one-sided at alpha, by the delta method, paired. How far the other side may fall: the exact test's job.
 """
 
 from __future__ import annotations

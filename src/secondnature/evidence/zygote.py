@@ -1,0 +1,270 @@
+"""Second stage of the sandbox: a small process that forks one limited child per check (a process of its own).
+
+Run by walls.py; not imported by anything. It reads all jobs from stdin, loads once what answers may import, drops
+root, forks (a millisecond instead of an interpreter's start), kills what overstays, and writes all rulings at once.
+
+A child can open nothing (RLIMIT_NOFILE 0: no file, socket or pipe, hence no further import), cannot fork or start a
+thread (RLIMIT_NPROC 0), has little memory and CPU, an emptied `os`, and an audit hook that refuses every event that
+is not known to be harmless. A pass is a secret written to a pipe after the last assertion; the secret lives in a
+frame that an answer cannot reach by any audited way (frames, gc, tracing) nor by signal handlers (`signal` is empty).
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import sys
+import time
+import types
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+IMPORTABLE = """
+__future__ abc array base64 binascii bisect calendar cmath collections collections.abc colorsys contextlib copy
+dataclasses datetime decimal difflib enum errno fractions functools hashlib heapq html io itertools json keyword
+math numbers operator os os.path pprint random re statistics string struct sys textwrap time timeit types typing
+unicodedata uuid warnings zlib
+""".split()
+"""What answers may import: computing, no world. All of it is loaded before the first fork (and `os` then emptied)."""
+LAZY = """
+_strptime copyreg reprlib weakref encodings.ascii encodings.latin_1 encodings.cp1252 encodings.idna encodings.utf_16
+encodings.utf_32 encodings.utf_8_sig encodings.unicode_escape encodings.raw_unicode_escape encodings.punycode
+encodings.hex_codec encodings.rot_13 encodings.base64_codec
+""".split()
+"""What the library itself imports late."""
+EMPTIED = (
+    "_posixsubprocess _signal _thread faulthandler fcntl gc os posix resource select signal threading".split()
+)
+"""Modules that a child keeps by name only, but for what the library needs of them:"""
+KEPT = frozenset(
+    "__name__ __spec__ __loader__ __doc__ fspath PathLike path sep altsep linesep strerror getpid urandom RLock "
+    "allocate_lock get_ident LockType".split()
+)
+HARMLESS = frozenset(
+    "compile exec builtins.id builtins.input builtins.input/result time.sleep object.__setattr__ "
+    "object.__delattr__ array.__new__ sys.unraisablehook".split()
+)
+"""Audit events that a child may raise; `import` and `object.__getattr__` are decided by their argument."""
+FRAMES = frozenset(("tb_frame", "gi_frame", "cr_frame", "ag_frame"))
+NOBODY = 65534
+OUT = 3
+"""The only descriptor of a child that leads anywhere: its result."""
+MAX_REASON_BYTES = 400
+REGEX_CPU_S = 0.5
+
+
+class Refused(PermissionError, ValueError):
+    """Not in the sandbox. (A ValueError too: the library expects one where frames are not to be had.)"""
+
+
+class _Overtime(Exception):  # noqa: N818 - no error, the clock
+    """A regular expression used up its time."""
+
+
+@dataclass
+class _Child:
+    pid: int
+    job: int
+    secret: bytes
+    deadline: float
+    heard: bytes = b""
+
+
+def _limit(kind: int, value: int) -> None:
+    try:
+        resource.setrlimit(kind, (value, value))
+    except (ValueError, OSError):  # the hard limit is lower already, or this system has no such limit
+        return
+
+
+def _enclose(pipe: int, cpu_s: int, wall_s: float, memory_bytes: int) -> None:
+    """Cut a fresh child off: its own session, no descriptor but /dev/null (0 to 2) and the result, limits."""
+    os.setsid()
+    os.dup2(pipe, OUT)
+    os.closerange(OUT + 1, 1024)
+    signal.setitimer(signal.ITIMER_REAL, wall_s + 5)  # should the zygote be gone by then
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_CPU, cpu_s)
+    _limit(resource.RLIMIT_AS, memory_bytes)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_NPROC, 0)
+    _limit(resource.RLIMIT_NOFILE, 0)
+
+
+def _install_hook() -> None:
+    """Refuse what is not known to be harmless. An audit hook cannot be taken off again."""
+    harmless, frames, refused = HARMLESS, FRAMES, Refused
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in harmless or (event == "object.__getattr__" and arguments[1] not in frames):
+            return
+        if event == "import":
+            raise ImportError(f"{arguments[0]} is not available in the sandbox")
+        raise refused(f"{event} is not allowed in the sandbox")
+
+    sys.addaudithook(hook)
+
+
+def _run_answer(job: dict[str, Any], secret: bytes) -> NoReturn:
+    """In a child: run the answer, then the assertions in its namespace; write the secret if all held.
+
+    Whatever is needed after the answer has run is bound to a local name before: it may have changed the rest.
+    """
+    write, leave, limit, built = os.write, os._exit, MAX_REASON_BYTES, vars(builtins)
+    main = types.ModuleType("__main__")
+    scope = vars(main)
+    pristine = dict(built)
+    where = "the answer"
+    try:
+        random.seed(0)  # the same answer gets the same ruling before and after a lesson
+        answer = compile(job["code"], "<answer>", "exec", dont_inherit=True, optimize=0)
+        where = "the check"
+        tests = compile(job["tests"], "<check>", "exec", dont_inherit=True, optimize=0)
+        where = "the answer"
+        sys.modules["__main__"] = main
+        _install_hook()
+        _empty_modules()
+        globals().clear()
+        exec(answer, scope)  # noqa: S102 - this is what the sandbox is for
+        where = "the check"
+        built.clear()
+        built.update(pristine)
+        scope["__builtins__"] = built
+        exec(tests, scope)  # noqa: S102
+        write(3, secret)
+        leave(0)
+    except BaseException as error:  # noqa: BLE001 - whatever an answer throws is its ruling
+        built.clear()
+        built.update(pristine)
+        try:
+            trace = error.__traceback__.tb_next if error.__traceback__ else None
+            line = trace.tb_lineno if trace else getattr(error, "lineno", "?")
+            said = f"{where}, line {line}: {type(error).__name__}: {error}"
+            write(3, said.encode("utf-8", "replace")[:limit])
+        finally:
+            leave(1)
+    leave(1)
+
+
+def _empty_modules() -> None:
+    for name in EMPTIED:
+        contents = vars(sys.modules[name]) if name in sys.modules else {}
+        for key in [k for k in contents if k not in KEPT]:
+            del contents[key]
+
+
+def _run_regexes(items: list[list[str]]) -> NoReturn:
+    """In a child: one byte per (pattern, text): found, absent, or overtime (0.5 s of CPU)."""
+
+    def ring(_signal: int, _frame: types.FrameType | None) -> None:
+        raise _Overtime
+
+    signal.signal(signal.SIGVTALRM, ring)
+    for pattern, text in items:
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, REGEX_CPU_S)
+            found = re.search(pattern, text) is not None
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            os.write(OUT, b"1" if found else b"0")
+        except (_Overtime, re.error, MemoryError, RecursionError, OverflowError):
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            os.write(OUT, b"t")
+    os._exit(0)
+
+
+def _start(job: dict[str, Any], number: int, limits: dict[str, Any]) -> tuple[int, _Child]:
+    items: list[list[str]] | None = job.get("regexes")
+    cpu_s = limits["cpu_s"] if items is None else int(REGEX_CPU_S * len(items)) + 2
+    wall_s = limits["wall_s"] if items is None else 5 * cpu_s
+    ours, theirs = os.pipe()
+    secret = os.urandom(24)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _enclose(theirs, cpu_s, wall_s, limits["memory_bytes"])
+            if items is None:
+                _run_answer(job, secret)
+            _run_regexes(items)
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    return ours, _Child(pid, number, secret, time.monotonic() + wall_s)
+
+
+def _end(child: _Child, overdue: bool) -> dict[str, Any]:
+    """Kill, reap and rule."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+    _, status = os.waitpid(child.pid, 0)
+    passed = child.heard == child.secret
+    reason = "" if passed else child.heard.decode("utf-8", "replace")
+    if overdue:
+        reason = "took too long"
+    elif not reason and not passed:
+        ended = os.waitstatus_to_exitcode(status)
+        killed = f"killed by signal {-ended} (out of CPU time or stack)" if ended < 0 else f"status {ended}"
+        reason = f"ended without a ruling: {killed}"
+    return {"passed": passed, "heard": reason}
+
+
+def run_all(jobs: list[dict[str, Any]], limits: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rulings, in order; at most `limits["workers"]` children at a time."""
+    rulings: list[dict[str, Any]] = [{} for _ in jobs]
+    waiting = list(range(len(jobs)))[::-1]
+    running: dict[int, _Child] = {}
+    while waiting or running:
+        while waiting and len(running) < limits["workers"]:
+            number = waiting.pop()
+            fd, child = _start(jobs[number], number, limits)
+            running[fd] = child
+        nearest = min(c.deadline for c in running.values())
+        ready = select.select(list(running), [], [], max(0.0, nearest - time.monotonic()))[0]
+        now = time.monotonic()
+        for fd in list(running):
+            child = running[fd]
+            data = os.read(fd, 65536) if fd in ready else None
+            child.heard = (child.heard + (data or b""))[:65536]
+            overdue = now >= child.deadline
+            if data == b"" or overdue:
+                os.close(fd)
+                rulings[child.job] = _end(running.pop(fd), overdue and data != b"")
+    return rulings
+
+
+def main() -> None:
+    """Read the jobs, load, drop root, run, answer."""
+    devnull, walls = int(sys.argv[1]), [w for w in sys.argv[2].split(",") if w]
+    request = json.loads(sys.stdin.buffer.read())
+    answer_to = os.dup(1)
+    for fd in (0, 1, 2):
+        os.dup2(devnull, fd)
+    for name in IMPORTABLE + LAZY:
+        importlib.import_module(name)
+    if os.getuid() == 0:  # root is exempt from RLIMIT_NPROC and could lift the others
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            walls.append("not root")
+        except OSError:
+            walls.append("ROOT")
+    gc.collect()
+    gc.freeze()
+    rulings = run_all(request["jobs"], request["limits"])
+    with os.fdopen(answer_to, "wb") as out:
+        out.write(json.dumps({"walls": walls, "rulings": rulings}).encode())
+
+
+if __name__ == "__main__":
+    main()
