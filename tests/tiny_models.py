@@ -1,0 +1,121 @@
+"""Real small models built from configs: a GatedDeltaNet hybrid, a dense one, a GPT-2; random weights in bf16.
+
+Shapes are chosen so that nothing is accidentally square: fewer key than value heads, fewer key/value than query
+heads, partial rotary positions. The recurrence is initialised so that it remembers (the library's own default
+forgets within a token), norms are away from one, so that every tensor has a gradient worth comparing.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3_5TextConfig, Qwen3Config
+
+from secondnature.model.load import build, plan
+from secondnature.weights.arena import Arena
+
+VOCAB_SIZE = 97
+
+
+def hybrid_config(**changes: Any) -> Qwen3_5TextConfig:
+    """Three GatedDeltaNet layers, one attention layer, one more GatedDeltaNet; tied head."""
+    kinds = ["linear_attention"] * 3 + ["full_attention", "linear_attention"]
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 5,
+        "layer_types": kinds,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return Qwen3_5TextConfig(**{**settings, **changes})
+
+
+def dense_config(**changes: Any) -> Qwen3Config:
+    """Qwen3: three attention layers with normed queries and keys; head of its own."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return Qwen3Config(**{**settings, **changes})
+
+
+def gpt2_config(**changes: Any) -> GPT2Config:
+    """GPT-2: learned positions, biases everywhere, Conv1D, tied head."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "n_embd": 48,
+        "n_inner": 80,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 256,
+        "resid_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "initializer_range": 0.05,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPT2Config(**{**settings, **changes})
+
+
+CONFIGS = {"hybrid": hybrid_config, "dense": dense_config, "gpt2": gpt2_config}
+
+
+@torch.no_grad()
+def save_tiny(config: PretrainedConfig, directory: Path, *, seed: int = 0) -> Path:
+    """A model directory (config.json, model.safetensors in bf16) with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(0, math.log(16))
+            elif name.endswith("dt_bias"):
+                dt = torch.empty_like(parameter).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+                parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All parameters of a model directory, in bf16."""
+    weights: dict[str, Tensor] = {}
+    for spec in plan(directory):
+        with safe_open(spec.file, framework="pt") as stored:
+            weights[spec.name] = stored.get_tensor(spec.key).to(torch.bfloat16)
+    return weights
+
+
+def in_arena(directory: Path, *, compute_dtype: torch.dtype | None = None) -> tuple[Arena, nn.Module]:
+    """The product's path: weights into an arena, the model around the arena's memory."""
+    arena = Arena.create(read_weights(directory))
+    return arena, build(directory, arena.tensors, compute_dtype=compute_dtype)

@@ -1,0 +1,108 @@
+"""The frozen context: reusable to the bit, batched as one by one, refused where it cannot be frozen."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CONFIGS, VOCAB_SIZE, dense_config, in_arena, save_tiny
+from torch import nn
+from transformers import MistralConfig
+
+from secondnature.errors import BadExample, UnsupportedModel
+from secondnature.model.upcast import collect
+from secondnature.train.prefix import continuation_logps, freeze, self_test
+
+KINDS = list(CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: in_arena(save_tiny(make(), root / name))[1] for name, make in CONFIGS.items()}
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB_SIZE), k=count)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [7, 12, 1, 30]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_can_be_used_again_to_the_bit(
+    models: dict[str, nn.Module], kind: str, lengths: list[int]
+) -> None:
+    """Forward and backward leave no trace in it, also where single tokens take the decoding path."""
+    model = models[kind]
+    prefix = freeze(model, tokens(40, 1))
+    before = [tuple(t.clone() for t in pair) for pair in prefix.states]
+    answers = [tokens(n, n) for n in lengths]
+    runs = []
+    for _ in range(2):
+        with collect(model) as gradients:
+            logps = continuation_logps(model, prefix, answers)
+            torch.stack([x.sum() for x in logps]).sum().backward()
+        runs.append(([x.detach() for x in logps], dict(gradients)))
+    for first, second in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(first, second)
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+    for pair, old in zip(prefix.states, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, old, strict=True))
+
+
+@pytest.mark.parametrize("num_context", [1, 5, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_equals_one_by_one(models: dict[str, nn.Module], kind: str, num_context: int) -> None:
+    model = models[kind]
+    answers = [tokens(n, n) for n in (3, 70, 1, 18)]
+    prefix = freeze(model, tokens(num_context, 2))
+    with torch.no_grad():
+        together = continuation_logps(model, prefix, answers)
+        alone = [continuation_logps(model, prefix, [a])[0] for a in answers]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_equals_plain_forward(models: dict[str, nn.Module], kind: str) -> None:
+    assert self_test(models[kind]) < 1e-4
+
+
+def test_the_version_stamp_is_kept(models: dict[str, nn.Module]) -> None:
+    assert freeze(models["dense"], [1, 2, 3], version="abc").version == "abc"
+
+
+def test_nothing_to_score_is_refused(models: dict[str, nn.Module]) -> None:
+    with pytest.raises(BadExample, match="context is empty"):
+        freeze(models["dense"], [])
+    with pytest.raises(BadExample, match="continuation is empty"):
+        continuation_logps(models["dense"], freeze(models["dense"], [1]), [[1], []])
+
+
+def test_state_that_cannot_be_frozen_is_refused(tmp_path: Path) -> None:
+    """A sliding window forgets keys, so its state is not what a longer text would have seen."""
+    config = MistralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=16,
+        max_position_embeddings=128,
+    )
+    _, model = in_arena(save_tiny(config, tmp_path))
+    with pytest.raises(UnsupportedModel, match="layer 0 keeps a DynamicSlidingWindowLayer"):
+        self_test(model)
+
+
+def test_self_test_sees_a_broken_attention(tmp_path: Path) -> None:
+    """A model whose logits depend on how the text is cut is refused, whatever the reason."""
+    _, model = in_arena(save_tiny(dense_config(), tmp_path))
+    attention = model.get_submodule("model.layers.1.self_attn")
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModel, match="frozen context"):
+        self_test(model)
