@@ -1,0 +1,184 @@
+"""How figures and verdicts are said, the same in the terminal and on the page (process D).
+
+A verdict is a word and a mark, never a colour alone. `tone` only chooses the colour.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from secondnature.records import Comparison, Evidence, Lesson
+
+Tone = Literal["good", "bad", "warn", "info", "quiet"]
+
+MARKS: dict[Tone, str] = {"good": "✓", "bad": "✕", "warn": "?", "info": "…", "quiet": "–"}
+ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A verdict in a word or two, with its tone and mark."""
+
+    word: str
+    tone: Tone
+    detail: str = ""
+
+    @property
+    def mark(self) -> str:
+        """One character that says the tone without colour."""
+        return MARKS[self.tone]
+
+
+def judgement(c: Comparison) -> Said:
+    """What the test says about one probe set."""
+    more = f"n ≥ {c.n_needed:,} would do" if c.n_needed else ""
+    if c.passed is None:
+        return Said("not judged", "quiet", c.note or more)
+    if c.passed:
+        return Said("improved" if c.role == "gain" else "held", "good", c.note)
+    if c.role == "gain":
+        worse = c.losses > c.gains
+        return Said("got worse" if worse else "no gain shown", "bad" if worse else "warn", c.note or more)
+    interval = c.difference_interval
+    harmed = interval[1] < 0 if interval is not None else c.losses > c.gains
+    return Said("harmed" if harmed else "not shown to hold", "bad" if harmed else "warn", c.note or more)
+
+
+def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:
+    """How a lesson ended, or where it stands."""
+    if lesson.state == "kept":
+        return Said("Kept", "good", f"later taken back by {lesson.reverted_by}" if lesson.reverted_by else "")
+    if lesson.state == "undone":
+        if evidence is not None and evidence.verdict == "inconclusive":
+            return Said("Inconclusive", "warn", "undone, as by default")
+        return Said("Undone", "bad")
+    if lesson.state == "failed":
+        return Said("Failed", "bad", "every write was undone")
+    if lesson.state == "cancelled":
+        return Said("Cancelled", "quiet", "every write was undone")
+    return Said({"queued": "Waiting", "running": "Running"}.get(lesson.state, "On trial"), "info")
+
+
+def sentence(lesson: Lesson, evidence: Evidence | None) -> str:
+    """The verdict in one sentence."""
+    if lesson.error is not None:
+        return f"The lesson ended without a result: {lesson.error.message.rstrip('.')}."
+    if evidence is not None and evidence.sentence:
+        return evidence.sentence
+    if lesson.reason:
+        return lesson.reason
+    return {
+        "queued": "The lesson waits for its turn.",
+        "running": "The lesson is running; its weights already answer, on trial.",
+        "on_trial": "The lesson is on trial: nothing was measured yet.",
+        "kept": "The lesson was kept without evidence: no probes were asked.",
+        "undone": "The lesson was undone.",
+        "failed": "The lesson ended without a result.",
+        "cancelled": "The lesson was cancelled.",
+    }[lesson.state]
+
+
+def undo(lesson: Lesson) -> tuple[str, list[str]]:
+    """What can be undone now: a sentence, and the commands that do it."""
+    if lesson.reverted_by is not None:
+        return f"Already taken back by {lesson.reverted_by}.", []
+    if lesson.state == "kept":
+        return (
+            "This takes the lesson back to the byte: the weights, the optimizer's state and the version "
+            "are what they were before.",
+            [f"secondnature lessons revert {lesson.id}"],
+        )
+    if lesson.state == "on_trial":
+        return (
+            "The lesson is on trial and is undone when its lease ends. Decide now:",
+            [f"secondnature lessons keep {lesson.id}", f"secondnature lessons revert {lesson.id}"],
+        )
+    if lesson.state in {"queued", "running"}:
+        return "The lesson has not ended; cancelling its job undoes it.", []
+    version = f" {lesson.parent}" if lesson.parent else ""
+    return f"Nothing is left to undo: the weights are again version{version}, to the byte.", []
+
+
+def percent(share: float, n: int | None = None) -> str:
+    """A share as a percentage; one decimal where `n` is large enough to mean it."""
+    return f"{100 * share:.{1 if n is not None and n >= 200 and share not in (0, 1) else 0}f} %"
+
+
+def interval(pair: tuple[float, float]) -> str:
+    """An interval of shares: `[2, 12] %` without its unit."""
+    return f"[{100 * pair[0]:.0f}, {100 * pair[1]:.0f}]"
+
+
+def points(difference: float) -> str:
+    """A difference of shares, in signed percentage points."""
+    value = 100 * difference
+    if round(value, 1) == 0:
+        return "±0 pts"
+    text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.1f}"
+    return f"{text.replace('-', '−')} pts"
+
+
+def difference(c: Comparison) -> float:
+    """After minus before, as a share."""
+    return (c.after - c.before) / c.n if c.n else 0.0
+
+
+def difference_interval(c: Comparison) -> str:
+    """The interval of the difference in signed points, or nothing where none was computed."""
+    if c.difference_interval is None:
+        return ""
+    low, high = (f"{100 * v:+.0f}".replace("-", "−") for v in c.difference_interval)
+    return f"[{low}, {high}]"
+
+
+def p_value(p: float | None) -> str:
+    """`p = 0.013`, `p < 0.0001`, or a dash."""
+    if p is None:
+        return "–"
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number with few digits, true minus signs and no `e-05`."""
+    if value is None or not math.isfinite(value):
+        return "not finite" if value is not None else "–"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}·10{_superscript(int(exponent))}".replace("-", "−")
+
+
+def _superscript(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def count(n: int, noun: str) -> str:
+    """`1 step`, `12 steps`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def seconds(value: float) -> str:
+    """A duration: `42 s`, `3 min 20 s`, `1 h 5 min`."""
+    if value < 120:
+        return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def setting(value: Any) -> str:
+    """A resolved setting as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, 4)
+    if isinstance(value, list | tuple):
+        items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+        return ", ".join(setting(v) for v in items) or "none"
+    return str(value)
