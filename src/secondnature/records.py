@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -462,17 +463,22 @@ def digest(value: Any) -> str:
 R = TypeVar("R", bound=BaseModel)
 
 
-def describe(error: ValidationError) -> str:
-    """The first problem of a validation error in one line: where, what, how many more."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    where = ".".join(str(p) for p in problems[0]["loc"])
-    if problems[0]["type"] == "extra_forbidden":
+def describe_errors(problems: Sequence[Any]) -> str:
+    """The first of pydantic's problems in one line: where, what, how many more."""
+    first: dict[str, Any] = problems[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
         what = f"unknown field `{where}`"
     else:
-        what = problems[0]["msg"].removeprefix("Value error, ")
+        what = str(first["msg"]).removeprefix("Value error, ")
         what = f"{where}: {what}" if where else what
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return what + more
+
+
+def describe(error: ValidationError) -> str:
+    """`describe_errors` of a validation error."""
+    return describe_errors(error.errors(include_url=False, include_input=False, include_context=False))
 
 
 def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:

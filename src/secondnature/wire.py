@@ -274,6 +274,12 @@ class CheckpointReply(Body):
     saved_at: datetime | None = None
 
 
+class ErrorReply(Body):
+    """Every error answer: found / expected in the message, what to do in the hint."""
+
+    error: ErrorInfo
+
+
 class Health(Body):
     """`GET /health`."""
 

@@ -1,0 +1,158 @@
+"""What stands before every route: host, size, rate and key (server; plain ASGI, so it also fits other servers).
+
+Loopback alone is no defence against a web page that the user happens to visit: the Host header must name this
+machine (no DNS rebinding), bodies are counted before they are parsed, and everything that changes state or reveals
+corrections needs the key, compared in constant time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from secondnature.errors import BadInput, Busy, SecondnatureError, TooLarge, Unauthorized
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health", "/metrics", "/openapi.json", "/v1/models"})
+INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+MAX_CLIENTS = 10_000
+
+
+def error_body(error: SecondnatureError) -> dict[str, Any]:
+    """The body of every error answer."""
+    return {"error": error.to_wire()}
+
+
+class Guards:
+    """ASGI middleware: refuses before anything is read or parsed.
+
+    Args:
+        app: what lies behind.
+        key: for every route that is not open.
+        inference_key: for completions and the list of models; None leaves them open. The admin key opens them too.
+        hosts: names under which the server may be addressed (without port); None: any.
+        max_body_bytes: a larger body is refused, also when its length was not announced.
+        requests_per_minute: per client address; a bucket of that size refills evenly.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        key: str,
+        inference_key: str | None,
+        hosts: frozenset[str] | None,
+        max_body_bytes: int,
+        requests_per_minute: int,
+    ) -> None:
+        self._app = app
+        self._key = key.encode()
+        self._inference_key = inference_key.encode() if inference_key else None
+        self._hosts = hosts
+        self._max_body_bytes = max_body_bytes
+        self._rate = requests_per_minute
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        try:
+            self._check_host(headers)
+            self._check_rate(scope)
+            self._check_key(scope["path"], headers)
+            self._check_length(headers)
+            body = (
+                await self._read(receive) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else None
+            )
+        except SecondnatureError as e:
+            await _answer(send, e)
+            return
+        await self._app(scope, receive if body is None else _replay(body, receive), send)
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        host = headers.get("host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if self._hosts is not None and name.lower() not in self._hosts:
+            raise BadInput(f"host {host[:100]!r} is not this server", "address it as localhost or 127.0.0.1")
+
+    def _check_rate(self, scope: Scope) -> None:
+        client = str((scope.get("client") or ("?",))[0])
+        now = time.monotonic()
+        left, then = self._buckets.pop(client, (float(self._rate), now))
+        left = min(float(self._rate), left + (now - then) * self._rate / 60.0)
+        self._buckets[client] = (max(left - 1.0, 0.0), now)
+        if len(self._buckets) > MAX_CLIENTS:
+            self._buckets.popitem(last=False)
+        if left < 1.0:
+            raise Busy(f"more than {self._rate} requests a minute", "slow down, or raise requests_per_minute")
+
+    def _check_key(self, path: str, headers: dict[str, str]) -> None:
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
+        if hmac.compare_digest(given, self._key):
+            return
+        if path in OPEN_PATHS and (path != "/v1/models" or self._inference_key is None):
+            return
+        if path in INFERENCE_PATHS | {"/v1/models"}:
+            if self._inference_key is None or hmac.compare_digest(given, self._inference_key):
+                return
+            raise Unauthorized("this server's completions need a key", "send `Authorization: Bearer KEY`")
+        what = "a wrong key" if given else "no key"
+        raise Unauthorized(
+            f"{what} was sent for {path[:100]}",
+            "send `Authorization: Bearer KEY`; the key is SECONDNATURE_API_KEY or the file `key` in the home",
+        )
+
+    def _check_length(self, headers: dict[str, str]) -> None:
+        announced = headers.get("content-length", "0")
+        if announced.isascii() and announced.isdigit() and int(announced) > self._max_body_bytes:
+            raise self._too_large(int(announced))
+
+    def _too_large(self, found: int) -> TooLarge:
+        return TooLarge(f"a body of {found:,} bytes; at most {self._max_body_bytes:,}", "send less at once")
+
+    async def _read(self, receive: Receive) -> bytes:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise BadInput("the request ended before its body", "send it again")
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                raise self._too_large(len(body))
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replayed() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _answer(send: Send, error: SecondnatureError) -> None:
+    body = json.dumps(error_body(error)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, Busy):
+        headers.append((b"retry-after", b"5"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,210 @@
+"""From a request to a plan: everything that can be wrong with a training job is found here, before a write.
+
+Pure data in, pure data out (plan, validate, apply): corrections become token ids, defaults are spelled out, and
+what cannot be trained on is refused by name. A dry run ends here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from secondnature import wire
+from secondnature.errors import BadExample, BadInput, ContextOverflow
+from secondnature.model.load import encode_answer, encode_chat
+from secondnature.records import Cause, Correction, Message, OptimizerSettings, Probe
+
+DEFAULT_LR = 1e-5
+DEFAULT_MAX_STEPS = 100
+"""Where only a margin says when to stop."""
+MAX_KL_PROMPTS = 16
+"""Prompts per set on which KL(base || tuned) is measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training job with every default resolved."""
+
+    objective: str
+    steps: int
+    batch_size: int
+    seed: int
+    examples: list[wire.Work]
+    replay: list[wire.Work]
+    replay_share: float
+    optimizer: OptimizerSettings
+    development: list[wire.Look]
+    until_margin: float | None
+    look_every: int
+    corrections: list[Correction]
+    """What the examples were made from; empty for raw token ids."""
+    replay_prompts: list[list[Message]]
+    skipped: int
+    """Corrections that say what was wrong but not what was wanted."""
+
+    def cause(self, num_retries: int) -> Cause:
+        """What the lesson's entry says about its origin."""
+        return Cause(
+            corrections=[c.digest() for c in self.corrections],
+            num_examples=len(self.examples),
+            num_replay=len(self.replay),
+            num_retries=num_retries,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings, as they are written into the lesson."""
+        return {
+            "objective": self.objective,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "replay_share": self.replay_share,
+            "until_margin": self.until_margin,
+            "look_every": self.look_every,
+            "optimizer": self.optimizer.model_dump(mode="json"),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What a dry run answers."""
+        return {
+            **self.settings(),
+            "num_examples": len(self.examples),
+            "num_replay": len(self.replay),
+            "num_development": len(self.development),
+            "num_skipped": self.skipped,
+            "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
+            "longest_example_tokens": max(len(e.context) + len(e.continuation) for e in self.examples),
+        }
+
+
+class Planner:
+    """Makes plans for one model."""
+
+    def __init__(
+        self, tokenizer: Any, *, vocab_size: int, context_limit: int, default_lr: float | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._limit = context_limit
+        self._default_lr = default_lr or DEFAULT_LR
+
+    def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
+        """The job that a request asks for.
+
+        Args:
+            request: validated body of `POST /v1/train`.
+            ledger: all corrections of the home (used with `ledger: true`).
+            earlier: corrections of the kept lessons, for replay.
+
+        Raises:
+            BadInput: nothing to learn, or an option that does not go with the examples.
+            BadExample: token ids outside the vocabulary.
+            ContextOverflow: an example longer than the model can read.
+        """
+        corrections, skipped = self._corrections(request, ledger)
+        if request.examples is not None:
+            examples = [
+                wire.Work(e.context_ids, e.continuation_ids, e.rejected_ids, e.weight, f"example {i}")
+                for i, e in enumerate(request.examples)
+            ]
+        else:
+            examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
+        mine = {c.digest() for c in corrections}
+        general = [c for c in request.replay.examples if c.chosen is not None]
+        if request.replay.lessons:
+            general += [c for c in earlier if c.chosen is not None and c.digest() not in mine]
+        share = request.replay.share
+        replay = [self._work(c, f"replay {i}") for i, c in enumerate(general)] if share > 0 else []
+        for work in (*examples, *replay):
+            self._check(work)
+        objective = request.objective or ("orpo" if all(e.rejected for e in examples) else "sft")
+        if objective != "sft":
+            missing = next((e.label for e in examples if e.rejected is None), None)
+            if missing is not None:
+                raise BadInput(
+                    f"{missing} has no rejected answer; `{objective}` needs one", "use `sft`, or add it"
+                )
+        development = [self._look(p, i) for i, p in enumerate(request.development)]
+        if request.until_margin is not None and not development and any(e.rejected is None for e in examples):
+            raise BadInput(
+                "`until_margin` has nothing to look at: no development probes, and an example lacks `rejected`",
+                "send `development` probes with `prefers`, or use `max_steps`",
+            )
+        batch_size = min(request.batch_size, len(examples))
+        return Plan(
+            objective=objective,
+            steps=_steps(request, math.ceil(len(examples) / batch_size)),
+            batch_size=batch_size,
+            seed=request.seed,
+            examples=examples,
+            replay=replay,
+            replay_share=share if replay else 0.0,
+            optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
+            development=development,
+            until_margin=request.until_margin,
+            look_every=request.look_every,
+            corrections=corrections,
+            replay_prompts=[c.prompt for c in general[:MAX_KL_PROMPTS]],
+            skipped=skipped,
+        )
+
+    def _corrections(
+        self, request: wire.TrainRequest, ledger: list[Correction]
+    ) -> tuple[list[Correction], int]:
+        if request.examples is not None:
+            return [], 0
+        given = ledger if request.ledger else list(request.corrections or [])
+        if not given:
+            raise BadInput(
+                "the ledger is empty", "record corrections first: POST /v1/feedback, or `/no` in the chat"
+            )
+        behaviour = request.lesson.behaviour
+        if request.ledger and behaviour is not None:
+            given = [c for c in given if c.behaviour in (None, behaviour)]
+        teachable = [c for c in given if c.chosen is not None]
+        if not teachable:
+            raise BadInput(
+                f"none of {len(given)} corrections says what was wanted",
+                "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file",
+            )
+        return teachable, len(given) - len(teachable)
+
+    def _work(self, correction: Correction, label: str) -> wire.Work:
+        assert correction.chosen is not None, "only corrections with a wanted answer become examples"
+        context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
+        rejected = None
+        if correction.rejected is not None:
+            _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
+        return wire.Work(context, continuation, rejected, 1.0, label)
+
+    def _look(self, probe: Probe, index: int) -> wire.Look:
+        assert probe.check.prefers is not None, "checked by the request"
+        wanted, unwanted = (
+            encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
+            for text in probe.check.prefers
+        )
+        look = wire.Look(encode_chat(self._tokenizer, probe.prompt), wanted, unwanted, probe.side)
+        self._check(wire.Work(look.context, look.wanted, look.unwanted, 1.0, f"development probe {index}"))
+        return look
+
+    def _check(self, work: wire.Work) -> None:
+        longest = max(len(work.continuation), len(work.rejected or []))
+        if len(work.context) + longest > self._limit:
+            raise ContextOverflow(
+                f"{work.label}: {len(work.context)} + {longest} tokens; the model reads {self._limit}",
+                "shorten the conversation or the answer",
+            )
+        top = max(*work.context, *work.continuation, *(work.rejected or [0]), 0)
+        if top >= self._vocab_size:
+            raise BadExample(
+                f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
+                "were the ids made with this model's tokenizer?",
+            )
+
+
+def _steps(request: wire.TrainRequest, per_epoch: int) -> int:
+    if request.epochs is None and request.max_steps is None:
+        return DEFAULT_MAX_STEPS if request.until_margin is not None else per_epoch
+    asked = [s for s in (request.max_steps, request.epochs and request.epochs * per_epoch) if s]
+    return min(asked)

@@ -1,0 +1,288 @@
+"""The trainer's process: maps the engine's weights, takes one job at a time over ZMQ, writes in place (trainer).
+
+    python -m secondnature.train.worker ipc://PRIVATE/trainer.sock PARENT_PID
+
+It has no truth of its own: weights live in the arena, optimizer states in files of the home. A job that fails or is
+cancelled just ends; making the weights whole again is the engine's side's business, since this process may be dead
+by then. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zmq
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from secondnature import storage, wire
+from secondnature.data.replay import batches
+from secondnature.errors import (
+    BadCheckpoint,
+    BadInput,
+    Cancelled,
+    NonFinite,
+    SecondnatureError,
+    TrainingError,
+)
+from secondnature.model.load import build
+from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
+from secondnature.train.apollo import Apollo
+from secondnature.train.losses import Reference
+from secondnature.train.prefix import self_test
+from secondnature.train.step import StepResult, log_probs, references, train_step
+from secondnature.weights.arena import Arena
+
+LOG = logging.getLogger("secondnature.trainer")
+NICE = 5
+"""The trainer gives way to the engine where they share a core."""
+POLL_MS = 500
+
+
+def _example(work: wire.Work) -> Example:
+    return Example(
+        context_ids=work.context,
+        continuation_ids=work.continuation,
+        rejected_ids=work.rejected,
+        weight=work.weight,
+    )
+
+
+def load_optimizer(optimizer: Apollo, path: Path) -> None:
+    """Continue from a state on disk. Raises BadCheckpoint: damaged, or of another model or rank."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            optimizer.load_state(tensors, file.metadata() or {})
+    except (OSError, SafetensorError) as e:
+        raise BadCheckpoint(f"{path}: {e}", "restore the lesson's directory from a backup") from None
+
+
+def save_optimizer(optimizer: Apollo, path: Path) -> None:
+    """Write the state, durably. Raises StorageError."""
+    tensors, metadata = optimizer.state_dict()
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    storage.write_bytes(path, to_safetensors(whole, metadata=metadata))
+
+
+@torch.no_grad()
+def next_token_logps(model: nn.Module, work: wire.Work) -> torch.Tensor:
+    """Log-probabilities of every next token along a continuation: (T, V), fp32."""
+    ids = torch.tensor([work.context + work.continuation])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(work.context) - 1 : -1]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def kl_divergences(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
+    """KL(before || after) per prompt, mean over its positions, nats per token."""
+    return [
+        float((p.exp() * (p - q)).sum(dim=-1).mean().clamp_min(0.0))
+        for p, q in zip(before, after, strict=True)
+    ]
+
+
+class Lesson:
+    """One job, from its message to its last write."""
+
+    def __init__(self, model: nn.Module, arena: Arena, job: wire.Train) -> None:
+        self.model = model
+        self.arena = arena
+        self.job = job
+        try:
+            settings = OptimizerSettings.model_validate(job.optimizer)
+        except ValidationError as e:
+            raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
+        self.optimizer = Apollo(model, settings, seed=job.seed)
+        if job.optimizer_in is not None:
+            load_optimizer(self.optimizer, Path(job.optimizer_in))
+
+    def run(self, report: Callable[[dict[str, object]], None], check: Callable[[], None]) -> wire.Done:
+        """All steps. `report` sends a metric; `check` raises Cancelled when somebody asked for it."""
+        job = self.job
+        works = job.examples + job.replay
+        examples = [_example(w) for w in works]
+        base = {on: [next_token_logps(self.model, w) for w in found] for on, found in job.kl.items()}
+        refs: list[Reference | None] | None = None
+        if job.objective in ("dpo", "dpop"):
+            refs = references(self.model, examples)
+        self._look(0, report)
+        stopped_by, step, loss, pace = "max_steps", 0, math.nan, time.monotonic()
+        dealt = batches(
+            len(job.examples),
+            len(job.replay),
+            batch_size=job.batch_size,
+            steps=job.steps,
+            share=job.replay_share,
+            seed=job.seed,
+        )
+        for step, (new, old) in enumerate(dealt, start=1):
+            check()
+            chosen = new + [len(job.examples) + i for i in old]
+            result = self._step(chosen, examples, works, refs)
+            now = time.monotonic()
+            loss = result.loss
+            rate = result.num_tokens / max(now - pace, 1e-9)
+            pace = now
+            report(
+                StepMetric(step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm).model_dump()
+            )
+            if step % job.look_every == 0 or step == job.steps:
+                reason = self._look(step, report, [m for m in result.margins[: len(new)] if m is not None])
+                if reason:
+                    stopped_by = reason
+                    break
+        check()
+        for on, before in base.items():
+            per_prompt = kl_divergences(before, [next_token_logps(self.model, w) for w in job.kl[on]])
+            if per_prompt:
+                mean = sum(per_prompt) / len(per_prompt)
+                report(
+                    KlMetric.model_validate({"on": on, "mean": mean, "per_prompt": per_prompt}).model_dump()
+                )
+        save_optimizer(self.optimizer, Path(job.optimizer_out))
+        moved = [m.model_dump() for m in self.optimizer.moved()]
+        return wire.Done(job.job, step, loss, moved, stopped_by)
+
+    def _step(
+        self,
+        chosen: list[int],
+        examples: list[Example],
+        works: list[wire.Work],
+        refs: list[Reference | None] | None,
+    ) -> StepResult:
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                [examples[i] for i in chosen],
+                self.job.objective,  # pyright: ignore[reportArgumentType]  (checked by the server)
+                writing=self.arena.writing,
+                references=None if refs is None else [refs[i] for i in chosen],
+            )
+        except NonFinite as e:  # named by its place in the batch; the user knows it by its own name
+            message = re.sub(r"example (\d+)", lambda m: works[chosen[int(m[1])]].label or m[0], e.message)
+            raise NonFinite(message, e.hint) from None
+
+    def _look(
+        self, step: int, report: Callable[[dict[str, object]], None], own: list[float] | None = None
+    ) -> str | None:
+        """Margins of the development probes; why to stop, if there is a reason to."""
+        margins: dict[str, list[float]] = {}
+        for look in self.job.development:
+            wanted, unwanted = log_probs(self.model, look.context, [look.wanted, look.unwanted])
+            margins.setdefault(look.side, []).append(wanted - unwanted)
+        if margins:
+            if not all(math.isfinite(m) for found in margins.values() for m in found):
+                raise NonFinite(
+                    f"a development margin is not finite after step {step}", "lower the learning rate"
+                )
+            passed = {side: sum(m > 0 for m in found) / len(found) for side, found in margins.items()}
+            report(
+                LookMetric.model_validate({"step": step, "margins": margins, "passed": passed}).model_dump()
+            )
+        if step == 0:
+            self._other_at_start = _mean(margins.get("other", []))
+            return None
+        right = margins.get("right") or own or []
+        if self.job.until_margin is not None and right and _mean(right) >= self.job.until_margin:
+            return "until_margin"
+        if self._other_at_start > 0 and _mean(margins.get("other", [])) < 0:
+            return "the other side gave way"
+        return None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+class Worker:
+    """The loop around the socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes], parent: int) -> None:
+        self._socket = socket
+        self._parent = parent
+        self._model: nn.Module | None = None
+        self._arena: Arena | None = None
+        self._ended = False
+
+    def serve(self) -> None:
+        """Take messages until told to end, or until the parent is gone."""
+        while not self._ended:
+            message = self._next(POLL_MS)
+            if isinstance(message, wire.Attach):
+                self._attach(message)
+            elif isinstance(message, wire.Train):
+                self._train(message)
+            elif isinstance(message, wire.Shutdown):
+                self._ended = True
+
+    def _next(self, wait_ms: int) -> wire.ToTrainer | None:
+        if os.getppid() != self._parent:
+            self._ended = True
+            raise SystemExit(0)
+        return wire.decode_for_trainer(self._socket.recv()) if self._socket.poll(wait_ms) else None
+
+    def _send(self, message: wire.ToServer) -> None:
+        self._socket.send(wire.encode(message))
+
+    def _attach(self, message: wire.Attach) -> None:
+        torch.set_num_threads(message.threads)
+        try:
+            self._arena = Arena.attach(message.manifest)
+            self._model = build(Path(message.model_dir), self._arena.tensors)
+            self_test(self._model)
+        except SecondnatureError as e:
+            self._send(wire.Failed("", e.to_wire()))
+            return
+        self._send(wire.Ready(os.getpid(), len(self._arena.tensors)))
+
+    def _train(self, job: wire.Train) -> None:
+        """One job; whatever becomes of it, the process lives on."""
+
+        def check() -> None:
+            message = self._next(0)
+            if isinstance(message, wire.Cancel) and message.job == job.job:
+                raise Cancelled("cancelled")
+            if isinstance(message, wire.Shutdown):
+                self._ended = True
+                raise Cancelled("the server is shutting down")
+
+        try:
+            if self._model is None or self._arena is None:
+                raise TrainingError("no weights are mapped", "restart the server")
+            lesson = Lesson(self._model, self._arena, job)
+            answer: wire.ToServer = lesson.run(lambda m: self._send(wire.Progress(job.job, m)), check)
+        except SecondnatureError as e:
+            answer = wire.Failed(job.job, e.to_wire())
+        except (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError) as e:
+            LOG.exception("job %s", job.job)
+            failure = TrainingError(f"{type(e).__name__}: {e}"[:2000], "please report it, with trainer.log")
+            answer = wire.Failed(job.job, failure.to_wire())
+        self._send(answer)
+
+
+def main(endpoint: str, parent: int) -> None:
+    """Connect and serve."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(endpoint)
+    Worker(socket, parent).serve()
+    socket.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
