@@ -60,11 +60,11 @@ def stochastic_round_(target: Tensor, update: Tensor, *, seed: int, name: str, s
         new = old + change
         if target.dtype is torch.bfloat16:
             new = _round_to_bf16(new, words)
-        new = torch.where(change == 0, old, new)
-        if not bool(torch.isfinite(new).all()):
+        stored = torch.where(change == 0, old, new).to(target.dtype)
+        if not bool(torch.isfinite(stored).all()):
             raise NonFinite(f"tensor {name}: the updated weight is not finite", "lower the learning rate")
-        olds[part] = new
-        written += float((olds[part].double() - old).square_().sum())
+        olds[part] = stored
+        written += float((stored.double() - old).square_().sum())
     return math.sqrt(written)
 
 
