@@ -1,0 +1,261 @@
+"""The commands and their options: nothing but the grammar, imports inside the commands (process D).
+
+The set of options is frozen by tests/cli/options.txt; docs/reference/cli.md describes each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from secondnature.cli import INTERRUPTED, Finished
+from secondnature.errors import Unreachable
+
+P = ParamSpec("P")
+app = typer.Typer(
+    help="Correct your model once; it stays corrected, while it keeps serving.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lessons_app = typer.Typer(
+    help="The log: what was taught, with what evidence; keep it or undo it.", no_args_is_help=True
+)
+app.add_typer(lessons_app, name="lessons")
+
+HomeOption = Annotated[Path | None, typer.Option("--home", help="Where lessons, corrections and key lie.")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="A server that runs already.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A Hugging Face checkpoint's directory, or `embedded`.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+LessonArgument = Annotated[str, typer.Argument(metavar="ID", help="As in `lessons log`: 0001-listening.")]
+ProbesOption = Annotated[Path | None, typer.Option("--probes", help="JSONL of held-out checks.")]
+
+
+class Engine(StrEnum):
+    """What generates the answers."""
+
+    local = "local"
+
+
+def command(run: Callable[P, int]) -> Callable[P, None]:
+    """A command whose exit code is ours, and in which ctrl-C is no traceback."""
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        from pydantic import ValidationError
+
+        try:
+            code = run(*args, **kwargs)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except ValidationError as e:  # our own input is checked where it is read: this is an answer
+            raise Unreachable(
+                f"the server's answer is not a {e.title} of this version",
+                "are client and server the same version?",
+            ) from e
+        raise Finished(code)
+
+    return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from secondnature import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Correct your model once; it stays corrected, while it keeps serving."""
+
+
+@app.command()
+@command
+def serve(
+    model: ModelOption = None,
+    port: Annotated[int | None, typer.Option("--port", help="Default 8321; 0: any free one.")] = None,
+    home: HomeOption = None,
+    engine: Annotated[Engine, typer.Option("--engine", help="What generates.")] = Engine.local,
+) -> int:
+    """Serve a model, and learn beside it, until ctrl-C."""
+    import os
+    import signal
+
+    from secondnature import config
+    from secondnature.cli.connect import home_model, interrupt
+
+    settings = config.load({"model": model, "port": port, "home": home})
+    settings = settings.model_copy(update={"model": home_model(settings)})
+    from secondnature.serve.local import main as serve_local
+
+    os.umask(0o077)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        return serve_local(settings)
+    except KeyboardInterrupt:  # the usual way to stop a server: lessons on trial were undone in order
+        return 0
+
+
+@app.command()
+@command
+def chat(home: HomeOption = None, url: UrlOption = None, model: ModelOption = None) -> int:
+    """Talk to the model; /no WHAT I WANTED records a correction."""
+    from secondnature.cli.chat import chat as run
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return run(Where(home, url, model), Output())
+
+
+@app.command()
+@command
+def learn(
+    corrections: Annotated[
+        Path | None, typer.Argument(metavar="[CORRECTIONS]", help="JSONL, or a folder. Default: the ledger.")
+    ] = None,
+    probes: ProbesOption = None,
+    development: Annotated[
+        Path | None, typer.Option("--development", help="JSONL of probes to look at while training.")
+    ] = None,
+    replay: Annotated[Path | None, typer.Option("--replay", help="JSONL of answers not to forget.")] = None,
+    behaviour: Annotated[str | None, typer.Option("--behaviour", help="Which probes must improve.")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Steps at most.")] = None,
+    until_margin: Annotated[
+        float | None, typer.Option("--until-margin", help="Stop at this margin, nats.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate. Default: the model card's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples per step.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of batches and rounding.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Find the learning rate by short trial runs.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep it unjudged: no probes.")] = False,
+    report: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report.html"),
+    home: HomeOption = None,
+    url: UrlOption = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Teach corrections: measure, train, measure, keep or undo."""
+    from secondnature.cli.connect import Where
+    from secondnature.cli.learn import learn as run
+    from secondnature.cli.output import Output
+    from secondnature.cli.sources import LearnFlags
+
+    flags = LearnFlags(
+        probes, development, replay, behaviour, max_steps, until_margin, lr, batch_size, seed, keep
+    )
+    out = Output(as_json=as_json)
+    return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)
+
+
+@app.command()
+@command
+def train(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON: a body of POST /v1/train.")],
+    report: Annotated[Path | None, typer.Option("--report", help="Write a report there.")] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Send a training request as it is, and follow it."""
+    from secondnature.cli.connect import Where
+    from secondnature.cli.learn import check_report_path
+    from secondnature.cli.lessons import train as run
+    from secondnature.cli.output import Output
+
+    if report is not None:
+        check_report_path(report)
+    return run(file, Where(home, url), report, Output(as_json=as_json))
+
+
+@lessons_app.command()
+@command
+def log(home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False) -> int:
+    """Every lesson, oldest first."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return lessons.log(Where(home, url), Output(as_json=as_json))
+
+
+@lessons_app.command()
+@command
+def show(
+    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> int:
+    """One lesson with its evidence."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return lessons.show(lesson, Where(home, url), Output(as_json=as_json))
+
+
+@lessons_app.command()
+@command
+def keep(
+    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> int:
+    """Keep a lesson that is on trial."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return lessons.keep(lesson, Where(home, url), Output(as_json=as_json))
+
+
+@lessons_app.command()
+@command
+def revert(
+    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> int:
+    """Undo a lesson to the byte."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return lessons.revert(lesson, Where(home, url), Output(as_json=as_json))
+
+
+@app.command()
+@command
+def checkpoint(home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False) -> int:
+    """Write the weights, as they are, into the home's working copy."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return lessons.checkpoint(Where(home, url), Output(as_json=as_json))
+
+
+@app.command()
+@command
+def doctor(
+    probes: ProbesOption = None, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> int:
+    """Check this machine, the home and the server; with --probes, how often answers flip by themselves."""
+    from secondnature.cli.connect import Where
+    from secondnature.cli.doctor import doctor as run
+    from secondnature.cli.output import Output
+
+    return run(probes, Where(home, url), Output(as_json=as_json))

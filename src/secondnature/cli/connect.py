@@ -1,0 +1,224 @@
+"""Find the server that a command talks to, or start one for as long as the command runs (process D).
+
+`--url` names it; else `<home>/server.json` does, while that process lives and answers; else it is started as a
+child in a session of its own (ctrl-C reaches only the command, which then cancels in order) and stopped at the
+end. The key is taken from SECONDNATURE_API_KEY, secondnature.toml or `<home>/key`, never from a flag: flags are in
+every process list. The home's key is sent to this machine only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+from secondnature import config
+from secondnature.cli.output import Output
+from secondnature.errors import BadInput, SecondnatureError, Unauthorized, Unreachable
+from secondnature.wire import Client, Health
+
+POLL_S = 0.1
+Start = Literal["never", "known", "always"]
+"""When a server may be started: `known` only on a home that has been served before."""
+STOP_S = 60.0
+"""A server that we started and that does not stop within this time is killed: it makes itself whole at start-up."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the options say about the server."""
+
+    home: Path | None = None
+    url: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    client: Client
+    health: Health
+    started: bool
+    flags: list[str] = field(default_factory=list[str])
+    """The options that lead another command to the same server."""
+
+    def command(self, *words: str) -> str:
+        """A command line that the user can copy, e.g. the one that undoes."""
+        return shlex.join(["secondnature", *words, *self.flags])
+
+
+@contextmanager
+def open_server(where: Where, out: Output, *, start: Start = "always") -> Generator[Server]:
+    """The server to talk to, for the duration of a `with` block.
+
+    Raises:
+        Unreachable: no server answers, and none was to be started, or it did not come up.
+        BadInput: `--model` together with a server that already serves.
+    """
+    settings = config.load({"home": where.home, "model": where.model})
+    home = settings.home.expanduser().absolute()
+    home_flags = ["--home", str(home)] if "home" in settings.model_fields_set else []
+    url = where.url or _running(home)
+    if url is not None:
+        with Client(url, _key(settings, home, url)) as client:
+            health = client.health()
+            if where.model is not None:
+                raise BadInput(
+                    f"--model {where.model}: the server at {url} already serves {health.model}",
+                    "leave --model out, or stop that server first",
+                )
+            flags = ["--url", url] if where.url else home_flags
+            yield Server(client, health, started=False, flags=flags)
+        return
+    if start == "never" or (start == "known" and not (home / "home.json").exists()):
+        missing = "" if home.exists() else ": there is no such folder"
+        raise Unreachable(
+            f"no server runs on {home}{missing}", f"start one: secondnature serve --home {home}"
+        )
+    process = _spawn(settings, home)
+    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    patience = STOP_S
+    try:
+        url = _await_start(process, home, out)
+        with Client(url, _key(settings, home, url)) as client:
+            yield Server(client, client.health(), started=True, flags=home_flags)
+    except KeyboardInterrupt:
+        patience = 0.0  # somebody wants to leave at once; the server undoes what is open when it stops
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _stop(process, patience)
+
+
+def interrupt(_signum: int, _frame: FrameType | None) -> None:
+    """A signal handler: end like ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def home_model(settings: config.Settings) -> str:
+    """The model to serve: what was set, else the one that the home belongs to, else the default."""
+    if "model" not in settings.model_fields_set:
+        known = _read_json(settings.home.expanduser() / "home.json").get("model")
+        ours = Path(config.__file__).parent
+        if isinstance(known, str) and Path(known).is_dir() and not Path(known).is_relative_to(ours):
+            return known
+    return settings.model
+
+
+def _key(settings: config.Settings, home: Path, url: str) -> str | None:
+    if settings.api_key is not None:
+        return settings.api_key.get_secret_value()
+    if not is_loopback(url):
+        return None
+    try:
+        return (home / "key").read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise Unauthorized(f"{home / 'key'}: {e.strerror}", "are you the owner of this home?") from None
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object; {} where there is none, or a torn one of a crash."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}", "are you the owner of this home?") from None
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _running(home: Path) -> str | None:
+    """The URL of the server that runs on this home; a file left by a crash counts as none."""
+    found = _read_json(home / "server.json")
+    pid, url = found.get("pid"), found.get("url")
+    if not isinstance(pid, int) or not isinstance(url, str):
+        return None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass  # it lives, under another user
+    try:
+        with Client(url, timeout_s=5.0) as client:
+            client.health()
+    except Unreachable:
+        return None  # the process id was given to another program; if not, the server's own lock will say so
+    return url
+
+
+def _spawn(settings: config.Settings, home: Path) -> subprocess.Popen[bytes]:
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = os.open(home / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as e:
+        raise BadInput(f"{home}: {e.strerror}", "choose another folder with --home") from None
+    command = [sys.executable, "-m", "secondnature.cli", "serve", "--home", str(home)]
+    command += ["--model", home_model(settings), "--port", "0"]
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    finally:
+        os.close(log)
+
+
+def _await_start(process: subprocess.Popen[bytes], home: Path, out: Output) -> str:
+    with out.err.status(f"starting a server on {home}"):
+        if not out.err.is_terminal:
+            out.note(f"starting a server on {home}")
+        while process.poll() is None:
+            found = _read_json(home / "server.json")
+            if found.get("pid") == process.pid:
+                try:
+                    with Client(str(found["url"]), timeout_s=5.0) as client:
+                        health = client.health()
+                except SecondnatureError:
+                    health = None  # it is still loading
+                if health is not None:
+                    out.note(f"serving {health.model} at {found['url']}, weights {health.weights_version}")
+                    return str(found["url"])
+            time.sleep(POLL_S)
+    log = (home / "server.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise Unreachable(
+        "the server did not start: " + (" / ".join(log[-2:]) or f"exit code {process.returncode}"),
+        f"the whole log: {home / 'server.log'}",
+    )
+
+
+def _stop(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    if not patience_s:
+        return
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

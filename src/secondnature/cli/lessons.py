@@ -1,0 +1,121 @@
+"""`lessons log|show|keep|revert`, `train` and `checkpoint`: one route each (process D)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.table import Table
+from rich.text import Text
+
+from secondnature.cli.connect import Where, open_server
+from secondnature.cli.follow import Interrupted, Interrupts
+from secondnature.cli.learn import interrupted, teach
+from secondnature.cli.output import Output
+from secondnature.errors import BadRecord
+from secondnature.records import describe
+from secondnature.wire import TrainRequest
+
+
+def log(where: Where, out: Output) -> int:
+    """Every lesson, oldest first."""
+    with open_server(where, out, start="known") as server:
+        answer = server.client.lessons()
+    table = Table(*("id", "state", "behaviour", "steps", "verdict", "when", "version"), box=None)
+    for lesson in answer.lessons:
+        cells = (lesson.id, lesson.state.replace("_", " "), lesson.behaviour or "-", str(lesson.steps))
+        when = f"{lesson.created_at.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(*(Text(c) for c in (*cells, lesson.verdict or "-", when, lesson.version or "-")))
+    if answer.lessons:
+        out.say(table)
+    else:
+        out.say("no lessons yet")
+    out.say(f"weights {answer.weights_version}{', on trial' if answer.trial else ''}")
+    out.result(answer)
+    return 0
+
+
+def show(lesson_id: str, where: Where, out: Output) -> int:
+    """One lesson: what it taught, how it ended, its evidence."""
+    with open_server(where, out, start="known") as server:
+        detail = server.client.lesson(lesson_id)
+    lesson = detail.lesson
+    rows = {
+        "lesson": f"{lesson.id} ({lesson.kind})",
+        "state": lesson.state.replace("_", " "),
+        "why": lesson.error.message if lesson.error else lesson.reason,
+        "behaviour": lesson.behaviour,
+        "note": lesson.note,
+        "corrections": str(len(detail.corrections)),
+        "steps": f"{lesson.steps}" + (f", last loss {lesson.loss:.4g}" if lesson.loss is not None else ""),
+        "weights": f"{lesson.parent or '-'} -> {lesson.version or '-'}",
+        "reverts": lesson.reverts,
+        "reverted by": lesson.reverted_by,
+        "settings": json.dumps(lesson.settings, ensure_ascii=False) if lesson.settings else None,
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        if value:
+            out.say(f"{name:<{width}}  {value}")
+    if detail.evidence is not None:
+        from secondnature.report.table import before_after_table
+
+        out.say(before_after_table(detail.evidence))
+    out.result(detail)
+    return 0
+
+
+def keep(lesson_id: str, where: Where, out: Output) -> int:
+    """Keep a lesson that is on trial."""
+    with open_server(where, out, start="known") as server:
+        lesson = server.client.keep(lesson_id)
+        out.say(f"{lesson.id} kept; weights {lesson.version or '-'}")
+        out.say(f"undo:   {server.command('lessons', 'revert', lesson.id)}")
+    out.result(lesson)
+    return 0
+
+
+def revert(lesson_id: str, where: Where, out: Output) -> int:
+    """Undo a lesson to the byte."""
+    with open_server(where, out, start="known") as server:
+        lesson = server.client.revert(lesson_id)
+        version = server.client.health().weights_version
+    entry = f" (entry {lesson.id} of the log)" if lesson.kind == "revert" else ""
+    out.say(f"{lesson_id} undone{entry}; weights {version}")
+    out.result(lesson)
+    return 0
+
+
+def checkpoint(where: Where, out: Output) -> int:
+    """Bring the working copy up to date now."""
+    with open_server(where, out, start="known") as server:
+        reply = server.client.checkpoint()
+    out.say(f"{reply.path}: weights {reply.weights_version}")
+    out.result(reply)
+    return 0
+
+
+def train(file: Path, where: Where, report: Path | None, out: Output) -> int:
+    """Post a body of `POST /v1/train` from a file and follow the job; the exit code is that of `learn`.
+
+    Raises:
+        BadRecord: the file is missing, not JSON or not such a body.
+    """
+    try:
+        request = TrainRequest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise BadRecord(f"{file}: {e.strerror or e}", "check the path") from None
+    except ValidationError as e:
+        raise BadRecord(f"{file}: {describe(e)}", "see docs/reference/routes.md, POST /v1/train") from None
+    except json.JSONDecodeError as e:
+        raise BadRecord(
+            f"{file}, line {e.lineno}, column {e.colno}: not JSON ({e.msg})", "mend the file"
+        ) from None
+    except UnicodeDecodeError as e:
+        raise BadRecord(f"{file}: not UTF-8 text (byte {e.start})", "is it a binary file?") from None
+    with open_server(where, out, start="never") as server, Interrupts() as interrupts:
+        try:
+            return teach(server, request, report, out, interrupts)
+        except Interrupted as e:
+            return interrupted(server, e.status, out)

@@ -1,0 +1,48 @@
+"""Where the commands print (process D).
+
+Results go to stdout, progress and errors to stderr. With `--json` stdout holds one JSON document and nothing else;
+everything for people moves to stderr. Texts of models and users are printed as they are, never as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+
+PIPE_WIDTH = 110
+"""Columns where there is no terminal to ask."""
+
+
+class Output:
+    """The two streams of one command."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.err = _console(stderr=True)
+        self._people = self.err if as_json else _console(stderr=False)
+
+    def say(self, thing: RenderableType, *, style: str | None = None, end: str = "\n") -> None:
+        """A result for people: text is not wrapped, so that paths and commands can be copied."""
+        self._people.print(thing, style=style, end=end, soft_wrap=isinstance(thing, str))
+
+    def note(self, text: str, *, style: str | None = None) -> None:
+        """How things go: always on stderr."""
+        self.err.print(text, style=style, soft_wrap=True)
+
+    def result(self, value: BaseModel | dict[str, Any]) -> None:
+        """The result for machines; nothing without `--json`."""
+        if self.as_json:
+            plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            sys.stdout.write(json.dumps(plain, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console

@@ -1,0 +1,200 @@
+"""What `learn` reads, all of it before anything is sent: corrections, probes, replay, settings (process D).
+
+A directory is a complete lesson: corrections.jsonl and, where they exist, probes.jsonl, development.jsonl,
+replay.jsonl and lesson.toml. Flags win over lesson.toml; an unknown key there is an error.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from secondnature.errors import BadInput, BadRecord
+from secondnature.records import (
+    Correction,
+    GateSettings,
+    Name,
+    OptimizerSettings,
+    Probe,
+    Record,
+    describe,
+    read_jsonl,
+)
+from secondnature.wire import Objective, TrainRequest
+
+R = TypeVar("R", bound=BaseModel)
+SETTINGS_FILE = "lesson.toml"
+
+
+class ReplayShare(Record):
+    """`[replay]` of lesson.toml; the examples themselves lie in replay.jsonl."""
+
+    share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
+    """Share of replayed examples in a batch."""
+    lessons: bool | None = None
+    """Also replay the corrections of earlier kept lessons."""
+
+
+class LessonFile(Record):
+    """`lesson.toml`: the settings of one lesson, named as in `POST /v1/train`. Absent: the server's default."""
+
+    behaviour: Name | None = None
+    """Which probes must improve."""
+    note: str | None = None
+    objective: Objective | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    max_steps: int | None = None
+    until_margin: float | None = None
+    look_every: int | None = None
+    seed: int | None = None
+    optimizer: OptimizerSettings | None = None
+    replay: ReplayShare | None = None
+    gate: GateSettings | None = None
+
+
+@dataclass(frozen=True)
+class LearnFlags:
+    """The options of `learn` that say what is taught and how."""
+
+    probes: Path | None = None
+    development: Path | None = None
+    replay: Path | None = None
+    behaviour: str | None = None
+    max_steps: int | None = None
+    until_margin: float | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that was read, valid; `corrections` is None where the ledger is the source."""
+
+    corrections: list[Correction] | None
+    probes: list[Probe] = field(default_factory=list[Probe])
+    development: list[Probe] = field(default_factory=list[Probe])
+    replay: list[Correction] = field(default_factory=list[Correction])
+    settings: LessonFile = field(default_factory=LessonFile)
+
+    def request(self, flags: LearnFlags, ledger: list[Correction] | None = None) -> TrainRequest:
+        """The body of `POST /v1/train`. `ledger`: what the server has recorded, where that is the source.
+
+        Raises:
+            BadInput: nothing to learn from, no or several behaviours, or values that do not go together.
+        """
+        taught = self.corrections if self.corrections is not None else (ledger or [])
+        if not any(c.chosen for c in taught):
+            where = "the ledger" if self.corrections is None else "the corrections"
+            raise BadInput(
+                f"{where}: {len(taught)} records, none with a wanted answer (`chosen`)",
+                "record one with `/no WHAT I WANTED` in `secondnature chat`, or give a file",
+            )
+        settings = self.settings
+        behaviour = flags.behaviour or settings.behaviour or _only_behaviour(taught, self.probes)
+        _check_probes(self.probes, behaviour)
+        body: dict[str, Any] = settings.model_dump(
+            exclude={"behaviour", "note", "replay", "optimizer", "gate"}, exclude_none=True
+        )
+        for key in ("max_steps", "until_margin", "batch_size", "seed"):
+            if getattr(flags, key) is not None:
+                body[key] = getattr(flags, key)
+        body["optimizer"] = settings.optimizer or OptimizerSettings()
+        if flags.lr is not None:
+            body["optimizer"] = {**body["optimizer"].model_dump(), "lr": flags.lr}
+        replay = settings.replay or ReplayShare()
+        body["replay"] = {**replay.model_dump(exclude_none=True), "examples": self.replay}
+        body["gate"] = settings.gate or GateSettings()
+        body["lesson"] = {"behaviour": behaviour, "note": settings.note or ""}
+        source = {"ledger": True} if self.corrections is None else {"corrections": self.corrections}
+        try:
+            return TrainRequest.model_validate(
+                {
+                    **body,
+                    **source,
+                    "probes": self.probes,
+                    "development": self.development,
+                    "keep": flags.keep,
+                }
+            )
+        except ValidationError as e:
+            raise BadInput(describe(e), f"check the options and {SETTINGS_FILE}") from None
+
+
+def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
+    """Read and check every file of a lesson. `path`: a JSONL file, a directory, or None for the ledger.
+
+    Raises:
+        BadRecord: a file is missing or broken; says the file, the line and what is wrong.
+        TooLarge: a line or a file over its limit.
+    """
+    if path is None:
+        beside, corrections = None, None
+    else:
+        if path.is_dir():
+            path = path / "corrections.jsonl"
+            if not path.exists():
+                raise BadRecord(
+                    f"{path.parent}: no corrections.jsonl in this folder",
+                    "give a folder that has one, or the JSONL file itself",
+                )
+        beside, corrections = path.parent, read_jsonl(path, Correction)
+    if flags.keep and flags.probes is not None:
+        raise BadInput(
+            "found both --keep and --probes", "with probes the gate decides; leave one of them out"
+        )
+
+    def read(given: Path | None, name: str, kind: type[R]) -> list[R]:
+        if given is not None:
+            return read_jsonl(given, kind)
+        if beside is not None and (beside / name).exists():
+            return read_jsonl(beside / name, kind)
+        return []
+
+    return Sources(
+        corrections=corrections,
+        probes=[] if flags.keep else read(flags.probes, "probes.jsonl", Probe),
+        development=read(flags.development, "development.jsonl", Probe),
+        replay=read(flags.replay, "replay.jsonl", Correction),
+        settings=LessonFile() if beside is None else _read_settings(beside / SETTINGS_FILE),
+    )
+
+
+def _read_settings(path: Path) -> LessonFile:
+    try:
+        return LessonFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return LessonFile()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise BadRecord(f"{path}: {e}", "mend the file, or move it away") from None
+    except ValidationError as e:
+        raise BadRecord(f"{path}: {describe(e)}", "see docs/reference/files.md for the keys") from None
+
+
+def _only_behaviour(corrections: list[Correction], probes: list[Probe]) -> str | None:
+    named = sorted({c.behaviour for c in corrections if c.behaviour is not None})
+    if len(named) > 1:
+        raise BadInput(
+            f"the corrections name {len(named)} behaviours: {', '.join(named)}", "choose: --behaviour"
+        )
+    if not named and probes:
+        known = ", ".join(sorted({p.behaviour for p in probes}))
+        raise BadInput(
+            "no behaviour is named, so the gate cannot know which probes must improve",
+            f"--behaviour, one of: {known}",
+        )
+    return named[0] if named else None
+
+
+def _check_probes(probes: list[Probe], behaviour: str | None) -> None:
+    if probes and not any(p.behaviour == behaviour and p.side == "right" for p in probes):
+        known = ", ".join(sorted({p.behaviour for p in probes}))
+        raise BadInput(
+            f"no probe measures `{behaviour}`; the probes measure: {known}", "--behaviour or --probes"
+        )

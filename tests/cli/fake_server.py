@@ -1,0 +1,290 @@
+"""The far side of the wire: a small HTTP server that speaks the bodies of wire.py and does no learning at all.
+
+A job advances by one phase or step with each look at its status, so that the tests wait for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BaseModel
+
+from secondnature.errors import BadInput, NotFound, SecondnatureError, Unauthorized, WrongState
+from secondnature.records import (
+    Cause,
+    Comparison,
+    Correction,
+    ErrorInfo,
+    Evidence,
+    Lesson,
+    LookMetric,
+    utc_now,
+)
+from secondnature.wire import (
+    CheckpointReply,
+    CorrectionsReply,
+    FeedbackReply,
+    FeedbackRequest,
+    Health,
+    JobStatus,
+    LessonDetail,
+    LessonList,
+    TrainReply,
+    TrainRequest,
+)
+
+KEY = "the-key-of-the-fake"
+BEFORE, AFTER = "wbefore", "wafter"
+
+
+@dataclass
+class Fake:
+    """What the server knows and how its lessons end."""
+
+    ends: str = "kept"
+    """kept, undone, inconclusive, failed, hang (trains until it is cancelled)."""
+    reaches_at: float = 1e-4
+    """The learning rate from which unjudged lessons reach their margin before the last step."""
+    ledger: list[Correction] = field(default_factory=list[Correction])
+    lessons: dict[str, Lesson] = field(default_factory=dict[str, Lesson])
+    requests: list[TrainRequest] = field(default_factory=list[TrainRequest])
+    looks: dict[str, int] = field(default_factory=dict[str, int])
+    calls: list[str] = field(default_factory=list[str])
+    keys: list[str | None] = field(default_factory=list[str | None])
+    flip: bool = False
+    """Answer the same words differently every second time."""
+    asked: Counter[str] = field(default_factory=Counter[str])
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        number = len(self.requests) + 1
+        self.requests.append(request)
+        name = f"{number:04d}-{request.lesson.behaviour or 'lesson'}"
+        self.lessons[name] = Lesson(
+            id=name,
+            number=number,
+            job=f"job-{number}",
+            behaviour=request.lesson.behaviour,
+            note=request.lesson.note,
+            parent=BEFORE,
+            cause=Cause(num_examples=1),
+            created_at=utc_now(),
+        )
+        return TrainReply(job=f"job-{number}", lesson=name, state="queued")
+
+    def change(self, lesson: Lesson, **fields: Any) -> Lesson:
+        self.lessons[lesson.id] = lesson.model_copy(update=fields)
+        return self.lessons[lesson.id]
+
+    def by_job(self, job: str) -> Lesson:
+        for lesson in self.lessons.values():
+            if lesson.job == job:
+                return lesson
+        raise NotFound(f"no job {job}")
+
+    def status(self, job: str) -> JobStatus:
+        lesson = self.by_job(job)
+        request = self.requests[lesson.number - 1]
+        steps = request.max_steps or 4
+        look = self.looks[job] = self.looks.get(job, 0) + 1
+        phase, step = "", 0
+        if lesson.state in ("queued", "running"):
+            unjudged = not request.probes and not request.keep
+            early = unjudged and (request.optimizer.lr or 0) >= self.reaches_at
+            last = steps - 1 if early else steps
+            if look == 1:
+                lesson, phase = self.change(lesson, state="running"), "measuring before"
+            elif look - 1 < last or self.ends == "hang":
+                phase, step = "training", min(look - 1, steps - 1)
+                lesson = self.change(lesson, state="running", steps=step, loss=1.0 / step)
+            elif unjudged:
+                phase = "measuring after"
+                lesson = self.change(
+                    lesson, state="on_trial", steps=last, version=AFTER, trial_until=utc_now()
+                )
+            else:
+                lesson = self.finish(lesson, steps)
+        elif lesson.state == "on_trial":
+            phase = "on trial"
+        return JobStatus(
+            job=job,
+            lesson=lesson.id,
+            state=lesson.state,
+            phase=phase,
+            step=step,
+            steps=steps,
+            loss=lesson.loss,
+            eta_s=3.0 if phase == "training" else None,
+            weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
+            error=lesson.error,
+        )
+
+    def finish(self, lesson: Lesson, steps: int) -> Lesson:
+        if self.ends == "failed":
+            error = ErrorInfo(type="NonFinite", message="loss is nan in correction 2", hint="lower the rate")
+            return self.change(lesson, state="failed", error=error)
+        state = "kept" if self.ends == "kept" else "undone"
+        return self.change(
+            lesson, state=state, verdict=self.ends, steps=steps, version=AFTER, ended_at=utc_now()
+        )
+
+    def evidence(self, lesson: Lesson) -> Evidence | None:
+        if lesson.verdict is None:
+            return None
+        gain = Comparison(
+            name=lesson.behaviour or "x",
+            role="gain",
+            n=60,
+            num_seeds=20,
+            before=6,
+            after=54,
+            gains=48,
+            losses=0,
+            before_interval=(0.04, 0.2),
+            after_interval=(0.79, 0.96),
+            alpha=0.025,
+            method="mcnemar-midp/1",
+            p=1e-9,
+            passed=True,
+        )
+        return Evidence(
+            verdict=lesson.verdict,
+            sentence=f"The fake says {lesson.verdict}.",
+            before_version=BEFORE,
+            after_version=AFTER,
+            comparisons=[gain],
+            alpha=0.025,
+            probes_sha256="0" * 64,
+            created_at=utc_now(),
+        )
+
+    def detail(self, name: str) -> LessonDetail:
+        if name not in self.lessons:
+            raise NotFound(f"no lesson {name}", "see `secondnature lessons log`")
+        lesson = self.lessons[name]
+        look = LookMetric(step=lesson.steps, margins={"right": [0.1]}).model_dump(mode="json")
+        return LessonDetail(lesson=lesson, evidence=self.evidence(lesson), metrics=[look])
+
+    def decide(self, name: str, what: str) -> Lesson:
+        lesson = self.detail(name).lesson
+        if what == "keep":
+            if lesson.state != "on_trial":
+                raise WrongState(f"{name} is {lesson.state}; expected on_trial", "only a trial can be kept")
+            return self.change(lesson, state="kept")
+        if lesson.state == "kept":
+            entry = lesson.model_copy(update={"id": f"9{name}", "kind": "revert", "reverts": name})
+            self.change(lesson, reverted_by=entry.id)
+            return entry
+        return self.change(lesson, state="undone")
+
+    def cancel(self, job: str) -> JobStatus:
+        self.change(self.by_job(job), state="cancelled")
+        return self.status(job)
+
+
+def feedback(fake: Fake, body: dict[str, Any]) -> FeedbackReply:
+    request = FeedbackRequest.model_validate(body)
+    data: dict[str, Any] = {"prompt": "a question", "rating": request.rating, "feedback": request.text}
+    data |= {"completion": request.corrected, "completion_id": request.completion_id}
+    correction = Correction.model_validate({k: v for k, v in data.items() if v is not None})
+    fake.ledger.append(correction)
+    return FeedbackReply(id=f"c{len(fake.ledger)}", correction=correction)
+
+
+def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body: Any) -> BaseModel:
+    """One route's answer."""
+    match (method, path.strip("/").split("/")):
+        case ("GET", ["health"]):
+            return Health(status="ok", model="fake", weights_version=BEFORE, trial=False, trainer="ready")
+        case ("POST", ["v1", "train"]):
+            return fake.train(TrainRequest.model_validate(body))
+        case ("GET", ["v1", "train", "status"]):
+            return fake.status(query["job"][0])
+        case ("DELETE", ["v1", "train", job]):
+            return fake.cancel(job)
+        case ("GET", ["v1", "corrections"]):
+            return CorrectionsReply(corrections=fake.ledger)
+        case ("POST", ["v1", "feedback"]):
+            return feedback(fake, body)
+        case ("GET", ["v1", "lessons"]):
+            return LessonList(lessons=list(fake.lessons.values()), weights_version=BEFORE)
+        case ("GET", ["v1", "lessons", name]):
+            return fake.detail(name)
+        case ("POST", ["v1", "lessons", name, ("keep" | "revert") as what]):
+            return fake.decide(name, what)
+        case ("POST", ["v1", "checkpoint"]):
+            return CheckpointReply(path="/home/model/current", weights_version=BEFORE, current=True)
+        case _:
+            raise NotFound(f"no route {method} {path}")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: Fake
+
+    def _handle(self) -> None:
+        url = urlsplit(self.path)
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.fake.calls.append(f"{self.command} {url.path}")
+        key = (self.headers.get("authorization") or "").removeprefix("Bearer ")
+        self.fake.keys.append(key or None)
+        try:
+            body = json.loads(raw) if raw else None
+            if url.path == "/v1/chat/completions":
+                return self._chat(body)
+            if url.path != "/health" and key != KEY:
+                raise Unauthorized("wrong key", "set SECONDNATURE_API_KEY")
+            reply = answer(self.fake, self.command, url.path, parse_qs(url.query), body)
+            self._send(200, reply.model_dump_json().encode())
+        except SecondnatureError as e:
+            self._send(e.status, json.dumps({"error": e.to_wire()}).encode())
+
+    do_GET = do_POST = do_DELETE = _handle
+
+    def _send(self, status: int, data: bytes, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _chat(self, body: Any) -> None:
+        said = body["messages"][-1]["content"]
+        if said == "too long":
+            raise BadInput("9 tokens; at most 8", "shorten the prompt")
+        words = ["you", " said ", said]
+        self.fake.asked[said] += 1
+        if self.fake.flip and self.fake.asked[said] % 2 == 0:
+            words = ["no"]
+        stamp = {"id": "chatcmpl-1", "weights_version": AFTER, "trial": True}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            return self._send(200, json.dumps({**stamp, "choices": [{"message": message}]}).encode())
+        chunks = [{"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {"content": w}}]} for w in words]
+        lines = [f"data: {json.dumps(c)}\n\n" for c in (*chunks, {**stamp, "choices": []})]
+        return self._send(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+def serve(fake: Fake) -> tuple[str, Callable[[], None]]:
+    """Start serving in a thread: the URL, and what stops it."""
+    handler = type("BoundHandler", (Handler,), {"fake": fake})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return f"http://127.0.0.1:{server.server_port}", stop

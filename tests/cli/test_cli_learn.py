@@ -1,0 +1,179 @@
+"""`learn` and `train`: what is sent, how it ends, what is said; against a fake server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_server import BEFORE, KEY, Fake
+
+from secondnature.cli import main
+
+
+@pytest.mark.parametrize(("ends", "code"), [("kept", 0), ("undone", 1), ("inconclusive", 2), ("failed", 1)])
+def test_learn_ends_with_the_code_of_the_verdict(
+    ends: str, code: int, fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.ends = ends
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == code
+    out, err = capsys.readouterr()
+    undo = f"secondnature lessons revert 0001-listening --home {home}"
+    assert (undo in out) == (ends == "kept")
+    assert ("the weights are as before" in out) == (ends != "kept")
+    assert ("loss is nan in correction 2" in out) == (ends == "failed")
+    assert "measuring before" in err
+    assert "training, step 4/5, loss 0.25, about 3 s left" in err
+    page = Path("report.html").read_text()
+    assert "0001-listening" in page
+    assert Path("report.json").exists()
+
+
+def test_learn_sends_the_whole_directory_in_one_request(fake: Fake, home: Path, lesson_dir: Path) -> None:
+    (lesson_dir / "development.jsonl").write_text(
+        '{"prompt": "x", "behaviour": "listening", "check": {"prefers": ["a", "b"]}}\n'
+    )
+    (lesson_dir / "replay.jsonl").write_text('{"prompt": "hi", "completion": "hello"}\n')
+    toml = (
+        "note = 'n'\nbatch_size = 2\n[optimizer]\nlr = 2e-4\nrank = 4\n[replay]\nshare = 0.5\n"
+        "[gate]\nmin_gain_probes = 5\n"
+    )
+    (lesson_dir / "lesson.toml").write_text(toml)
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--seed", "7", "--lr", "3e-4"]) == 0
+    (request,) = fake.requests
+    assert request.corrections is not None
+    assert [c.prompt[0].content for c in request.corrections] == ["Use tabs.", "Use spaces."]
+    assert (len(request.probes), len(request.development), len(request.replay.examples)) == (3, 1, 1)
+    assert request.lesson.behaviour == "listening"
+    assert request.lesson.note == "n"
+    assert (request.optimizer.lr, request.optimizer.rank, request.batch_size, request.seed) == (3e-4, 4, 2, 7)
+    assert (request.replay.share, request.gate.min_gain_probes, request.max_steps) == (0.5, 5, None)
+
+
+def test_learn_json_is_one_document(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--json", "--report", "r.html"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lesson"]["id"] == "0001-listening"
+    assert found["evidence"]["verdict"] == "kept"
+    assert found["report"] == "r.html"
+    assert found["undo"].startswith("secondnature lessons revert 0001-listening")
+
+
+def test_learn_from_the_ledger_takes_its_behaviour(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["learn", "--home", str(home), "--probes", str(lesson_dir / "probes.jsonl")]
+    assert main(command) == 64
+    assert "the ledger: 0 records" in capsys.readouterr().err
+    from secondnature.records import Correction
+
+    fake.ledger.append(
+        Correction.model_validate({"prompt": "a", "completion": "b", "behaviour": "listening"})
+    )
+    assert main(command) == 0
+    assert fake.requests[0].ledger
+    assert fake.requests[0].lesson.behaviour == "listening"
+
+
+def test_learn_without_probes_stays_on_trial_and_says_how_to_decide(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lesson_dir / "probes.jsonl").unlink()
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == 2
+    out = capsys.readouterr().out
+    assert f"lessons keep 0001-listening --home {home}" in out
+    assert f"lessons revert 0001-listening --home {home}" in out
+
+
+def test_learn_keep_ignores_the_probes_beside(fake: Fake, home: Path, lesson_dir: Path) -> None:
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--keep"]) == 0
+    assert fake.requests[0].keep
+    assert fake.requests[0].probes == []
+
+
+def test_calibrate_takes_the_smallest_rate_that_reaches_the_margin_and_undoes_the_trials(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--calibrate"]) == 0
+    rates = [(r.optimizer.lr, bool(r.probes)) for r in fake.requests]
+    assert rates == [(1e-5, False), (1e-4, False), (1e-4, True)]
+    assert [lesson.state for lesson in fake.lessons.values()] == ["undone", "undone", "kept"]
+    err = capsys.readouterr().err
+    assert "lr 1e-05, 5 steps, margin not reached; undone" in err
+    assert "lr 0.0001, 4 steps, margin reached; undone" in err
+
+
+def test_calibrate_without_success_changes_nothing(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.reaches_at = 1.0
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--calibrate"]) == 1
+    assert {lesson.state for lesson in fake.lessons.values()} == {"undone"}
+    assert len(fake.lessons) == 3
+    assert "no learning rate" in capsys.readouterr().err
+
+
+def test_train_posts_a_body_as_it_is(fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = {"examples": [{"context_ids": [1], "continuation_ids": [2]}], "max_steps": 3, "keep": True}
+    Path("body.json").write_text(json.dumps(body))
+    assert main(["train", "body.json", "--home", str(home), "--json"]) == 0
+    assert fake.requests[0].examples is not None
+    assert json.loads(capsys.readouterr().out)["report"] is None
+    Path("body.json").write_text(json.dumps({**body, "max_stepz": 3}))
+    assert main(["train", "body.json", "--home", str(home), "--json"]) == 64
+    assert "max_stepz" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert len(fake.requests) == 1
+
+
+def start(home: Path, *words: str) -> subprocess.Popen[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SECONDNATURE_")}
+    command = [sys.executable, "-m", "secondnature.cli", *words, "--home", str(home)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_cancels_the_job_and_waits_until_it_is_undone(
+    number: signal.Signals, fake: Fake, home: Path, lesson_dir: Path
+) -> None:
+    fake.ends = "hang"
+    process = start(home, "learn", str(lesson_dir))
+    while not any(lesson.steps for lesson in fake.lessons.values()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, err)
+    assert f"undone; the weights are as before (version {BEFORE})" in err
+    assert "Traceback" not in err
+    assert [lesson.state for lesson in fake.lessons.values()] == ["cancelled"]
+    assert "DELETE /v1/train/job-1" in fake.calls
+
+
+def test_a_lesson_that_cannot_end_with_our_own_server_is_refused_before_training(
+    tmp_path: Path, home: Path, lesson_dir: Path, fake: Fake
+) -> None:
+    (home / "server.json").write_text(json.dumps({"pid": 2**22 + 1, "url": "http://127.0.0.1:9"}))
+    assert main(["train", str(lesson_dir / "lesson.toml"), "--home", str(home)]) == 64  # not JSON: read first
+    body = tmp_path / "b.json"
+    body.write_text(json.dumps({"ledger": True}))
+    assert main(["train", str(body), "--home", str(home)]) == 69
+    assert fake.calls == []
+
+
+def test_the_homes_key_goes_to_this_machine_only(home: Path, fake: Fake) -> None:
+    from secondnature import config
+    from secondnature.cli.connect import _key, is_loopback  # pyright: ignore[reportPrivateUsage]
+
+    settings = config.load({"home": home}, environ={})
+    assert _key(settings, home, "http://localhost:1") == KEY
+    assert _key(settings, home, "http://127.0.0.1:1") == KEY
+    assert _key(settings, home, "http://[::1]:1") == KEY
+    assert _key(settings, home, "https://models.example.org") is None
+    assert not is_loopback("http://127.0.0.1.example.org")
