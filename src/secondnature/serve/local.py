@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def model_directory(settings: Settings) -> Path:
     return directory
 
 
-def card(directory: Path) -> dict[str, Any]:
+def _card(directory: Path) -> dict[str, Any]:
     """The model's card (`card.json`), or nothing."""
     try:
         return json.loads((directory / "card.json").read_text())
@@ -120,7 +121,7 @@ def assemble(settings: Settings) -> Iterator[Parts]:
         )
         stack.callback(engine.close)
         ledger = Ledger(home.ledger_path)
-        teaching = card(directory).get("teaching", {})
+        teaching = _card(directory).get("teaching", {})
         keeper = Keeper(
             settings=settings,
             log=log,
@@ -213,7 +214,10 @@ def application(parts: Parts, tokenizer: Any, ledger: Ledger, model_name: str) -
 
 def main(settings: Settings) -> int:
     """Serve until a signal comes; the exit status."""
+    os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn hands its signals on when it has stopped
+        signal.signal(number, _leave)
     with assemble(settings) as parts:
         listener = _listen(settings)
         host, port = listener.getsockname()[:2]
@@ -225,6 +229,13 @@ def main(settings: Settings) -> int:
         LOG.info("%s (%s) at %s, home %s", settings.model, parts.clock.version, url, parts.home.path)
         server.run(sockets=[listener])
     return 0
+
+
+def _leave(*_: object) -> None:
+    """Unwind, so that everything is taken apart in order; a second signal does not interrupt that."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(0)
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -243,7 +254,6 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
     try:
         sys.exit(main(config.load()))
     except SecondnatureError as failure:
