@@ -45,8 +45,10 @@ class Job:
         self._scanner = StopScanner(request.stop)
         self._text: list[str] = []
         self._tokens: list[TokenLogprob] = []
-        self._held: list[TokenLogprob] = []
-        """Tokens whose text is not out yet."""
+        self._held: list[tuple[int, TokenLogprob]] = []
+        """Tokens whose text is not out yet, each with the number of characters before it."""
+        self._settled = self._sent = 0
+        """Characters that left the detokenizer; characters that went to the reader."""
         self._prompt_tokens: list[TokenLogprob] = []
 
     @property
@@ -79,8 +81,10 @@ class Job:
             self.finish("stop", reason=token)
             return
         if scored is not None:
-            self._held.append(self._named(scored, self.request.logprobs or 0))
-        text = self._scanner.feed(self._detokenizer.feed(token))
+            self._held.append((self._settled, self._named(scored, self.request.logprobs or 0)))
+        settled = self._detokenizer.feed(token)
+        self._settled += len(settled)
+        text = self._scanner.feed(settled)
         if text:
             self._send(text)
         if self._scanner.found is not None:
@@ -101,7 +105,7 @@ class Job:
         if error is None and self._scanner.found is None:
             rest = self._scanner.flush()
             if rest or self._held:
-                self._send(rest)
+                self._send(rest, last=True)
         self.result = GenerationResult(
             text="".join(self._text),
             token_ids=self.token_ids,
@@ -115,12 +119,14 @@ class Job:
         )
         self.handle.emit(Done(self.result))
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str, *, last: bool = False) -> None:
+        """Send text with the tokens that begin in it; at the end, with all tokens that are left."""
         self._text.append(text)
-        self._tokens += self._held
-        delta = Delta(text, tuple(self._held))
-        self._held = []
-        self.handle.emit(delta)
+        self._sent += len(text)
+        tokens = tuple(token for start, token in self._held if last or start < self._sent)
+        self._held = self._held[len(tokens) :]
+        self._tokens += tokens
+        self.handle.emit(Delta(text, tokens))
 
     def _named(self, scored: Scored, top: int) -> TokenLogprob:
         best = tuple(TokenLogprob(t, self._decode([t]), p) for t, p in scored.top[:top])

@@ -127,8 +127,9 @@ class LinearRows(LinearAttentionLayer):
     ) -> Tensor:
         """Keep the last `conv_kernel_size` columns, return what the convolution has to see."""
         kernel = conv_kernel_size or conv_states.shape[-1]
-        if self.has_previous_state[state_idx]:
-            full = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        previous = self.conv_states[state_idx]
+        if previous is not None:
+            full = torch.cat([previous, conv_states], dim=-1)
         else:
             full = torch.nn.functional.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
         self.conv_states[state_idx] = full[..., -kernel:].clone()
