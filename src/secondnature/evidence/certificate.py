@@ -25,10 +25,10 @@ from secondnature.evidence.statistics import (
     cluster_sign_flip,
     d_prime,
     difference_interval,
-    effective_counts,
     mcnemar_mid_p,
     noninferiority_p,
     normal_quantile,
+    scenario_counts,
     z_moments,
 )
 from secondnature.records import Comparison, Evidence, GateSettings, Verdict
@@ -73,7 +73,7 @@ def compare(
         "losses": losses,
         "before_interval": clopper_pearson(before, n),
         "after_interval": clopper_pearson(after, n),
-        "difference_interval": difference_interval(*_in_order(clusters, n, gains, losses)),
+        "difference_interval": difference_interval(*_observations(clusters, n, gains, losses)),
         "alpha": alpha,
         "clusters": list(clusters),
     }
@@ -86,7 +86,7 @@ def compare(
     if role == "gain":
         figures |= _judge_gain(n, num_seeds, gains, losses, clusters, alpha, gate)
     else:
-        figures |= _judge_guard(role, n, num_seeds, before, gains, losses, clusters, alpha, gate)
+        figures |= _judge_guard(role, n, before, gains, losses, clusters, alpha, gate)
         judged = before >= HOPELESS * n
         figures["harmed"] = judged and figures["p"] > alpha and harm_p <= gate.alpha
         if figures["harmed"]:
@@ -94,8 +94,8 @@ def compare(
     return Comparison(**figures)
 
 
-def _in_order(clusters: Sequence[Cluster], n: int, gains: int, losses: int) -> Cluster:
-    return effective_counts(clusters) if clusters else (n, gains, losses)
+def _observations(clusters: Sequence[Cluster], n: int, gains: int, losses: int) -> tuple[int, float, float]:
+    return scenario_counts(clusters) if clusters else (n, gains, losses)
 
 
 def _judge_gain(
@@ -122,7 +122,7 @@ def _judge_gain(
             f"{gate.min_gain_seeds} are asked for"
         )
     if few or p > alpha:
-        size, up, down = _in_order(clusters, n, gains, losses)
+        size, up, down = _observations(clusters, n, gains, losses)
         needed = gain_n_needed(up / size, down / size, alpha, POWER)
         if needed is not None:
             judged["n_needed"] = max(gate.min_gain_probes, math.ceil(needed * n / size))
@@ -134,7 +134,6 @@ def _judge_gain(
 def _judge_guard(
     role: ProbeRole,
     n: int,
-    num_seeds: int,
     before: int,
     gains: int,
     losses: int,
@@ -144,33 +143,27 @@ def _judge_guard(
 ) -> dict[str, Any]:
     margin = gate.other_margin if role == "other" else gate.guard_margin
     minimum = gate.min_other_probes if role == "other" else gate.min_guard_probes
-    size, up, down = _in_order(clusters, n, gains, losses)
+    size, up, down = _observations(clusters, n, gains, losses)
     p = noninferiority_p(size, down, up, margin)
     judged: dict[str, Any] = {
-        "method": "exact-paired-noninferiority/1" + ("+design-effect/1" if clusters else ""),
+        "method": "exact-paired-noninferiority/1" + ("+scenario-means/1" if clusters else ""),
         "margin": margin,
         "p": p,
         "passed": p <= alpha,
     }
     notes: list[str] = []
     if size < n:
-        notes.append(f"probes share scenarios: {n} count as {size} independent ones")
+        notes.append(f"{n} probes of {size} scenarios count as {size}")
     if before < HOPELESS * n:
         failed = f"passed only {before} of {n} before the lesson: it guards nothing and is not judged"
         return judged | {"passed": None, "note": failed}
-    few_seeds = noninferiority_p(num_seeds, 0, 0, margin) > alpha
-    if n < minimum or few_seeds:
+    if n < minimum:
         judged["passed"] = None
-        notes.append(
-            f"{n} probes; at least {minimum} are asked for"
-            if n < minimum
-            else f"{num_seeds} scenarios are too few, however many probes there are"
-        )
+        notes.append(f"at least {minimum} probes are asked for")
     if judged["passed"] is not True:
         needed = noninferiority_n_needed(up / size, down / size, margin, alpha, POWER)
         if needed is not None:
-            seeds = noninferiority_n_needed(0.0, 0.0, margin, alpha, POWER) or 0  # no flip at all
-            judged["n_needed"] = max(minimum, math.ceil(needed * n / size), math.ceil(seeds * n / num_seeds))
+            judged["n_needed"] = max(minimum, math.ceil(needed * n / size))
         elif n < minimum:
             judged["n_needed"] = minimum
     return judged | {"note": "; ".join(notes)}

@@ -29,8 +29,8 @@ class Asked:
 
 
 def extract_python(answer: str) -> str:
-    """The code in an answer: the first fenced ```python block, else the first fenced one, else the text from its
-    first line that starts a definition or an import, else all of it. A fence that is never closed ends with the text.
+    """The code in an answer: its first fenced ```python block, else its first fenced block, else the text from the
+    first line that starts a definition or an import, else all of it. A fence never closed ends with the text.
     """
     blocks: list[tuple[str, list[str]]] = []
     inside = False

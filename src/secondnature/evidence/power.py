@@ -73,8 +73,11 @@ def gain_n_needed(gain_rate: float, loss_rate: float, alpha: float, power: float
 @lru_cache(maxsize=1024)
 def critical_score(n: int, margin: float, alpha: float) -> float:
     """The smallest score statistic that is significant with n probes in the exact non-inferiority test."""
-    low, high = 0.0, 12.0
-    for _ in range(22):
+    around = normal_quantile(1 - alpha)
+    low, high = max(0.0, around - 1), around + 1.5
+    if p_at_score(n, high, margin) > alpha:  # so few probes that nothing may be significant
+        return float("inf")
+    for _ in range(14):
         middle = (low + high) / 2
         if p_at_score(n, middle, margin) <= alpha:
             high = middle

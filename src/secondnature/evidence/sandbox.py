@@ -1,11 +1,11 @@
 """Runs code that a model wrote, and regular expressions that a caller wrote, where they can do no harm (process A).
 
-`run_checks` starts one small process (walls.py, then zygote.py) for a whole batch and waits; inside, one forked and
-limited child per answer. Guaranteed by the kernel: a child opens no file and no socket, writes nothing, ends in time
-and memory; with seccomp and a network namespace on top where the system allows them (`walls` says which stand).
-Guaranteed by Python's audit hook only: that code does not reach into the harness that judges it. Not guaranteed: that
-an answer which passes is honest. It runs in one interpreter with the assertions, so an object that claims to equal
-everything passes `==`; write checks that compare types or values of your own.
+`run_checks` starts one small process (walls.py, then zygote.py) for a whole batch and waits; inside, one forked
+and limited child per answer. Guaranteed by the kernel: a child opens no file and no socket, writes nothing, ends
+within its time and memory; seccomp and a network namespace stand behind that where the system allows them (`walls`
+says which do). Guaranteed by Python's audit hook only: that code does not reach into the harness that judges it.
+Not guaranteed: that an answer which passes is honest. It shares an interpreter with the assertions, so an object
+that claims to equal everything passes `==`; a check can ask for the type as well.
 """
 
 from __future__ import annotations

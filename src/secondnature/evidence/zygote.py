@@ -4,10 +4,11 @@ Run by walls.py; not imported by anything. It reads all jobs from stdin, loads o
 root, forks (a millisecond instead of an interpreter's start), kills what overstays, and writes all rulings at once.
 
 A child can open nothing (RLIMIT_NOFILE 0: no file, socket or pipe, hence no further import), cannot fork or start a
-thread (RLIMIT_NPROC 0), has little memory and CPU, an emptied `os`, and an audit hook that refuses every event that
-is not known to be harmless. A pass is a secret written to a pipe after the last assertion; the secret lives in a
-frame that an answer cannot reach by any audited way (frames, gc, tracing) nor by signal handlers (`signal` is empty).
+thread (RLIMIT_NPROC 0), has little memory and CPU, an emptied `os`, and an audit hook that refuses every event
+that is not known to be harmless. A pass is a secret written to a pipe after the last assertion; the secret lives in
+a frame that an answer cannot reach by any audited way (frames, gc, tracing) nor by signals (`signal` is empty).
 """
+# ruff: noqa: SIM905 - lists of words, as words
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ dataclasses datetime decimal difflib enum errno fractions functools hashlib heap
 math numbers operator os os.path pprint random re statistics string struct sys textwrap time timeit types typing
 unicodedata uuid warnings zlib
 """.split()
-"""What answers may import: computing, no world. All of it is loaded before the first fork (and `os` then emptied)."""
+"""What answers may import: computing, no world. All is loaded before the first fork (`os` is then emptied)."""
 LAZY = """
 _strptime copyreg reprlib weakref encodings.ascii encodings.latin_1 encodings.cp1252 encodings.idna encodings.utf_16
 encodings.utf_32 encodings.utf_8_sig encodings.unicode_escape encodings.raw_unicode_escape encodings.punycode
@@ -65,7 +66,7 @@ class Refused(PermissionError, ValueError):
     """Not in the sandbox. (A ValueError too: the library expects one where frames are not to be had.)"""
 
 
-class _Overtime(Exception):  # noqa: N818 - no error, the clock
+class _Overtime(Exception):
     """A regular expression used up its time."""
 
 
@@ -118,7 +119,8 @@ def _run_answer(job: dict[str, Any], secret: bytes) -> NoReturn:
 
     Whatever is needed after the answer has run is bound to a local name before: it may have changed the rest.
     """
-    write, leave, limit, built = os.write, os._exit, MAX_REASON_BYTES, vars(builtins)
+    write, leave, limit = os.write, os._exit, MAX_REASON_BYTES
+    built: dict[str, Any] = builtins.__dict__
     main = types.ModuleType("__main__")
     scope = vars(main)
     pristine = dict(built)
