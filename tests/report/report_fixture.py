@@ -104,7 +104,7 @@ def metric_lines(steps: int, *, drilled: bool = False) -> list[dict[str, Any]]:
         if step:
             loss = 2.4 * math.exp(-0.16 * speed * step) + 0.35 + rng.uniform(-0.06, 0.06)
             lines.append(
-                {"kind": "step", "step": step, "loss": loss, "tokens_per_s": 240.0, "grad_norm": 1.9 * loss}
+                {"kind": "step", "step": step, "loss": loss, "tokens_per_s": 240.0, "grad_norm": 2 * loss}
             )
         right = [-6 + 0.75 * speed * step + rng.gauss(0, 2.2) for _ in range(24)]
         other = [7 - 0.22 * speed * step * (3 if drilled else 1) + rng.gauss(0, 2.0) for _ in range(24)]

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from secondnature.errors import BadRecord, NotFound, TooLarge
 from secondnature.records import (
@@ -39,10 +39,10 @@ R = TypeVar("R", Lesson, Evidence)
 class Metrics(Record):
     """What metrics.jsonl says, sorted by kind."""
 
-    steps: list[StepMetric] = []
-    looks: list[LookMetric] = []
-    kl: list[KlMetric] = []
-    moved: list[Moved] = []
+    steps: list[StepMetric] = Field(default_factory=list[StepMetric])
+    looks: list[LookMetric] = Field(default_factory=list[LookMetric])
+    kl: list[KlMetric] = Field(default_factory=list[KlMetric])
+    moved: list[Moved] = Field(default_factory=list[Moved])
 
 
 class Run(Record):
@@ -51,9 +51,9 @@ class Run(Record):
     lesson: Lesson
     evidence: Evidence | None = None
     """None: the lesson had no probes, or ended before they were asked."""
-    corrections: list[Correction] = []
+    corrections: list[Correction] = Field(default_factory=list[Correction])
     metrics: Metrics = Metrics()
-    answers: list[SampleAnswer] = []
+    answers: list[SampleAnswer] = Field(default_factory=list[SampleAnswer])
 
     @property
     def moved(self) -> list[Moved]:

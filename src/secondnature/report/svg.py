@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -135,7 +136,7 @@ def _curve(s: Series, px: Scale, py: Scale) -> str:
     drawn = points
     if s.jumps:
         drawn = points[:1]
-        for (_, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (_, y0), (x1, y1) in pairwise(points):
             drawn = [*drawn, (x1, y0), (x1, y1)]
     parts = [f'<polyline class="curve {s.css}" points="{_path(drawn, px, py)}"/>']
     if len(points) <= 40:

@@ -19,7 +19,7 @@ from secondnature.report.run import Run, finite
 
 MAX_TEXT = 1200
 """Characters of one text on the page."""
-MAX_LOSSES, MAX_GAINS, MAX_ANSWERS, MAX_CORRECTIONS = 60, 15, 40, 40
+MAX_LOSSES, MAX_GAINS, MAX_ANSWERS = 25, 8, 40
 MAX_ROWS = 28
 """Kinds of tensors in the heat map."""
 
@@ -111,12 +111,13 @@ def view(run: Run) -> View:
     lesson, evidence = run.lesson, run.evidence
     undo, commands = words.undo(lesson)
     text = words.sentence(lesson, evidence)
+    said = words.outcome(lesson, evidence)
     comparisons = evidence.comparisons if evidence else []
     answers = _answers(run)
     return View(
         lesson=lesson,
-        said=words.outcome(lesson, evidence),
-        sentence=text,
+        said=said,
+        sentence=_without_stamp(text, said.word),
         facts=_facts(run),
         reason=lesson.reason if lesson.reason not in text else "",
         tiles=_tiles(comparisons),
@@ -134,6 +135,15 @@ def view(run: Run) -> View:
         undo=undo,
         commands=commands,
     )
+
+
+def _without_stamp(text: str, word: str) -> str:
+    """The sentence without the word that the stamp beside it says already."""
+    head, colon, rest = text.partition(":")
+    if not colon or head.strip().lower() != word.lower() or not rest.strip():
+        return text
+    rest = rest.strip()
+    return rest[0].upper() + rest[1:]
 
 
 def shorten(text: str, limit: int = MAX_TEXT) -> str:
@@ -245,7 +255,7 @@ def _curves(run: Run) -> list[Figure]:
     figures: list[Figure] = []
     losses = [(float(s.step), s.loss) for s in run.metrics.steps if s.loss is not None]
     if losses:
-        text = f"From {words.number(losses[0][1])} to {words.number(losses[-1][1])} in {len(losses)} steps."
+        text = f"From {words.number(losses[0][1])} to {words.number(losses[-1][1])} in {words.count(len(losses), 'step')}."
         line = svg.Series("loss", losses)
         picture = svg.chart([line], key=f"{key}-loss", title="Loss over steps", text=text)
         figures.append(Figure("Loss", picture, f"Nats per token. {text}"))
@@ -293,8 +303,9 @@ def _spoken(lines: list[svg.Series], unit: str) -> str:
 def _answers(run: Run) -> list[Answer]:
     """Corrections first, then the other samples, in their order."""
     given = {_key(a.prompt): a for a in run.answers}
-    shown = [_corrected(c, given.pop(_key(c.prompt), None)) for c in run.corrections]
-    return shown + [_sampled(a) for a in given.values()]
+    taught = {_key(c.prompt) for c in run.corrections}
+    shown = [_corrected(c, given.get(_key(c.prompt))) for c in run.corrections]
+    return shown + [_sampled(a) for key, a in given.items() if key not in taught]
 
 
 def _key(prompt: list[Message]) -> str:
@@ -370,7 +381,7 @@ def _heat(moved: list[Moved], key: str) -> Figure | None:
     picture = svg.heat(rows, columns, cells, key=f"{key}-heat", title=title, text=text)
     more = f" {len(kinds) - len(rows)} kinds that moved less are left out." if len(rows) < len(kinds) else ""
     caption = f"Norm of the intended, un-rounded update over the norm of the tensor, in thousandths; columns are layers (– is outside them). {text}{more}"  # noqa: E501
-    return Figure("What moved", picture, caption)
+    return Figure("Relative update, by kind of tensor and layer", picture, caption)
 
 
 def _most_moved(moved: list[Moved]) -> list[tuple[str, str, str, str]]:
