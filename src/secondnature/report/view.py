@@ -255,7 +255,8 @@ def _curves(run: Run) -> list[Figure]:
     figures: list[Figure] = []
     losses = [(float(s.step), s.loss) for s in run.metrics.steps if s.loss is not None]
     if losses:
-        text = f"From {words.number(losses[0][1])} to {words.number(losses[-1][1])} in {words.count(len(losses), 'step')}."
+        first, last = words.number(losses[0][1]), words.number(losses[-1][1])
+        text = f"From {first} to {last} in {words.count(len(losses), 'step')}."
         line = svg.Series("loss", losses)
         picture = svg.chart([line], key=f"{key}-loss", title="Loss over steps", text=text)
         figures.append(Figure("Loss", picture, f"Nats per token. {text}"))
