@@ -204,7 +204,7 @@ def difference_interval(n: int, gains: float, losses: float, confidence: float =
 
     def border(outer: float, bound: float) -> float:
         inner = point
-        for _ in range(60):
+        for _ in range(40):
             middle = (inner + outer) / 2
             if float(score_z(n, gains, losses, middle)) * bound < z:
                 inner = middle
