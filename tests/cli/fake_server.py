@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel
 
-from secondnature.errors import BadInput, NotFound, SecondnatureError, Unauthorized, WrongState
+from secondnature.errors import ContextOverflow, NotFound, SecondnatureError, Unauthorized, WrongState
 from secondnature.records import (
     Cause,
     Comparison,
@@ -49,7 +49,7 @@ class Fake:
     """What the server knows and how its lessons end."""
 
     ends: str = "kept"
-    """kept, undone, inconclusive, failed, hang (trains until it is cancelled)."""
+    """kept, undone, inconclusive, failed, hang (trains until it is cancelled), stuck (not even then)."""
     reaches_at: float = 1e-4
     """The learning rate from which unjudged lessons reach their margin before the last step."""
     ledger: list[Correction] = field(default_factory=list[Correction])
@@ -58,6 +58,7 @@ class Fake:
     looks: dict[str, int] = field(default_factory=dict[str, int])
     calls: list[str] = field(default_factory=list[str])
     keys: list[str | None] = field(default_factory=list[str | None])
+    reads_tokens: int = 1000
     flip: bool = False
     """Answer the same words differently every second time."""
     asked: Counter[str] = field(default_factory=Counter[str])
@@ -100,7 +101,7 @@ class Fake:
             last = steps - 1 if early else steps
             if look == 1:
                 lesson, phase = self.change(lesson, state="running"), "measuring before"
-            elif look - 1 < last or self.ends == "hang":
+            elif look - 1 < last or self.ends in ("hang", "stuck"):
                 phase, step = "training", min(look - 1, steps - 1)
                 lesson = self.change(lesson, state="running", steps=step, loss=1.0 / step)
             elif unjudged:
@@ -184,7 +185,8 @@ class Fake:
         return self.change(lesson, state="undone")
 
     def cancel(self, job: str) -> JobStatus:
-        self.change(self.by_job(job), state="cancelled")
+        if self.ends != "stuck":
+            self.change(self.by_job(job), state="cancelled")
         return self.status(job)
 
 
@@ -256,8 +258,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _chat(self, body: Any) -> None:
         said = body["messages"][-1]["content"]
-        if said == "too long":
-            raise BadInput("9 tokens; at most 8", "shorten the prompt")
+        if said == "too long" or body.get("max_tokens", 0) > self.fake.reads_tokens:
+            raise ContextOverflow("9 tokens; at most 8", "shorten the prompt")
         words = ["you", " said ", said]
         self.fake.asked[said] += 1
         if self.fake.flip and self.fake.asked[said] % 2 == 0:

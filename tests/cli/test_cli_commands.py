@@ -89,6 +89,8 @@ def test_lessons_log_show_keep_revert(
     assert main(["lessons", "revert", "0001-listening", *at]) == 0
     assert "0001-listening undone" in capsys.readouterr().out
     assert fake.lessons["0001-listening"].reverted_by == "90001-listening"
+    assert main(["lessons", "log", *at]) == 0
+    assert "taken back" in capsys.readouterr().out
     assert main(["lessons", "show", "0009-none", *at]) == 64
     assert "no lesson 0009-none" in capsys.readouterr().err
 
@@ -126,7 +128,7 @@ def test_chat_records_what_was_wanted(
     assert f"[weights {AFTER}, on trial]" in err
     assert "nothing to correct yet" in err
     assert "/no needs a text" in err
-    assert "BadInput: 9 tokens" in err
+    assert "ContextOverflow: 9 tokens" in err
     first, second, third = fake.ledger
     assert first.chosen is not None
     assert first.chosen[0].content == "Done: tabs."
@@ -167,6 +169,19 @@ def test_doctor_states_how_often_answers_flip_by_themselves(
     assert "1 of 3 verdicts flip" in capsys.readouterr().out
     Path("margins.jsonl").write_text('{"prompt": "a", "behaviour": "b", "check": {"prefers": ["x", "y"]}}')
     assert main([*command[:4], "margins.jsonl"]) == 64
+
+
+def test_a_model_that_reads_little_is_asked_for_less(
+    fake: Fake,
+    home: Path,
+    lesson_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake.reads_tokens = 8
+    assert chat("bye", home, monkeypatch) == 0
+    assert capsys.readouterr().out == "you said bye\n"
+    assert main(["doctor", "--home", str(home), "--probes", str(lesson_dir / "probes.jsonl")]) == 0
 
 
 def test_doctor_without_a_server_is_not_an_error(tmp_path: Path, home: Path, fake: Fake) -> None:

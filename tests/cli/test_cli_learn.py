@@ -156,7 +156,46 @@ def test_ctrl_c_cancels_the_job_and_waits_until_it_is_undone(
     assert "DELETE /v1/train/job-1" in fake.calls
 
 
-def test_a_lesson_that_cannot_end_with_our_own_server_is_refused_before_training(
+def test_a_second_ctrl_c_leaves_at_once_and_says_what_becomes_of_the_lesson(
+    fake: Fake, home: Path, lesson_dir: Path
+) -> None:
+    fake.ends = "stuck"
+    process = start(home, "learn", str(lesson_dir))
+    for awaited in ("GET /v1/train/status", "DELETE /v1/train/job-1"):
+        while awaited not in fake.calls:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, err)
+    assert "left at once; the lesson is undone when its lease ends" in err
+    assert "Traceback" not in err
+
+
+def test_a_server_that_does_not_start_says_why(
+    tmp_path: Path, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    words = ["learn", str(lesson_dir), "--home", str(new), "--model", str(tmp_path / "no-model")]
+    assert main(words) == 64
+    err = capsys.readouterr().err
+    assert "no model there" in err
+    assert str(new / "server.log") in err
+    assert not (new / "server.json").exists()
+
+
+def test_a_home_is_served_with_the_model_it_belongs_to(tmp_path: Path, home: Path) -> None:
+    from secondnature import config
+    from secondnature.cli.connect import home_model
+
+    (home / "home.json").write_text(json.dumps({"model": str(tmp_path)}))
+    assert home_model(config.load({"home": home}, environ={})) == str(tmp_path)
+    assert home_model(config.load({"home": home, "model": "other"}, environ={})) == "other"
+    (home / "home.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
+    assert home_model(config.load({"home": home}, environ={})) == "embedded"
+
+
+def test_a_file_left_by_a_crash_is_no_server(
     tmp_path: Path, home: Path, lesson_dir: Path, fake: Fake
 ) -> None:
     (home / "server.json").write_text(json.dumps({"pid": 2**22 + 1, "url": "http://127.0.0.1:9"}))

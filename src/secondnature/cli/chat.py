@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from secondnature.cli.connect import Server, Where, open_server
 from secondnature.cli.output import Output
-from secondnature.errors import SecondnatureError, Unreachable
+from secondnature.errors import ContextOverflow, SecondnatureError, Unreachable
 from secondnature.wire import FeedbackRequest
 
 MAX_TOKENS = 512
+"""Of an answer; where the model reads fewer, the server's own limit."""
 HELP = """\
 /no TEXT    the last answer was wrong; TEXT is what you wanted instead
 /why TEXT   say what was wrong with the last answer, in your own words
@@ -88,9 +90,8 @@ class Conversation:
     def _say(self, text: str) -> None:
         turns = [*self._turns, {"role": "user", "content": text}]
         answer, completion, version, trial = "", None, None, False
-        chunks = self._server.client.chat_stream(turns, temperature=0, max_tokens=MAX_TOKENS)
         try:
-            for chunk in chunks:
+            for chunk in self._chunks(turns):
                 completion = chunk.get("id", completion)
                 version, trial = chunk.get("weights_version") or version, bool(chunk.get("trial", trial))
                 for choice in chunk.get("choices", []):
@@ -106,6 +107,12 @@ class Conversation:
         self._out.say("")
         self._out.note(f"[weights {version}{', on trial' if trial else ''}]", style="dim")
         self._turns, self._last = [*turns, {"role": "assistant", "content": answer}], completion
+
+    def _chunks(self, turns: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._server.client.chat_stream(turns, temperature=0, max_tokens=MAX_TOKENS)
+        except ContextOverflow:  # refused before the first chunk
+            yield from self._server.client.chat_stream(turns, temperature=0)
 
     def _feedback(self, word: str, text: str) -> None:
         if self._last is None:

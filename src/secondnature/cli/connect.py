@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 from secondnature import config
+from secondnature.cli import USAGE
 from secondnature.cli.output import Output
 from secondnature.errors import BadInput, SecondnatureError, Unauthorized, Unreachable
 from secondnature.wire import Client, Health
@@ -205,7 +206,7 @@ def _await_start(process: subprocess.Popen[bytes], home: Path, out: Output) -> s
                     return str(found["url"])
             time.sleep(POLL_S)
     log = (home / "server.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise Unreachable(
+    raise (BadInput if process.returncode == USAGE else Unreachable)(
         "the server did not start: " + (" / ".join(log[-2:]) or f"exit code {process.returncode}"),
         f"the whole log: {home / 'server.log'}",
     )

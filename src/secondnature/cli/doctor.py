@@ -24,14 +24,14 @@ from secondnature import config
 from secondnature.cli import FAILED
 from secondnature.cli.connect import Where, open_server
 from secondnature.cli.output import Output
-from secondnature.errors import BadInput, SandboxFailed, SecondnatureError, Unreachable
+from secondnature.errors import BadInput, ContextOverflow, SandboxFailed, SecondnatureError, Unreachable
 from secondnature.records import Outcome, Probe, read_jsonl
 from secondnature.wire import Client
 
 AT_ONCE = 32
 """Probes in flight: what the gate does too."""
 MAX_TOKENS = 160
-"""Of an answer, as the gate asks."""
+"""Of an answer, as the gate asks; where the model reads fewer, the server's own limit."""
 MIN_FREE_BYTES = 5_000_000_000
 NEEDED = {"torch": (2, 6), "transformers": (5, 7), "fastapi": (0, 115), "uvicorn": (0, 30)}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -191,7 +191,10 @@ def _ask(client: Client, probes: list[Probe], versions: set[str]) -> list[Outcom
 
     def ask(probe: Probe) -> str:
         turns = [{"role": m.role, "content": m.content} for m in probe.prompt]
-        reply: dict[str, Any] = client.chat(turns, temperature=0, max_tokens=MAX_TOKENS)
+        try:
+            reply: dict[str, Any] = client.chat(turns, temperature=0, max_tokens=MAX_TOKENS)
+        except ContextOverflow:
+            reply = client.chat(turns, temperature=0)
         versions.add(str(reply.get("weights_version")))
         return str(reply["choices"][0]["message"]["content"] or "")
 

@@ -24,7 +24,8 @@ def log(where: Where, out: Output) -> int:
         answer = server.client.lessons()
     table = Table(*("id", "state", "behaviour", "steps", "verdict", "when", "version"), box=None)
     for lesson in answer.lessons:
-        cells = (lesson.id, lesson.state.replace("_", " "), lesson.behaviour or "-", str(lesson.steps))
+        state = "taken back" if lesson.reverted_by else lesson.state.replace("_", " ")
+        cells = (lesson.id, state, lesson.behaviour or "-", str(lesson.steps))
         when = f"{lesson.created_at.astimezone():%Y-%m-%d %H:%M}"
         table.add_row(*(Text(c) for c in (*cells, lesson.verdict or "-", when, lesson.version or "-")))
     if answer.lessons:
