@@ -8,6 +8,7 @@ Start-up: lock the home, read checkpoint and kept deltas, fill the arena, and on
 from __future__ import annotations
 
 import contextlib
+import importlib.resources
 import json
 import logging
 import os
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from secondnature import __version__, config, embedded
+from secondnature import __version__, config
 from secondnature.config import Settings
 from secondnature.data.ledger import Ledger
 from secondnature.errors import BadInput, ConfigError, NotFound, SecondnatureError
@@ -216,6 +218,7 @@ def main(settings: Settings) -> int:
     """Serve until a signal comes; the exit status."""
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    transformers.logging.set_verbosity_error()  # it warns of kernels that no CPU has
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn hands its signals on when it has stopped
         signal.signal(number, _leave)
     with assemble(settings) as parts:

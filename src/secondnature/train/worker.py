@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 import zmq
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -275,6 +276,7 @@ class Worker:
 def main(endpoint: str, parent: int) -> None:
     """Connect and serve."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    transformers.logging.set_verbosity_error()  # it warns of kernels that no CPU has
     with contextlib.suppress(OSError):
         os.nice(NICE)
     socket = zmq.Context.instance().socket(zmq.PAIR)
