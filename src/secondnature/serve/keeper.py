@@ -476,8 +476,8 @@ class Keeper:
             raise WrongState(
                 f"lesson {lesson.id} is {lesson.state}, not on trial", "only a lesson on trial can be kept"
             )
-        if job.request.probes:
-            raise WrongState(f"lesson {lesson.id} is being judged", "the gate decides; wait for it")
+        if job.phase != "on trial":
+            raise WrongState(f"lesson {lesson.id} is {job.phase}", "wait for it")
         self._keep(job, "kept by hand")
         return job.lesson
 
@@ -485,7 +485,7 @@ class Keeper:
         lesson = self.log.get(lesson_id)
         job = self._current
         if job is not None and job.lesson.id == lesson.id:
-            if job.lesson.state != "on_trial" or job.request.probes:
+            if job.phase != "on trial":
                 raise WrongState(f"lesson {lesson.id} is {job.phase}", "cancel its job instead")
             self._undo(job, "undone", "undone by hand", None)
             return job.lesson

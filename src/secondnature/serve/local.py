@@ -70,9 +70,10 @@ class Parts:
 
 def model_directory(settings: Settings) -> Path:
     """Where the model lies. Raises ConfigError."""
-    directory = (
-        embedded.path() if settings.model == "embedded" else Path(settings.model).expanduser().absolute()
-    )
+    if settings.model == "embedded":  # data, not code: the room itself lies above this one
+        directory = Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
+    else:
+        directory = Path(settings.model).expanduser().absolute()
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"{directory}: no model there (no config.json)",
