@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
-    LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -24,7 +23,7 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 END = 256
 """The end token; ids 0..255 are bytes."""
 VOCABULARY = 260
-KINDS = ("hybrid", "qwen3", "llama", "gpt2")
+KINDS = ("hybrid", "qwen3", "gpt2")
 SENTENCE = "Grüße 🙂, 日本 says: ab\nstop here, then go on."
 
 
@@ -67,8 +66,6 @@ def _config(kind: str, hidden: int, positions: int) -> Any:
         )
     if kind == "qwen3":
         return Qwen3Config(**shared, num_hidden_layers=2)
-    if kind == "llama":
-        return LlamaConfig(**shared, num_hidden_layers=2)
     return GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=hidden,

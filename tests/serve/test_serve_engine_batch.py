@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from engine_models import (
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from secondnature.errors import UnsupportedModel
+from secondnature.model.load import build
 from secondnature.serve.batch import Rows
 from secondnature.serve.engine import Engine
 from secondnature.serve.generation import GenerationRequest, score_request
@@ -83,6 +85,29 @@ def test_rows_join_and_leave_at_any_time_without_touching_the_others(model: Any)
 
 
 @torch.inference_mode()
+def test_columns_are_given_back_and_grow_again(model: Any) -> None:
+    texts = prompts(300, 4, 9)
+    rows = Rows(model)
+    rows.prefill(texts, 1)
+    texts = [texts[i] for i in rows.remove([0])]
+    assert rows.num_columns == 9
+    assert rows.window.end == 9  # the columns of the long row are used again
+    for step in range(80):
+        for i, logits in enumerate(rows.step([step, step + 1])):
+            texts[i].append(step + i)
+            if step % 20 == 19:
+                alone = model(input_ids=torch.tensor([texts[i]]), use_cache=False).logits[0, -1]
+                torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
+        if step == 50:  # a longer one joins, and what it needs is zero in the others
+            new = Rows(model)
+            (other,) = prompts(200, seed=4)
+            new.prefill([other], 1)
+            rows.append(new, [0])
+            assert rows.num_columns == 200
+            assert rows.remove([2]) == [0, 1]
+
+
+@torch.inference_mode()
 def test_a_row_that_was_nan_does_not_poison_the_next_one_in_its_place() -> None:
     model = make_model("hybrid")
     rows = Rows(model)
@@ -112,7 +137,7 @@ def test_crowd_equals_transformers_generate(model: Any) -> None:
 
 def test_prompt_read_in_pieces_equals_whole(model: Any) -> None:
     (prompt,) = prompts(300)
-    for piece in (7, 64, 300):
+    for piece in (29, 64, 300):
         with Engine(model, byte_tokenizer(), prefill_tokens=piece) as engine:
             assert engine.generate([greedy(prompt, 12)])[0].token_ids == generate_alone(model, prompt, 12)
             (scored,) = engine.generate([score_request(prompt[:100], prompt[100:], top=2)])
@@ -157,6 +182,27 @@ def test_a_model_that_nobody_here_made_up_to_its_last_position() -> None:
             spoken.finish_reason == "length" or spoken.token_ids[-1] in model.generation_config.eos_token_id
         )
         assert spoken.text == tokenizer.decode(spoken.token_ids, skip_special_tokens=True)
+
+
+def test_weights_of_the_arena_kind_are_live(tmp_path: Path) -> None:
+    source = make_model("hybrid")
+    source.config.save_pretrained(tmp_path)
+    weights = {name: p.detach().bfloat16() for name, p in source.named_parameters()}
+    model = build(tmp_path, weights)
+    texts = prompts(*LENGTHS)
+    with Engine(model, byte_tokenizer()) as engine:
+        before = [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])]
+        assert before == [generate_alone(model, p, 12) for p in texts]
+        old = {name: w.clone() for name, w in weights.items()}
+        for name, w in weights.items():
+            if "norm" not in name:
+                w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).bfloat16() * 0.1)
+        after = [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])]
+        assert after == [generate_alone(model, p, 12) for p in texts]
+        assert after != before
+        for name, w in weights.items():
+            w.copy_(old[name])
+        assert [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])] == before
 
 
 def test_sliding_windows_are_refused_by_name() -> None:

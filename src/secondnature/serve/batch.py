@@ -85,10 +85,10 @@ class AttentionRows(CacheLayerMixin):
             setattr(self, name, new)
 
     def move_left(self, rows: int, start: int, end: int) -> None:
-        """Columns start..end of the first rows move to 0..end-start."""
+        """Columns start..end of the first rows move to 0..end-start, which lies before start."""
         for buffer in (self.keys, self.values):
             assert buffer is not None
-            buffer[:rows, :, : end - start] = buffer[:rows, :, start:end].clone()
+            buffer[:rows, :, : end - start] = buffer[:rows, :, start:end]
 
     def put(self, row: int, other: AttentionRows, other_row: int, length: int) -> None:
         """Copy a row of another batch in, right-aligned; zero the rest of the row."""

@@ -255,10 +255,14 @@ class Engine:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while self._wait():
-                self._drop_cancelled()
-                self._read_prompts()
-                self._step()
-                self._count()
+                try:
+                    self._drop_cancelled()
+                    self._read_prompts()
+                    self._step()
+                    self._count()
+                except Exception as e:  # noqa: BLE001  (a fault of ours; without this every caller would hang)
+                    self._fail(self._all_jobs(), e)
+                    self._forget()
                 for hook in self._on_step:
                     try:
                         hook(self)
@@ -267,6 +271,14 @@ class Engine:
         error = Unreachable("the engine was shut down", "try again when the server is back")
         for job in self._all_jobs():
             self._end(job, "cancelled", error)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop every row, after a failure or at the end."""
+        self._running = []
+        self._reading = {False: None, True: None}
+        self._batch = Rows(self._model)
+        self._count()
 
     def _all_jobs(self) -> list[Job]:
         with self._wake:
@@ -374,8 +386,7 @@ class Engine:
             self._running += [jobs[i] for i in joining]
         except Exception as e:  # noqa: BLE001
             self._fail([*self._running, *jobs], e)
-            self._running = []
-            self._batch = Rows(self._model)
+            self._running, self._batch = [], Rows(self._model)
 
     def _read_piece(self, jobs: list[Job], rows: Rows) -> list[int]:
         """One forward over prompts. Returns the indices of the jobs that go on generating."""
@@ -426,8 +437,7 @@ class Engine:
             self._let_go()
         except Exception as e:  # noqa: BLE001
             self._fail(jobs, e)
-            self._running = []
-            self._batch = Rows(self._model)
+            self._running, self._batch = [], Rows(self._model)
 
     def _stamped(self, jobs: Sequence[Job], forward: Callable[[], Tensor]) -> Tensor:
         """Run a forward between two looks at the weights clock."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -139,7 +139,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, whole characters only, and the log-probabilities (if asked for) of the tokens behind it."""
+    """New text, whole characters only, and the log-probabilities (if asked for) of the tokens that begin in it.
+
+    The last one may have no text, only tokens (of a character that was cut, or special ones)."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
@@ -242,7 +244,7 @@ class GenerationHandle:
                 return
             position += 1
 
-    async def stream(self) -> AsyncIterator[Event]:
+    async def stream(self) -> AsyncGenerator[Event]:
         """Every event, for asyncio; leaving early (the client is gone) cancels the request."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event] = asyncio.Queue()
