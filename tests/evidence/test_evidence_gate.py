@@ -105,7 +105,7 @@ def test_a_harmless_lesson_is_kept() -> None:
     evidence = learned().ask("code", both=280, losses=4, gains=4, neither=12).judge()
     assert evidence.verdict == "kept"
     assert "listening went from 3 to 52 of 60" in evidence.sentence
-    assert "code (< 5)" in evidence.sentence
+    assert "of 5 points in code" in evidence.sentence
     assert [c.role for c in evidence.comparisons] == ["gain", "other", "guard"]
     gain = evidence.comparisons[0]
     assert (gain.n, gain.before, gain.after, gain.gains, gain.losses, gain.num_seeds) == (
@@ -197,6 +197,7 @@ def test_many_probes_of_few_scenarios_are_too_few() -> None:
     evidence = Lesson().ask("listening", gains=60, per_seed=10).judge()
     assert evidence.verdict == "inconclusive"
     assert "60 probes from 6 scenarios" in evidence.sentence
+    assert of(evidence, "listening", "gain").n_needed == 200
     guarded = learned().ask("code", both=300, per_seed=5).ask("talk", both=300, per_seed=3).judge()
     assert of(guarded, "code").passed is False  # 60 scenarios cannot rule out 5 points
     assert of(guarded, "code").n_needed == 77 * 5

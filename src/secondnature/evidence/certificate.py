@@ -124,10 +124,13 @@ def _judge_gain(
     if few or p > alpha:
         size, up, down = _observations(clusters, n, gains, losses)
         needed = gain_n_needed(up / size, down / size, alpha, POWER)
+        least = gate.min_gain_probes
+        if num_seeds < gate.min_gain_seeds:
+            least = max(least, math.ceil(gate.min_gain_seeds * n / num_seeds))
         if needed is not None:
-            judged["n_needed"] = max(gate.min_gain_probes, math.ceil(needed * n / size))
+            judged["n_needed"] = max(least, math.ceil(needed * n / size))
         elif few:
-            judged["n_needed"] = gate.min_gain_probes
+            judged["n_needed"] = least
     return judged
 
 
@@ -212,9 +215,10 @@ def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str
     before = d_prime(right.before, right.n, other.n - other.before, other.n)
     after = d_prime(right.after, right.n, other.n - other.after, other.n)
     moments = [z_moments(c.n, c.before, c.after, c.losses) for c in (right, other)]
+    copies = [c.n / c.num_seeds for c in (right, other)]  # probes of one scenario count as one
     reach = normal_quantile(1 - alpha)
-    low = after - reach * math.sqrt(sum(m[0] for m in moments))
-    high = after - before + reach * math.sqrt(sum(m[1] for m in moments))
+    low = after - reach * math.sqrt(sum(m[0] * k for m, k in zip(moments, copies, strict=True)))
+    high = after - before + reach * math.sqrt(sum(m[1] * k for m, k in zip(moments, copies, strict=True)))
     return {
         "d_prime_before": before,
         "d_prime_after": after,
@@ -260,7 +264,7 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
     if open_ends:
         return "inconclusive", "Not enough evidence, so undone: " + "; ".join(open_ends) + "."
     assert gain is not None
-    return "kept", f"Kept: {_rates(gain)} (p = {gain.p:.2g}); {_held(guards)}."
+    return "kept", f"Kept: {_rates(gain)} ({_p(gain)}); {_held(guards)}."
 
 
 def _is_open(c: Comparison) -> bool:
@@ -276,6 +280,11 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0")
 
 
+def _p(c: Comparison) -> str:
+    assert c.p is not None
+    return "p < 0.0001" if c.p < 0.0001 else f"p = {c.p:.2g}"
+
+
 def _rates(c: Comparison) -> str:
     return f"{_label(c)} went from {c.before} to {c.after} of {c.n} probes"
 
@@ -283,17 +292,18 @@ def _rates(c: Comparison) -> str:
 def _fall(c: Comparison) -> str:
     assert c.difference_interval is not None
     assert c.margin is not None
-    least = max(0.0, -c.difference_interval[1])
+    most, least = (_points(-end) for end in c.difference_interval)
+    fall = _points((c.before - c.after) / c.n)
     return (
-        f"{_rates(c)}, a fall of {_points((c.before - c.after) / c.n)} points (at least {_points(least)} with 95 % "
-        f"confidence; {_points(c.margin)} are allowed)"
+        f"{_rates(c)}, a fall of {fall} points ({least} to {most} with 95 % confidence; it had to be shown to be "
+        f"less than {_points(c.margin)})"
     )
 
 
 def _open_end(c: Comparison) -> str:
     would_do = f"; about {c.n_needed:,} probes would do" if c.n_needed else "; no number of probes would do"
     if c.role == "gain":
-        said = c.note or f"the gain could be chance (p = {c.p:.2g}, alpha {c.alpha:.2g})"
+        said = c.note or f"the gain could be chance ({_p(c)}, alpha {c.alpha:.2g})"
         return f"{_rates(c)}, {said}{would_do}"
     assert c.margin is not None
     few = f" ({c.note})" if c.note else ""
@@ -305,8 +315,8 @@ def _held(guards: Sequence[Comparison]) -> str:
     judged = [c for c in guards if c.passed]
     parts: list[str] = []
     if judged:
-        falls = ", ".join(f"{_label(c)} (< {_points(c.margin or 0)})" for c in judged)
-        parts.append(f"falls of these many points are ruled out: {falls}")
+        falls = ", ".join(f"of {_points(c.margin or 0)} points in {_label(c)}" for c in judged)
+        parts.append(f"ruled out are falls {falls}")
     else:
         parts.append("nothing guarded the rest of what the model can do")
     if all(c.role != "other" for c in guards):

@@ -51,7 +51,7 @@ KEPT = frozenset(
 )
 HARMLESS = frozenset(
     "compile exec builtins.id builtins.input builtins.input/result time.sleep object.__setattr__ "
-    "object.__delattr__ array.__new__ sys.unraisablehook".split()
+    "object.__delattr__ array.__new__ sys.unraisablehook sys._getframemodulename".split()
 )
 """Audit events that a child may raise; `import` and `object.__getattr__` are decided by their argument."""
 FRAMES = frozenset(("tb_frame", "gi_frame", "cr_frame", "ag_frame"))
