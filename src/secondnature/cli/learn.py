@@ -161,20 +161,24 @@ def write_report(detail: LessonDetail, report: Path) -> None:
     from secondnature.report import write
 
     with tempfile.TemporaryDirectory(prefix="secondnature-") as name:
-        folder = Path(name)
-        _put(folder / "lesson.json", detail.lesson.model_dump_json())
-        if detail.evidence is not None:
-            _put(folder / "evidence.json", detail.evidence.model_dump_json())
-        _put(folder / "corrections.jsonl", to_jsonl(detail.corrections))
-        _put(folder / "metrics.jsonl", _lines(detail.metrics))
-        _put(folder / "answers.jsonl", _lines(detail.answers))
         try:
-            write(folder, report)
+            write(write_run(detail, Path(name)), report)
         except OSError as e:
             raise StorageError(
                 f"{report}: {e.strerror or e}",
                 "is there room, and may you write there?",
             ) from None
+
+
+def write_run(detail: LessonDetail, folder: Path) -> Path:
+    """What a server says of a lesson as a run directory, which is all that a report reads; the folder."""
+    _put(folder / "lesson.json", detail.lesson.model_dump_json())
+    if detail.evidence is not None:
+        _put(folder / "evidence.json", detail.evidence.model_dump_json())
+    _put(folder / "corrections.jsonl", to_jsonl(detail.corrections))
+    _put(folder / "metrics.jsonl", _lines(detail.metrics))
+    _put(folder / "answers.jsonl", _lines(detail.answers))
+    return folder
 
 
 def _put(path: Path, text: str) -> None:

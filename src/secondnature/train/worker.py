@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,13 +42,15 @@ from secondnature.records import Example, KlMetric, LookMetric, OptimizerSetting
 from secondnature.train.apollo import Apollo
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test
-from secondnature.train.step import StepResult, log_probs, references, train_step
+from secondnature.train.step import StepResult, references, train_step
 from secondnature.weights.arena import Arena
 
 LOG = logging.getLogger("secondnature.trainer")
 NICE = 5
 """The trainer gives way to the engine where they share a core."""
 POLL_MS = 500
+LOOK_BATCH = 16
+"""Sequences scored at once when looking: bounds the memory of their logits."""
 
 
 def _example(work: wire.Work) -> Example:
@@ -78,11 +80,35 @@ def save_optimizer(optimizer: Apollo, path: Path) -> None:
 
 
 @torch.no_grad()
-def next_token_logps(model: nn.Module, work: wire.Work) -> torch.Tensor:
-    """Log-probabilities of every next token along a continuation: (T, V), fp32."""
-    ids = torch.tensor([work.context + work.continuation])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(work.context) - 1 : -1]
-    return torch.log_softmax(logits.float(), dim=-1)
+def next_token_logps(model: nn.Module, works: Sequence[wire.Work]) -> list[torch.Tensor]:
+    """Log-probabilities of every next token along each continuation: per example (T, V), fp32.
+
+    Right-padded batches of similar length: nothing reads what comes after its own end, in attention or recurrence.
+    """
+    found: dict[int, torch.Tensor] = {}
+    order = sorted(range(len(works)), key=lambda i: len(works[i].context) + len(works[i].continuation))
+    for start in range(0, len(order), LOOK_BATCH):
+        chosen = order[start : start + LOOK_BATCH]
+        rows = [works[i].context + works[i].continuation for i in chosen]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for k, row in enumerate(rows):
+            ids[k, : len(row)] = torch.tensor(row)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for k, i in enumerate(chosen):
+            context = len(works[i].context)
+            here = logits[k, context - 1 : len(rows[k]) - 1]
+            found[i] = torch.log_softmax(here.float(), dim=-1)
+    return [found[i] for i in range(len(works))]
+
+
+def margins_of(model: nn.Module, looks: Sequence[wire.Look]) -> list[float]:
+    """log p(wanted) - log p(unwanted) of each development probe, nats over the whole answers."""
+    works = [wire.Work(look.context, answer) for look in looks for answer in (look.wanted, look.unwanted)]
+    totals = [
+        float(logps.gather(1, torch.tensor(work.continuation).unsqueeze(1)).sum())
+        for work, logps in zip(works, next_token_logps(model, works), strict=True)
+    ]
+    return [totals[2 * i] - totals[2 * i + 1] for i in range(len(looks))]
 
 
 def kl_divergences(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
@@ -113,7 +139,7 @@ class Lesson:
         job = self.job
         works = job.examples + job.replay
         examples = [_example(w) for w in works]
-        base = {on: [next_token_logps(self.model, w) for w in found] for on, found in job.kl.items()}
+        base = {on: next_token_logps(self.model, found) for on, found in job.kl.items()}
         refs: list[Reference | None] | None = None
         if job.objective in ("dpo", "dpop"):
             refs = references(self.model, examples)
@@ -145,7 +171,7 @@ class Lesson:
                     break
         check()
         for on, before in base.items():
-            per_prompt = kl_divergences(before, [next_token_logps(self.model, w) for w in job.kl[on]])
+            per_prompt = kl_divergences(before, next_token_logps(self.model, job.kl[on]))
             if per_prompt:
                 mean = sum(per_prompt) / len(per_prompt)
                 report(
@@ -180,9 +206,9 @@ class Lesson:
     ) -> str | None:
         """Margins of the development probes; why to stop, if there is a reason to."""
         margins: dict[str, list[float]] = {}
-        for look in self.job.development:
-            wanted, unwanted = log_probs(self.model, look.context, [look.wanted, look.unwanted])
-            margins.setdefault(look.side, []).append(wanted - unwanted)
+        looks = self.job.development
+        for look, margin in zip(looks, margins_of(self.model, looks), strict=True):
+            margins.setdefault(look.side, []).append(margin)
         if margins:
             if not all(math.isfinite(m) for found in margins.values() for m in found):
                 raise NonFinite(

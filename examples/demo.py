@@ -1,0 +1,109 @@
+"""`make demo`: correct the embedded model while it serves; one lesson is kept, one is undone.
+
+A throwaway home (.demo-home), a real server, and the same two commands that a user would type:
+
+    secondnature learn examples/listening     six corrections -> kept
+    secondnature learn examples/overreach     one correction, drilled -> breaks other things -> undone
+
+Meanwhile a client goes on asking, so that you see that nothing pauses. Ends with the table, ./report.html and the
+line that undoes what was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from secondnature.cli import main as secondnature
+from secondnature.cli.connect import Where, open_server
+from secondnature.cli.learn import write_run
+from secondnature.cli.output import Output
+from secondnature.report import write_many
+from secondnature.wire import Client
+
+EXAMPLES = Path(__file__).parent
+QUESTION = "Please paint the bench red."
+
+
+class Visitor(threading.Thread):
+    """Somebody who keeps asking while the model learns."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(daemon=True)
+        self.client = client
+        self.num_answers = self.num_trial = self.num_failed = 0
+        self.slowest_s = 0.0
+        self.stopping = threading.Event()
+
+    def ask(self) -> str:
+        """One greedy answer to the question."""
+        answer = self.client.chat([{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64)
+        self.num_trial += bool(answer["trial"])
+        return str(answer["choices"][0]["message"]["content"])
+
+    def run(self) -> None:
+        """Ask twice a second until told to stop."""
+        while not self.stopping.wait(0.5):
+            begun = time.monotonic()
+            try:
+                self.ask()
+                self.num_answers += 1
+            except Exception as e:  # noqa: BLE001  (counted and shown: it must be zero)
+                self.num_failed += 1
+                print("a request failed:", e)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
+
+
+def demo(home: Path, model: str, report: Path) -> int:
+    """The whole demonstration; the exit status."""
+    shutil.rmtree(home, ignore_errors=True)
+    begun = time.monotonic()
+    with (
+        open_server(Where(home=home, model=model), Output()) as server,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        where = ["--url", server.client.url, "--home", str(home)]
+        visitor = Visitor(server.client)
+        print(f"\nA user:    {QUESTION}\nThe model: {visitor.ask()}\n")
+        visitor.start()
+        statuses: list[int] = []
+        for name in ("listening", "overreach"):
+            print(f"$ secondnature learn examples/{name}")
+            page = str(Path(scratch) / f"{name}.html")
+            statuses.append(secondnature(["learn", str(EXAMPLES / name), *where, "--report", page]))
+            print()
+        visitor.stopping.set()
+        visitor.join()
+        print(f"A user:    {QUESTION}\nThe model: {visitor.ask()}\n")
+        lessons = server.client.lessons().lessons
+        runs = [Path(scratch) / lesson.id for lesson in lessons]
+        for lesson, folder in zip(lessons, runs, strict=True):
+            folder.mkdir()
+            write_run(server.client.lesson(lesson.id), folder)
+        write_many(runs, report)
+        print(
+            f"Meanwhile {visitor.num_answers} other requests were answered, {visitor.num_trial} of them by weights "
+            f"on trial; {visitor.num_failed} failed; the slowest took {visitor.slowest_s:.1f} s."
+        )
+        print(f"Report: {report}   ({time.monotonic() - begun:.0f} s)")
+        print(f"Undo what was kept: .venv/bin/{server.command('lessons', 'revert', lessons[0].id)}")
+    expected = [0, 1]  # kept, undone
+    if statuses != expected or visitor.num_failed:
+        print(
+            f"unexpected: exit statuses {statuses} (expected {expected}), {visitor.num_failed} failed requests"
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--home", type=Path, default=Path(".demo-home"))
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--report", type=Path, default=Path("report.html"))
+    options = parser.parse_args()
+    raise SystemExit(demo(options.home, options.model, options.report))
