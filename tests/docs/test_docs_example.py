@@ -68,7 +68,8 @@ def test_its_loss_and_gradient_are_the_products(example: ModuleType, talker: Pat
     for name, parameter in model.named_parameters():
         if name in wanted:
             assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad.float(), wanted[name], rtol=0.02, atol=1e-5)
+            error = (parameter.grad.float() - wanted[name]).norm() / wanted[name].norm()
+            assert error < 0.01, name  # bf16 keeps 8 bits of a gradient; the product sums in fp32
 
 
 def test_its_rounding_is_right_on_average_and_leaves_the_rest(example: ModuleType) -> None:
