@@ -167,6 +167,7 @@ class Keeper:
             state = self.status(job).state
             raise WrongState(f"job {job} is {state} already", "use revert to take back a kept lesson")
         live.cancel.set()
+        self._do(self._drop_cancelled)
         deadline = time.monotonic() + 60
         while live.lesson.state in ("queued", "running", "on_trial") and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -229,6 +230,12 @@ class Keeper:
         while not self._commands.empty():
             _, future = self._commands.get_nowait()
             future.set_exception(Unreachable("the server is shutting down", "start it again"))
+
+    def _drop_cancelled(self) -> None:
+        """What waits and was cancelled need not wait for the lesson that holds the weights."""
+        for job in [j for j in self._waiting if j.cancel.is_set()]:
+            self._waiting.remove(job)
+            self._end(job, "cancelled", "cancelled while it was waiting")
 
     def _lead(self, job: Job) -> None:
         """One lesson, from running to its end. Nothing it does can end this thread."""

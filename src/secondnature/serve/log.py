@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,10 @@ class Log:
         """Append one line to the entry's metrics (not fsynced one by one: they acknowledge nothing)."""
         line = metric.model_dump_json() if isinstance(metric, BaseModel) else json.dumps(metric)
         path = self.directory(lesson) / "metrics.jsonl"
-        with storage.storage_errors(path), path.open("a") as file:
-            file.write(line + "\n")
+        with storage.storage_errors(path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(line + "\n")
 
     def detail(self, lesson_id: str) -> LessonDetail:
         """One entry with everything in its directory but the weights."""

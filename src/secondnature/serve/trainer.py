@@ -116,6 +116,7 @@ class Trainer:
         """
         self.ensure()
         self._busy = True
+        ended = False
         try:
             self._send(job)
             asked_at: float | None = None
@@ -129,12 +130,15 @@ class Trainer:
                 message = self._receive(time.monotonic() + 0.1)
                 if isinstance(message, wire.Progress) and message.job == job.job:
                     on_progress(message.metric)
-                elif isinstance(message, wire.Done) and message.job == job.job:
-                    return message
-                elif isinstance(message, wire.Failed) and message.job == job.job:
+                elif isinstance(message, wire.Done | wire.Failed) and message.job == job.job:
+                    ended = True
+                    if isinstance(message, wire.Done):
+                        return message
                     raise from_wire(message.error)
         finally:
             self._busy = False
+            if not ended:  # whatever went wrong here, e.g. the metrics' disk: it must not go on writing
+                self.kill()
 
     def _send(self, message: wire.ToTrainer) -> None:
         assert self._socket is not None
