@@ -424,7 +424,7 @@ class LookMetric(Record):
     margins: dict[Side, list[float]] = {}
     """Per probe: log p(wanted) - log p(unwanted), nats over the whole answers. Smooth."""
     passed: dict[Side, float | None] = {}
-    """Share of probes whose greedy answer passes (or whose margin is > 0, where none was generated). Jumps."""
+    """Share of probes whose greedy answer is, token by token, the wanted one. Jumps."""
 
 
 class KlMetric(Record):

@@ -170,6 +170,9 @@ class TrainRequest(Body):
     max_steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
     until_margin: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)] | None = None
     """Stop as soon as the mean margin on the development probes (else the examples) reaches this, in nats."""
+    until_passed: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Stop as soon as this share of the development probes has the wanted answer as its greedy one. With
+    `until_margin`: both."""
     look_every: Annotated[int, Field(ge=1, le=1000)] = 1
     """Steps between two looks at the margins."""
     development: Annotated[list[Probe], Field(max_length=1000)] = []
@@ -201,6 +204,8 @@ class TrainRequest(Body):
             missing = [i for i, e in enumerate(self.examples) if e.rejected_ids is None]
             if missing:
                 raise ValueError(f"`{self.objective}` needs rejected_ids; missing in example {missing[0]}")
+        if self.until_passed is not None and not any(p.side == "right" for p in self.development):
+            raise ValueError("`until_passed` needs `development` probes of the side `right`")
         for i, probe in enumerate(self.development):
             if probe.check.prefers is None:
                 raise ValueError(f"development probe {i} has no `prefers`; the trainer looks at margins only")
@@ -340,6 +345,7 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     optimizer_out: str
     development: list[Look]
     until_margin: float | None
+    until_passed: float | None
     look_every: int
     kl: dict[str, list[Work]]
     """Prompts with the base's own answers, by set (`new`, `replay`)."""

@@ -50,6 +50,7 @@ class LessonFile(Record):
     batch_size: int | None = None
     max_steps: int | None = None
     until_margin: float | None = None
+    until_passed: float | None = None
     look_every: int | None = None
     seed: int | None = None
     optimizer: OptimizerSettings | None = None

@@ -221,6 +221,10 @@ class Keeper:
         self.trainer.launch()
         while not self._stop.is_set():
             self._serve_commands(wait_s=0.05)
+            try:
+                self.trainer.notice()
+            except SecondnatureError as e:  # the next job says so to whoever asked for it
+                LOG.warning("the trainer cannot start: %s", e)
             if self._checkpoint_due is not None and time.monotonic() > self._checkpoint_due:
                 self._checkpoint_quietly()
             while self._waiting and not self._stop.is_set():
@@ -323,6 +327,7 @@ class Keeper:
             optimizer_out=str(self.log.directory(job.lesson) / OPTIMIZER_FILE),
             development=plan.development,
             until_margin=plan.until_margin,
+            until_passed=plan.until_passed,
             look_every=plan.look_every,
             kl=kl,
         )

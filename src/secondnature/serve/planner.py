@@ -36,6 +36,7 @@ class Plan:
     optimizer: OptimizerSettings
     development: list[wire.Look]
     until_margin: float | None
+    until_passed: float | None
     look_every: int
     corrections: list[Correction]
     """What the examples were made from; empty for raw token ids."""
@@ -61,6 +62,7 @@ class Plan:
             "seed": self.seed,
             "replay_share": self.replay_share,
             "until_margin": self.until_margin,
+            "until_passed": self.until_passed,
             "look_every": self.look_every,
             "optimizer": self.optimizer.model_dump(mode="json"),
         }
@@ -143,6 +145,7 @@ class Planner:
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
             development=development,
             until_margin=request.until_margin,
+            until_passed=request.until_passed,
             look_every=request.look_every,
             corrections=corrections,
             replay_prompts=[c.prompt for c in general[:MAX_KL_PROMPTS]],
@@ -205,6 +208,7 @@ class Planner:
 
 def _steps(request: wire.TrainRequest, per_epoch: int) -> int:
     if request.epochs is None and request.max_steps is None:
-        return DEFAULT_MAX_STEPS if request.until_margin is not None else per_epoch
+        until = request.until_margin is not None or request.until_passed is not None
+        return DEFAULT_MAX_STEPS if until else per_epoch
     asked = [s for s in (request.max_steps, request.epochs and request.epochs * per_epoch) if s]
     return min(asked)

@@ -89,6 +89,15 @@ class Trainer:
             )
         self._send(wire.Attach(self._arena.manifest(), str(self._model_dir), self._threads))
 
+    def notice(self) -> None:
+        """Take note, without waiting, that a new process is ready. Raises what it found wrong with the model."""
+        if not self._ready and self.pid is not None and self._socket is not None and self._socket.poll(0):
+            message = wire.decode_for_server(self._socket.recv())
+            if isinstance(message, wire.Failed):
+                self.stop()
+                raise from_wire(message.error)
+            self._ready = isinstance(message, wire.Ready)
+
     def ensure(self) -> None:
         """A trainer that is ready. Raises TrainerDied (it did not start) or what it found wrong with the model."""
         self.launch()

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -101,14 +102,26 @@ def next_token_logps(model: nn.Module, works: Sequence[wire.Work]) -> list[torch
     return [found[i] for i in range(len(works))]
 
 
-def margins_of(model: nn.Module, looks: Sequence[wire.Look]) -> list[float]:
-    """log p(wanted) - log p(unwanted) of each development probe, nats over the whole answers."""
+@dataclass(frozen=True)
+class Seen:
+    """What a look saw of one development probe."""
+
+    margin: float
+    """log p(wanted) - log p(unwanted), nats over the whole answers."""
+    greedy: bool
+    """Every token of the wanted answer is the likeliest one: it is the greedy answer."""
+
+
+def look_at(model: nn.Module, looks: Sequence[wire.Look]) -> list[Seen]:
+    """The margin and the greedy answer of each development probe, from one teacher-forced reading."""
     works = [wire.Work(look.context, answer) for look in looks for answer in (look.wanted, look.unwanted)]
-    totals = [
-        float(logps.gather(1, torch.tensor(work.continuation).unsqueeze(1)).sum())
-        for work, logps in zip(works, next_token_logps(model, works), strict=True)
-    ]
-    return [totals[2 * i] - totals[2 * i + 1] for i in range(len(looks))]
+    totals: list[float] = []
+    greedy: list[bool] = []
+    for work, logps in zip(works, next_token_logps(model, works), strict=True):
+        tokens = torch.tensor(work.continuation)
+        totals.append(float(logps.gather(1, tokens.unsqueeze(1)).sum()))
+        greedy.append(bool((logps.argmax(dim=1) == tokens).all()))
+    return [Seen(totals[2 * i] - totals[2 * i + 1], greedy[2 * i]) for i in range(len(looks))]
 
 
 def kl_divergences(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
@@ -205,31 +218,43 @@ class Lesson:
         self, step: int, report: Callable[[dict[str, object]], None], own: list[float] | None = None
     ) -> str | None:
         """Margins of the development probes; why to stop, if there is a reason to."""
+        job = self.job
         margins: dict[str, list[float]] = {}
-        looks = self.job.development
-        for look, margin in zip(looks, margins_of(self.model, looks), strict=True):
-            margins.setdefault(look.side, []).append(margin)
+        greedy: dict[str, list[bool]] = {}
+        for look, seen in zip(job.development, look_at(self.model, job.development), strict=True):
+            margins.setdefault(look.side, []).append(seen.margin)
+            greedy.setdefault(look.side, []).append(seen.greedy)
+        passed = {side: _mean(found) for side, found in greedy.items()}
         if margins:
             if not all(math.isfinite(m) for found in margins.values() for m in found):
                 raise NonFinite(
                     f"a development margin is not finite after step {step}", "lower the learning rate"
                 )
-            passed = {side: sum(m > 0 for m in found) / len(found) for side, found in margins.items()}
             report(
                 LookMetric.model_validate({"step": step, "margins": margins, "passed": passed}).model_dump()
             )
+        other = _mean(margins.get("other", []))
         if step == 0:
-            self._other_at_start = _mean(margins.get("other", []))
+            self._other_at_start = other
             return None
         right = margins.get("right") or own or []
-        if self.job.until_margin is not None and right and _mean(right) >= self.job.until_margin:
-            return "until_margin"
-        if self._other_at_start > 0 and _mean(margins.get("other", [])) < 0:
-            return "the other side gave way"
-        return None
+        reasons: list[str] = []
+        if job.until_margin is not None:
+            if not right or _mean(right) < job.until_margin:
+                return self._gave_way(other)
+            reasons.append("until_margin")
+        if job.until_passed is not None:
+            if passed.get("right", 0.0) < job.until_passed:
+                return self._gave_way(other)
+            reasons.append("until_passed")
+        return " and ".join(reasons) or self._gave_way(other)
+
+    def _gave_way(self, other: float) -> str | None:
+        """The other side of the behaviour led at first and no longer does: more steps would do harm."""
+        return "the other side gave way" if self._other_at_start > 0 > other else None
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
