@@ -98,7 +98,7 @@ def run(operation: Any, watch: Watch, mode: GenerationMode, cases: int, start: i
 def main(num_cases: int, start: int) -> int:
     """The exit status."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        model = make_talker(Path(name) / "model", steps=1)
+        model = make_talker(Path(name) / "model")  # trained: its answers end
         with process(Path(name) / "home", model) as server, server.connect(timeout_s=300) as client:
             watch = Watch(server.home, client)
             schema = schemathesis.openapi.from_url(f"{client.url}/openapi.json")

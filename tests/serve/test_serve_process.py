@@ -71,8 +71,8 @@ def check_full_disk(server: Process, client: Client) -> None:
 
 def check_second_server(server: Process, model: Path) -> None:
     """Two servers on one home: the second says who has it, and ends."""
-    second = Process(server.home, model)
-    status, errors = second.process.wait(240), second.end()[1]
+    with process(server.home, model) as second:
+        status, errors = second.process.wait(240), second.end()[1]
     assert status == 1
     assert "HomeInUse" in errors
     assert str(server.process.pid) in errors

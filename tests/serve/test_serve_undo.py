@@ -162,3 +162,13 @@ def test_the_correction_is_learned_and_forgotten_again(server: Running) -> None:
     assert server.ask("Use tea.")["trial"] is True
     server.client.revert(lesson.id)
     assert server.say("Use tea.").startswith("Why not")
+
+
+def test_an_optimizer_of_another_rank_is_refused_by_name(server: Running) -> None:
+    """Found by the trainer; the lesson fails, and says why."""
+    before = server.state()
+    lesson = server.lesson(teach(optimizer={"lr": 1e-3, "rank": 4096}))
+    assert lesson.error is not None
+    assert (lesson.state, lesson.error.type) == ("failed", "ConfigError")
+    assert "rank 4096" in lesson.error.message
+    assert server.state() == before
