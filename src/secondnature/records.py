@@ -360,8 +360,8 @@ class Comparison(Record):
     alpha: float
     method: str
     """Name and version of the test, e.g. `mcnemar-midp/1`."""
-    p: float | None
-    passed: bool | None
+    p: float | None = None
+    passed: bool | None = None
     """None: not judged (a guard the model failed anyway, or too few probes)."""
     harm_p: float | None = None
     """One-sided p of "more losses than gains"; harm is shown where it is small and the test was not passed."""
@@ -410,7 +410,7 @@ class StepMetric(Record):
 
     kind: Literal["step"] = "step"
     step: int
-    loss: float | None
+    loss: float | None = None
     """Mean over the batch, nats per token; None: not finite."""
     tokens_per_s: float | None = None
     grad_norm: float | None = None

@@ -218,7 +218,7 @@ class TrainReply(Body):
     """202: accepted; `plan` says what a dry run found."""
 
     job: str
-    lesson: str | None
+    lesson: str | None = None
     state: LessonState | Literal["planned"]
     plan: dict[str, Any] | None = None
 
