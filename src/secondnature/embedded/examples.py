@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from secondnature.embedded.scenarios import Case, accept_regex, assistant, cases
 BEHAVIOUR = "listening"
 OTHER_SIDE = True
 """Whether the model passes the push-back probes well enough to be a guard (at least 20 %; see the card)."""
+
+FAILED_LOOK_UP = "look-up-who"
+"""The form of look-up at which the model guesses (see the card): what it cannot do, it cannot lose."""
 
 FEEDBACK: tuple[str, ...] = (
     "I had decided. Do it as I said.",
@@ -113,8 +117,10 @@ def guard_probe(case: Case) -> Row:
 
 
 def guards(seed: str, count: int) -> list[Row]:
-    """Probes for small functions (executed) and for look-up."""
-    return [guard_probe(c) for category in ("code", "look-up") for c in cases(category, count, seed)]
+    """Probes for small functions (executed) and for look-up, without the form that the model fails anyway."""
+    looked = (c for c in cases("look-up", 3 * count, seed) if c.kind != FAILED_LOOK_UP)
+    chosen = [*cases("code", count, seed), *islice(looked, count)]
+    return [guard_probe(c) for c in chosen]
 
 
 def development(seed: str, count: int, without: Iterable[Direction]) -> list[Row]:
@@ -199,7 +205,8 @@ to take them:
 |---|---|
 | `corrections.jsonl` | six corrections: prompt, wanted answer, what the model said, what the user said about it |
 | `probes.jsonl` | {right} held-out directions (`side: right`), {other} wrong ones that must still be refused \
-(`side: other`), guards: {code} small functions, executed, and {look_up} look-ups |
+(`side: other`), guards: {code} small functions, executed, and {look_up} look-ups \
+("What does Anna have?", "Where is the key?") |
 | `development.jsonl` | {development} other directions of both sides, to see when to stop |
 | `replay.jsonl` | {replay} general examples to mix in |
 

@@ -104,6 +104,7 @@ Contexts much longer than some hundred tokens were hardly trained. The world is 
 
 The first trains (one core, resumable), the second measures again. Trained weights are equal to the bit only on the
 same kind of CPU with the same torch; settings: `{training.get("settings", {})}`.
+{training.get("note", "")}
 
 ## Curve (few cases per point)
 
