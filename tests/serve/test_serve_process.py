@@ -64,7 +64,9 @@ def check_full_disk(server: Process, client: Client) -> None:
     time.sleep(1)
     assert chat(client, "Say tea.")["weights_span"]["changed"] is False  # nobody writes any more
     assert chat(client, "Say tea.")["weights_version"] == version
-    limit_files(pids, resource.RLIM_INFINITY)
+    while client.health().trainer != "ready":  # the new trainer has inherited the limit
+        time.sleep(0.05)
+    limit_files([server.process.pid, *server.children()], resource.RLIM_INFINITY)
     client.feedback(FeedbackRequest(completion_id=said, corrected="Tea it is."))
     assert [c.chosen[0].content for c in client.corrections() if c.chosen] == ["Done.", "Tea it is."]
 
