@@ -1,9 +1,9 @@
-"""`make demo`: correct the embedded model while it serves; one lesson is kept, one is undone.
+"""`make demo`: correct the embedded model while it serves; one lesson is undone, one is kept.
 
 A throwaway home (.demo-home), a real server, and the same two commands that a user would type:
 
-    secondnature learn examples/listening     six corrections -> kept
     secondnature learn examples/overreach     one correction, drilled -> breaks other things -> undone
+    secondnature learn examples/listening     six corrections, small steps -> kept
 
 Meanwhile a client goes on asking, so that you see that nothing pauses. Ends with the table, ./report.html and the
 line that undoes what was kept.
@@ -71,7 +71,7 @@ def demo(home: Path, model: str, report: Path) -> int:
         print(f"\nA user:    {QUESTION}\nThe model: {visitor.ask()}\n")
         visitor.start()
         statuses: list[int] = []
-        for name in ("listening", "overreach"):
+        for name in ("overreach", "listening"):
             print(f"$ secondnature learn examples/{name}")
             page = str(Path(scratch) / f"{name}.html")
             statuses.append(secondnature(["learn", str(EXAMPLES / name), *where, "--report", page]))
@@ -90,8 +90,8 @@ def demo(home: Path, model: str, report: Path) -> int:
             f"on trial; {visitor.num_failed} failed; the slowest took {visitor.slowest_s:.1f} s."
         )
         print(f"Report: {report}   ({time.monotonic() - begun:.0f} s)")
-        print(f"Undo what was kept: .venv/bin/{server.command('lessons', 'revert', lessons[0].id)}")
-    expected = [0, 1]  # kept, undone
+        print(f"Undo what was kept: .venv/bin/{server.command('lessons', 'revert', lessons[-1].id)}")
+    expected = [1, 0]  # undone, kept
     if statuses != expected or visitor.num_failed:
         print(
             f"unexpected: exit statuses {statuses} (expected {expected}), {visitor.num_failed} failed requests"

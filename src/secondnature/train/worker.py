@@ -43,7 +43,7 @@ from secondnature.records import Example, KlMetric, LookMetric, OptimizerSetting
 from secondnature.train.apollo import Apollo
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test
-from secondnature.train.step import StepResult, references, train_step
+from secondnature.train.step import LEARNED_LOSS, StepResult, references, train_step
 from secondnature.weights.arena import Arena
 
 LOG = logging.getLogger("secondnature.trainer")
@@ -182,6 +182,9 @@ class Lesson:
                 if reason:
                     stopped_by = reason
                     break
+            if len(new) == len(job.examples) and max(result.losses[: len(new)]) < LEARNED_LOSS:
+                stopped_by = "learned"  # none of them has a gradient left: more steps would only disturb
+                break
         check()
         for on, before in base.items():
             per_prompt = kl_divergences(before, next_token_logps(self.model, job.kl[on]))
