@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from secondnature.errors import StorageError
@@ -18,7 +18,7 @@ __all__ = ["append_line", "make_dir", "read_lines", "storage_errors", "sync_dir"
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turns an OSError on `path` into a StorageError that says what to do."""
     try:
         yield

@@ -85,7 +85,7 @@ def run(operation: Any, watch: Watch, mode: GenerationMode, cases: int, start: i
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def test(case: Any) -> None:
@@ -102,7 +102,7 @@ def main(num_cases: int, start: int) -> int:
         with process(Path(name) / "home", model) as server, server.connect(timeout_s=300) as client:
             watch = Watch(server.home, client)
             schema = schemathesis.openapi.from_url(f"{client.url}/openapi.json")
-            operations = [found.ok() for found in schema.get_all_operations()]
+            operations = [found.ok() for found in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
             bodies = [o for o in operations if list(o.body)]
             inputs = [o for o in operations if list(o.iter_parameters()) and o not in bodies]
             modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)

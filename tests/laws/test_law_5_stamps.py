@@ -50,6 +50,7 @@ def _expected(server: Running, answer: dict[str, Any]) -> float:
 
 def test_identical_requests_around_a_lesson_are_answered_by_their_own_weights(server: Running) -> None:
     answers: list[dict[str, Any]] = []
+    lesson = None
     for stage in ("before", "on trial", "undone"):
         if stage == "on trial":
             lesson = server.lesson(teach(max_steps=2))
@@ -61,6 +62,7 @@ def test_identical_requests_around_a_lesson_are_answered_by_their_own_weights(se
         assert abs(first - _expected(server, answers[-1])) < 1e-3, stage
     before, trial, after = answers
     assert [a["trial"] for a in answers] == [False, True, False]
+    assert lesson is not None
     assert trial["weights_version"] == lesson.version
     assert before["choices"] == after["choices"] != trial["choices"]
     epochs = [a["weights_span"]["last_epoch"] for a in answers]

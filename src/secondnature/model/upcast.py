@@ -15,7 +15,7 @@ Shapes: x (..., I), Linear weight (O, I), Conv1D weight (I, O), Embedding weight
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cache
 from typing import Any
 
@@ -206,7 +206,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def collect(model: nn.Module) -> Iterator[GradientSink]:
+def collect(model: nn.Module) -> Generator[GradientSink]:
     """While open, backward passes put the gradients of all parameters into the yielded sink."""
     wiring: _Wiring = model.__dict__["_wiring"]
     assert wiring.sink is None, "gradients are collected once at a time"

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def _card(directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def assemble(settings: Settings) -> Iterator[Parts]:
+def assemble(settings: Settings) -> Generator[Parts]:
     """A whole server but for the port; taken apart again, in order, however this ends.
 
     Raises:

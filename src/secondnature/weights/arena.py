@@ -15,7 +15,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -148,7 +148,7 @@ class Arena:
         return int(self._header[1]), int(self._header[2])
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Generator[None]:
         """Brackets in-place writes, so that readers can tell what they overlapped with. Takes no lock."""
         begun = max(int(self._header[1]), int(self._header[2])) + 1
         self._header[1] = begun
