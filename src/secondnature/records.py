@@ -227,6 +227,8 @@ class OptimizerSettings(Record):
     proj_refresh: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     """Steps after which the projections are drawn anew."""
     norm_growth_limit: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] = 1.01
+    cooldown: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Share of a lesson's steps, at its end, over which the learning rate falls towards 0 in a straight line."""
 
 
 class ErrorInfo(Record):
@@ -414,6 +416,8 @@ class StepMetric(Record):
     """Mean over the batch, nats per token; None: not finite."""
     tokens_per_s: float | None = None
     grad_norm: float | None = None
+    drift: float | None = None
+    """With replay by distribution: mean KL(before the lesson || now) of the step's replay, nats per token."""
 
 
 class LookMetric(Record):

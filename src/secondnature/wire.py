@@ -44,6 +44,7 @@ class Body(BaseModel):
 
 
 Objective = Literal["sft", "orpo", "dpo", "dpop"]
+ReplayMatch = Literal["answer", "distribution"]
 Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
 BIG = 2**62
 
@@ -143,6 +144,12 @@ class ReplaySettings(Body):
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
     """Share of replayed examples in a batch."""
+    match: ReplayMatch = "answer"
+    """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
+    model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
+    made, unless `until_margin` or `until_passed` is reached."""
+    weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 1.0
+    """Of the KL, beside the loss of the new examples. Used with `distribution` only."""
     examples: Annotated[list[Correction], Field(max_length=10_000)] = []
     """General examples of the user (`chosen` is the wanted answer)."""
     lessons: bool = True
@@ -173,6 +180,9 @@ class TrainRequest(Body):
     until_passed: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     """Stop as soon as this share of the development probes has the wanted answer as its greedy one. With
     `until_margin`: both."""
+    learned_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 1e-3
+    """Examples below this loss, nats per token, give no gradient: an answer can be the greedy one long before it
+    is certain, and every step beyond that costs elsewhere."""
     look_every: Annotated[int, Field(ge=1, le=1000)] = 1
     """Steps between two looks at the margins."""
     development: Annotated[list[Probe], Field(max_length=1000)] = []
@@ -339,6 +349,9 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     examples: list[Work]
     replay: list[Work]
     replay_share: float
+    replay_match: ReplayMatch
+    replay_weight: float
+    learned_loss: float
     optimizer: dict[str, Any]
     optimizer_in: str | None
     """The state to start from (a file of this home), or None for a fresh one."""

@@ -24,7 +24,7 @@ from secondnature.records import (
     describe,
     read_jsonl,
 )
-from secondnature.wire import Objective, TrainRequest
+from secondnature.wire import Objective, ReplayMatch, TrainRequest
 
 R = TypeVar("R", bound=BaseModel)
 SETTINGS_FILE = "lesson.toml"
@@ -35,6 +35,10 @@ class ReplayShare(Record):
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     """Share of replayed examples in a batch."""
+    match: ReplayMatch | None = None
+    """`answer` or `distribution`."""
+    weight: float | None = None
+    """Of the KL, with `distribution`."""
     lessons: bool | None = None
     """Also replay the corrections of earlier kept lessons."""
 
@@ -51,6 +55,7 @@ class LessonFile(Record):
     max_steps: int | None = None
     until_margin: float | None = None
     until_passed: float | None = None
+    learned_loss: float | None = None
     look_every: int | None = None
     seed: int | None = None
     optimizer: OptimizerSettings | None = None

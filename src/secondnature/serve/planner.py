@@ -33,6 +33,9 @@ class Plan:
     examples: list[wire.Work]
     replay: list[wire.Work]
     replay_share: float
+    replay_match: wire.ReplayMatch
+    replay_weight: float
+    learned_loss: float
     optimizer: OptimizerSettings
     development: list[wire.Look]
     until_margin: float | None
@@ -61,6 +64,9 @@ class Plan:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "replay_share": self.replay_share,
+            "replay_match": self.replay_match,
+            "replay_weight": self.replay_weight,
+            "learned_loss": self.learned_loss,
             "until_margin": self.until_margin,
             "until_passed": self.until_passed,
             "look_every": self.look_every,
@@ -142,6 +148,9 @@ class Planner:
             examples=examples,
             replay=replay,
             replay_share=share if replay else 0.0,
+            replay_match=request.replay.match,
+            replay_weight=request.replay.weight,
+            learned_loss=request.learned_loss,
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
             development=development,
             until_margin=request.until_margin,

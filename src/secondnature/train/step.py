@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from secondnature.model.upcast import collect
+from secondnature.errors import NonFinite
+from secondnature.model.upcast import GradientSink, collect
 from secondnature.records import Example
+from secondnature.train.anchors import HELD, Anchor, drifts
 from secondnature.train.apollo import Apollo
 from secondnature.train.guard import check_examples, check_loss, check_tensors, limit_norm_
 from secondnature.train.losses import Objective, Reference, example_loss, sequence_logprob
@@ -47,6 +49,8 @@ class StepResult:
     """Examples that gave no gradient because they are learned already."""
     wrote: bool
     """False if all examples are learned already: the weights are as before."""
+    drift: float | None = None
+    """Mean KL(before the lesson || now) of the anchors before the step, nats per token; None without anchors."""
 
 
 def train_step(
@@ -59,8 +63,12 @@ def train_step(
     references: Sequence[Reference | None] | None = None,
     max_grad_norm: float | None = None,
     learned_loss: float = LEARNED_LOSS,
+    anchors: Sequence[Anchor] = (),
+    anchor_weight: float = 1.0,
 ) -> StepResult:
     """One step on a batch: the weighted mean of the examples' losses, its gradient, one write.
+
+    With `anchors` their mean drift, times `anchor_weight`, is added to the loss that the gradient is of.
 
     Examples without a rejected answer are SFT in every objective. `references`: for DPO and DPOP, from
     `references()` before the first step. `learned_loss` 0 switches the passing-over off.
@@ -97,6 +105,9 @@ def train_step(
                 continue
             (loss * (example.weight / total_weight)).backward()
             grad_norm = check_tensors(gradients, f"example {i}: the gradient")
+        drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
+        if anchors and gradients:
+            grad_norm = check_tensors(gradients, "the gradient")
         limit_norm_(gradients, grad_norm, max_grad_norm)
     if gradients:
         optimizer.step(gradients, writing=writing)
@@ -108,7 +119,23 @@ def train_step(
         grad_norm=grad_norm,
         num_learned=num_learned,
         wrote=bool(gradients),
+        drift=drift,
     )
+
+
+def _hold(model: nn.Module, gradients: GradientSink, anchors: Sequence[Anchor], weight: float) -> float:
+    """Add the gradient of the anchors' drift; returns its mean. Raises NonFinite."""
+    total = 0.0
+    for found in drifts(model, anchors):
+        for drift in found:
+            if not bool(torch.isfinite(drift)):
+                raise NonFinite("replay: the drift of an answer is not finite", "lower the learning rate")
+            total += max(0.0, float(drift.detach()))
+        drifted = [d for d in found if float(d.detach()) >= HELD]
+        if drifted:
+            (torch.stack(drifted).sum() * (weight / len(anchors))).backward()
+            check_tensors(gradients, "replay: the gradient")
+    return total / len(anchors)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,10 +41,11 @@ from secondnature.errors import (
 )
 from secondnature.model.load import build
 from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
+from secondnature.train.anchors import Anchor, affordable, record
 from secondnature.train.apollo import Apollo
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test
-from secondnature.train.step import LEARNED_LOSS, StepResult, references, train_step
+from secondnature.train.step import StepResult, references, train_step
 from secondnature.weights.arena import Arena
 
 LOG = logging.getLogger("secondnature.trainer")
@@ -144,13 +146,15 @@ class Lesson:
         except ValidationError as e:
             raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
         self.optimizer = Apollo(model, settings, seed=job.seed)
+        self._lr = self.optimizer.lr
         if job.optimizer_in is not None:
             load_optimizer(self.optimizer, Path(job.optimizer_in))
 
     def run(self, report: Callable[[dict[str, object]], None], check: Callable[[], None]) -> wire.Done:
         """All steps. `report` sends a metric; `check` raises Cancelled when somebody asked for it."""
         job = self.job
-        works = job.examples + job.replay
+        anchors = self._anchors()
+        works = job.examples + (job.replay if anchors is None else [])
         examples = [_example(w) for w in works]
         base = {on: next_token_logps(self.model, found) for on, found in job.kl.items()}
         refs: list[Reference | None] | None = None
@@ -160,7 +164,7 @@ class Lesson:
         stopped_by, step, loss, pace = "max_steps", 0, math.nan, time.monotonic()
         dealt = batches(
             len(job.examples),
-            len(job.replay),
+            len(job.replay if anchors is None else anchors),
             batch_size=job.batch_size,
             steps=job.steps,
             share=job.replay_share,
@@ -168,21 +172,25 @@ class Lesson:
         )
         for step, (new, old) in enumerate(dealt, start=1):
             check()
-            chosen = new + [len(job.examples) + i for i in old]
-            result = self._step(chosen, examples, works, refs)
+            self._cool(step)
+            chosen = new + ([len(job.examples) + i for i in old] if anchors is None else [])
+            held = [anchors[i] for i in old] if anchors else []
+            result = self._step(chosen, examples, works, refs, held)
             now = time.monotonic()
             loss = result.loss
             rate = result.num_tokens / max(now - pace, 1e-9)
             pace = now
-            report(
-                StepMetric(step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm).model_dump()
+            metric = StepMetric(
+                step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm, drift=result.drift
             )
+            report(metric.model_dump(exclude={"drift"} if result.drift is None else None))
             if step % job.look_every == 0 or step == job.steps:
                 reason = self._look(step, report, [m for m in result.margins[: len(new)] if m is not None])
                 if reason:
                     stopped_by = reason
                     break
-            if len(new) == len(job.examples) and max(result.losses[: len(new)]) < LEARNED_LOSS:
+            learned = len(new) == len(job.examples) and max(result.losses[: len(new)]) < job.learned_loss
+            if learned and not anchors:  # with anchors, the steps that remain heal what the first ones did
                 stopped_by = "learned"  # none of them has a gradient left: more steps would only disturb
                 break
         check()
@@ -197,12 +205,35 @@ class Lesson:
         moved = [m.model_dump() for m in self.optimizer.moved()]
         return wire.Done(job.job, step, loss, moved, stopped_by)
 
+    def _anchors(self) -> list[Anchor] | None:
+        """What replay by distribution is held to, before the first write; None: replay is trained on."""
+        if self.job.replay_match != "distribution" or not self.job.replay:
+            return None
+        examples = [_example(w) for w in self.job.replay]
+        config: Any = self.model.config
+        count = affordable(examples, config.get_text_config(decoder=True).vocab_size)
+        if count < len(examples):
+            LOG.warning(
+                "lesson %s: the first %d of %d replay examples fit in memory",
+                self.job.lesson,
+                count,
+                len(examples),
+            )
+        return record(self.model, examples[:count])
+
+    def _cool(self, step: int) -> None:
+        """The learning rate of this step: it falls in a straight line over the last `cooldown` of the steps."""
+        last = self.optimizer.settings.cooldown * self.job.steps
+        if last > 0:
+            self.optimizer.lr = self._lr * min(1.0, (self.job.steps - step + 1) / last)
+
     def _step(
         self,
         chosen: list[int],
         examples: list[Example],
         works: list[wire.Work],
         refs: list[Reference | None] | None,
+        anchors: Sequence[Anchor],
     ) -> StepResult:
         try:
             return train_step(
@@ -212,6 +243,9 @@ class Lesson:
                 self.job.objective,  # pyright: ignore[reportArgumentType]  (checked by the server)
                 writing=self.arena.writing,
                 references=None if refs is None else [refs[i] for i in chosen],
+                learned_loss=self.job.learned_loss,
+                anchors=anchors,
+                anchor_weight=self.job.replay_weight,
             )
         except NonFinite as e:  # named by its place in the batch; the user knows it by its own name
             message = re.sub(r"example (\d+)", lambda m: works[chosen[int(m[1])]].label or m[0], e.message)
