@@ -22,7 +22,7 @@ demo: $(STAMP)  ## correct the embedded model while it serves: before/after tabl
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from tiny_server import KEY, Running
+from tiny_server import KEY, Running, teach, use_probes
+
+from secondnature.errors import BadInput
 
 HEADERS = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
 TEA = [{"role": "user", "content": "Say tea."}]
@@ -169,3 +171,9 @@ def test_feedback_needs_a_chat(server: Running) -> None:
     said = server.client.request("POST", "/v1/completions", body={"prompt": "Say tea.", "max_tokens": 2})
     body = {"completion_id": said["id"], "corrected": "x"}
     refused(post(server, "/v1/feedback", json.dumps(body)), 400, "BadInput", "was no chat")
+
+
+def test_a_probe_that_was_taught_is_no_evidence(server: Running) -> None:
+    taught = teach(["tea"], probes=use_probes(["tea"]))
+    with pytest.raises(BadInput, match="not held out"):
+        server.client.train(taught)

@@ -22,6 +22,7 @@ from secondnature import storage, wire
 from secondnature.config import Settings
 from secondnature.data.ledger import Ledger
 from secondnature.errors import (
+    BadInput,
     Busy,
     Cancelled,
     Conflict,
@@ -33,7 +34,7 @@ from secondnature.errors import (
     WeightsError,
     WrongState,
 )
-from secondnature.evidence.gate import judge_lesson
+from secondnature.evidence.gate import held_out, judge_lesson
 from secondnature.records import (
     Correction,
     ErrorInfo,
@@ -132,6 +133,7 @@ class Keeper:
         """
         plan = self._planner.plan(request, self.ledger.all(), self._earlier())
         self._judge.check(request.probes)
+        _refuse_taught(request, plan)
         if request.dry_run:
             return TrainReply(job="dry-run", lesson=None, state="planned", plan=plan.summary())
         return self._do(lambda: self._accept(request, plan))
@@ -584,4 +586,18 @@ class Keeper:
             weights_version=self._clock.read().version,
             evidence=job.evidence,
             error=job.lesson.error,
+        )
+
+
+def _refuse_taught(request: TrainRequest, plan: Plan) -> None:
+    """What was taught, or looked at while training, is no evidence. Raises BadInput."""
+    untaught = held_out(request.probes, plan.corrections)
+    looked_at = [p.prompt for p in request.development]
+    fit = [p for p in untaught if p.prompt not in looked_at]
+    if len(fit) < len(request.probes):
+        raise BadInput(
+            f"{len(request.probes) - len(fit)} of {len(request.probes)} probes are not held out: "
+            f"{len(request.probes) - len(untaught)} ask a prompt that is also taught, "
+            f"{len(untaught) - len(fit)} one of the development probes",
+            "probes must ask prompts that the lesson never saw",
         )
