@@ -42,6 +42,8 @@ PLAN: tuple[tuple[str, str], ...] = (
 )
 """Category and kind of held-out text, in the order of the card."""
 
+TEACHING = {"lr": 3e-4, "note": "the rate of examples/listening: six corrections, APOLLO, about 13 steps"}
+"""What a server takes as this model's learning rate where a lesson names none."""
 WANTED: dict[str, float] = {"habit": 0.9, "code": 0.9, "look-up": 0.5}
 """What this first version promises on held-out combinations; the card says where it falls short."""
 
@@ -165,6 +167,7 @@ def write_card(
             "dtype": "bfloat16",
         },
         "training": _training(settings, found),
+        "teaching": TEACHING,
         "evaluation": rows,
         "short_of_promise": [
             r["category"]

@@ -246,7 +246,7 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
     guards = [c for c in comparisons if c.role != "gain"]
     harmed = sorted((c for c in guards if c.harmed), key=lambda c: (c.after - c.before) / c.n)
     if harmed:
-        return "undone", "Undone: the lesson did harm. " + "; ".join(map(_fall, harmed)) + "."
+        return "undone", "Undone: the lesson did harm: " + "; ".join(map(_fall, harmed)) + "."
     if d and d["d_prime_change_high"] < 0:
         return "undone", (
             f"Undone: the model tells the two sides of {behaviour} apart less well than before "
