@@ -24,6 +24,7 @@ from server import serving
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secondnature.model.load import build, plan
+from secondnature.train.prefix import self_test
 from secondnature.weights import checkpoint
 
 ARENA = "memfd:secondnature-weights"
@@ -93,8 +94,7 @@ def hold(directory: Path) -> None:
         n: t.clone() for n, t in checkpoint.read(directory).items()
     }  # not the mapped file: to be written
     model = build(directory, weights)
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 8, dtype=torch.long))
+    self_test(model)  # as server and trainer have done: the same working memory
     print("ready", flush=True)
     sys.stdin.read()
 

@@ -262,7 +262,7 @@ def _memory(found: dict[str, Any]) -> list[str]:
             "",
             "From the smaller model to the larger, memory grows by "
             f"**{copies['shared']:.2f} bytes per byte of weights** here, by {copies['private']:.2f} with private "
-            "copies.",
+            "copies; both hold the working memory of the same self-test, which grows with the model too.",
         ]
     return lines
 
