@@ -21,10 +21,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import schemathesis
+import schemathesis  # pyright: ignore[reportMissingImports]  (an extra of its own)
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
-from schemathesis.generation import GenerationMode
+from schemathesis.generation import GenerationMode  # pyright: ignore[reportMissingImports]
 from tiny_server import KEY, make_talker, process
 
 from secondnature.wire import Client
