@@ -1,7 +1,8 @@
 """Writing small updates into bf16 weights in place, so that on average nothing of them is lost (trainer).
 
 bf16 keeps 8 significant bits: rounding to the nearest value throws away 91 % of an update at a learning rate of
-1e-5 and 99.5 % at 5e-7 (the embedded model, docs/benchmarks.md). Here the sum is rounded up or down with the probability that makes its expectation exact
+1e-5 and 99.5 % at 5e-7 (the embedded model, docs/benchmarks.md). Here the sum is rounded up or down with the
+probability that makes its expectation exact
 (stochastic rounding: Gupta et al. 2015, arXiv 1502.02551). The sum is formed in fp64, because fp32 itself would
 lose 5 % of an update of 5e-7 on a weight near 1. The random bits come from a counter-based generator (Philox,
 Salmon et al. 2011) keyed by names and numbers, not by call order: the same seed gives the same bits, in any
