@@ -24,6 +24,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     │   └── BadDelta                        a delta is broken, or its base is not these weights
     ├── TrainingError(RuntimeError)    500  a job ended without a result; its writes were undone
     │   ├── NonFinite(FloatingPointError)   a loss or a gradient was NaN or infinite
+    │   ├── StalePrefix                     a frozen context was computed with other weights
     │   ├── Cancelled                       somebody asked for it
     │   └── TrainerDied                     the trainer process is gone; it is restarted
     ├── SandboxFailed(RuntimeError)    500  the sandbox itself could not run (not: an answer that failed in it)
@@ -50,6 +51,7 @@ __all__ = [
     "NotFound",
     "SandboxFailed",
     "SecondnatureError",
+    "StalePrefix",
     "StorageError",
     "TooLarge",
     "TrainerDied",
@@ -181,6 +183,10 @@ class TrainingError(SecondnatureError, RuntimeError):
 
 class NonFinite(TrainingError, FloatingPointError):
     """A loss or a gradient was NaN or infinite; says which example and which tensor."""
+
+
+class StalePrefix(TrainingError):
+    """A frozen context was computed with other weights than those that are to read it."""
 
 
 class Cancelled(TrainingError):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from reference import reference_logps
 from tiny_models import CONFIGS, VOCAB_SIZE, dense_config, in_arena, save_tiny
 from torch import nn
 from transformers import MistralConfig
 
-from secondnature.errors import BadExample, UnsupportedModel
+from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
 from secondnature.model.upcast import collect
-from secondnature.train.prefix import continuation_logps, freeze, self_test
+from secondnature.train.prefix import continuation_logps, extend, freeze, self_test
 
 KINDS = list(CONFIGS)
 
@@ -69,8 +71,61 @@ def test_frozen_equals_plain_forward(models: dict[str, nn.Module], kind: str) ->
     assert self_test(models[kind]) < 1e-4
 
 
-def test_the_version_stamp_is_kept(models: dict[str, nn.Module]) -> None:
-    assert freeze(models["dense"], [1, 2, 3], version="abc").version == "abc"
+CUTS = [(1,), (69,), (5, 40), (64, 65, 66), (3, 3)]
+"""Where a context of 70 tokens is cut: single tokens, both sides of a chunk of the delta rule, nothing new."""
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_extended_prefix_equals_a_whole_one(
+    models: dict[str, nn.Module], kind: str, cuts: tuple[int, ...]
+) -> None:
+    """In fp32 to 3e-5 of a log-probability and of every state (another split into chunks), and to the reference."""
+    model, context = models[kind], tokens(70, 3)
+    answers = [tokens(n, n) for n in (9, 1)]
+    prefix = freeze(model, context[: cuts[0]])
+    for start, end in itertools.pairwise([*cuts, len(context)]):
+        prefix = extend(model, prefix, context[start:end])
+    whole = freeze(model, context)
+    assert (prefix.num_tokens, prefix.last_id) == (whole.num_tokens, whole.last_id) == (69, context[-1])
+    assert prefix.num_bytes == whole.num_bytes
+    for ours, wanted in zip(prefix.states, whole.states, strict=True):
+        for a, b in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=3e-5)
+    exact = {n: p.detach().double() for n, p in model.named_parameters()}
+    wanted = reference_logps(model.config, exact, context, answers)
+    with torch.no_grad():
+        for found in (continuation_logps(model, p, answers) for p in (prefix, whole)):
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extending_leaves_the_base_as_it_was(models: dict[str, nn.Module], kind: str) -> None:
+    """Also by a single token, where the recurrence takes the decoding path, which writes in place."""
+    model = models[kind]
+    base = freeze(model, tokens(20, 5))
+    before = [tuple(t.clone() for t in pair) for pair in base.states]
+    for more in ([7], tokens(30, 6), [8]):
+        extend(model, base, more)
+    for pair, old in zip(base.states, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, old, strict=True))
+    first, again = (extend(model, base, tokens(9, 7)).states for _ in range(2))
+    assert all(
+        torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_a_prefix_of_other_weights_is_refused(models: dict[str, nn.Module]) -> None:
+    model = models["dense"]
+    prefix = freeze(model, [1, 2, 3], version="abc")
+    assert extend(model, prefix, [4], version="abc").version == "abc"
+    for version in ("abd", None):
+        with pytest.raises(StalePrefix, match="'abc'; expected"):
+            extend(model, prefix, [4], version=version)
+        with pytest.raises(StalePrefix, match="'abc'; expected"):
+            continuation_logps(model, prefix, [[4]], version=version)
+    assert len(continuation_logps(model, prefix, [[4]], version="abc")) == 1
 
 
 def test_nothing_to_score_is_refused(models: dict[str, nn.Module]) -> None:

@@ -10,6 +10,8 @@ What is frozen is all of the context but its last token: that one is read again,
 output predicts the first token of the continuation. The gradient is that of a model whose prefix is a constant:
 exact for that (law 3), and a truncation of full training, in which context positions would get gradients too.
 
+A longer context starts from the prefix of a shorter one (`extend`): what both share is computed once.
+
 Shapes: K continuations of one context, C context tokens, T continuation tokens; keys and values (1, heads, C-1,
 head), convolution states (1, channels, kernel), recurrent states (1, heads, key, value).
 """
@@ -25,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from secondnature.errors import BadExample, UnsupportedModel
+from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
 
-__all__ = ["Prefix", "continuation_logits", "continuation_logps", "freeze", "self_test"]
+__all__ = ["Prefix", "continuation_logits", "continuation_logps", "extend", "freeze", "self_test"]
 
 PAD_ID = 0
 """Fills the right end of shorter continuations; causality keeps it out of every real position."""
@@ -90,7 +92,20 @@ class Prefix:
     last_id: int
     """The context's last token: the first input of every continuation."""
     version: str | None = None
-    """The weights it was computed with."""
+    """The weights it was computed with, in the words of whoever made it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What its states take."""
+        return sum(t.numel() * t.element_size() for pair in self.states for t in pair)
+
+    def check(self, version: str | None) -> None:
+        """Raises StalePrefix if it was computed with other weights than `version`."""
+        if self.version != version:
+            raise StalePrefix(
+                f"the prefix was computed with weights {self.version!r}; expected {version!r}",
+                "freeze the context again: a prefix does not outlive a write",
+            )
 
     def cache(self, batch: int) -> Cache | None:
         """The state as transformers wants it, for `batch` continuations; costs no memory until it is read."""
@@ -104,7 +119,6 @@ class Prefix:
         )
 
 
-@torch.no_grad()
 def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None = None) -> Prefix:
     """Run the context and keep the model's state before its last token.
 
@@ -116,11 +130,31 @@ def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None 
         raise BadExample(
             "the context is empty", "give at least one context token (the beginning-of-text token)"
         )
-    *before, last = context_ids
-    if not before:
-        return Prefix((), (), 0, last, version)
-    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
-    ids = torch.tensor([before], device=next(model.parameters()).device)
+    return _read(model, Prefix((), (), 0, context_ids[0], version), context_ids[1:])
+
+
+def extend(model: nn.Module, base: Prefix, more_ids: Sequence[int], *, version: str | None = None) -> Prefix:
+    """The prefix of the base's context and `more_ids` after it; only the new tokens are computed.
+
+    Equal to freezing the whole context, but for the rounding of another split into chunks. The base stays as it
+    is; keys and values are copied from it.
+
+    Raises:
+        StalePrefix: the base was computed with other weights than `version`.
+        UnsupportedModel: the model keeps state of a kind that cannot be frozen.
+    """
+    base.check(version)
+    return _read(model, base, more_ids)
+
+
+@torch.no_grad()
+def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
+    """The base after more tokens: its last token is run, and all of the new ones but the last."""
+    if not more_ids:
+        return base
+    inputs = [base.last_id, *more_ids[:-1]]
+    cache = _writable(model, base)
+    ids = torch.tensor([inputs], device=next(model.parameters()).device)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     states: list[tuple[Tensor, Tensor]] = []
     recurrent: list[bool] = []
@@ -138,17 +172,43 @@ def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None 
             )
         states.append((pair[0], pair[1]))
         recurrent.append(type(layer) is LinearAttentionLayer)
-    return Prefix(tuple(states), tuple(recurrent), len(before), last, version)
+    num_tokens = base.num_tokens + len(inputs)
+    return Prefix(tuple(states), tuple(recurrent), num_tokens, more_ids[-1], base.version)
 
 
-def continuation_logits(model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> Tensor:
+def _writable(model: nn.Module, base: Prefix) -> DynamicCache:
+    """transformers' own cache, filled with the base's states; what it writes in place is a copy."""
+    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
+    if base.num_tokens == 0:
+        return cache
+    for layer, (a, b) in zip(cache.layers, base.states, strict=True):
+        if isinstance(layer, LinearAttentionLayer):
+            layer.lazy_initialization(conv_states=a, recurrent_states=b)
+            conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
+            assert conv is not None
+            assert recurrent is not None
+            conv.copy_(a)
+            recurrent.copy_(b)
+            layer.has_previous_state[0] = True
+        else:
+            assert isinstance(layer, DynamicLayer)
+            layer.lazy_initialization(a, b)
+            layer.keys, layer.values = a, b  # never written: new keys are concatenated
+    return cache
+
+
+def continuation_logits(
+    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
+) -> Tensor:
     """Logits (K, T, V) that predict each token of K continuations of one prefix, padded at the right to T.
 
     Row k, position t predicts `continuations[k][t]`; positions past the end of a continuation mean nothing.
 
     Raises:
         BadExample: a continuation is empty.
+        StalePrefix: the prefix was computed with other weights than `version`.
     """
+    prefix.check(version)
     if not all(continuations):
         raise BadExample("a continuation is empty", "nothing to learn from, nothing to score")
     longest = max(len(c) for c in continuations)
@@ -159,10 +219,13 @@ def continuation_logits(model: nn.Module, prefix: Prefix, continuations: Sequenc
 
 
 def continuation_logps(
-    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]]
+    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
 ) -> list[Tensor]:
-    """Per continuation the log-probabilities (T_k) of its tokens, in nats; with gradients if they are enabled."""
-    logits = continuation_logits(model, prefix, continuations)
+    """Per continuation the log-probabilities (T_k) of its tokens, in nats; with gradients if they are enabled.
+
+    Raises as `continuation_logits` does.
+    """
+    logits = continuation_logits(model, prefix, continuations, version=version)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logps: list[Tensor] = []
     for k, continuation in enumerate(continuations):
