@@ -1,0 +1,162 @@
+"""A forest over a batch: contexts that begin alike are computed alike, once, up to where they part (trainer).
+
+Turns of one conversation, variants of one prompt, several answers to one question: the contexts of a batch are
+often the same, or the same for a while. `plan` finds that from the token ids alone and says which beginnings to
+compute on their own (`Stem`) and what continues from where; `prefixes` walks the plan depth first with a model, so
+that only the states on the way from a root to the context at hand are in memory. A beginning is only worth a pass
+of its own if enough tokens are saved by it, and only if its state can be kept while its branches are computed:
+beyond the cap on memory the branches compute it again instead.
+
+Contexts of a batch over one prefix, tree or no tree: Tree Training (Wang et al. 2025, arXiv 2511.00413); here the
+context is frozen, so that nothing of the tree is kept for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from secondnature.train.prefix import Prefix, extend, freeze
+
+__all__ = [
+    "MAX_BYTES",
+    "MIN_SAVED_TOKENS",
+    "StateSize",
+    "Stem",
+    "num_tokens",
+    "plan",
+    "prefixes",
+    "state_size",
+]
+
+MIN_SAVED_TOKENS = 64
+"""A shared beginning that saves fewer is computed again with each context: a pass has a price of its own, and the
+delta rule works in chunks of 64."""
+MAX_BYTES = 2**30
+"""Of all states that are kept at a time, the one in use among them."""
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A context, or the beginning that several contexts share; computed once."""
+
+    ids: tuple[int, ...]
+    """All of it, from the first token on."""
+    base: int | None
+    """The stem it continues (its place in the plan, where it comes earlier); None: computed from nothing."""
+    contexts: tuple[int, ...]
+    """Which of the given contexts it is, exactly; empty if it is only the beginning of others."""
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """How the state of a model grows with the context."""
+
+    fixed_bytes: int = 0
+    """Recurrent states: the same for every length."""
+    bytes_per_token: int = 0
+    """Keys and values."""
+
+    def __call__(self, num_context: int) -> int:
+        """Bytes of the prefix of that many context tokens, the last of which is not in it."""
+        return self.fixed_bytes + self.bytes_per_token * (num_context - 1)
+
+
+def plan(
+    contexts: Sequence[Sequence[int]],
+    *,
+    min_saved_tokens: int = MIN_SAVED_TOKENS,
+    size: StateSize | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> list[Stem]:
+    """What to compute, in depth-first order; every context is the `contexts` of exactly one stem.
+
+    `size` None: memory is no object.
+    """
+    size = size or StateSize()
+    stems: list[Stem] = []
+    # contexts that begin alike, the stem they may continue from, its length, bytes kept on the way to them
+    waiting: list[tuple[list[int], int | None, int, int]] = [
+        (group, None, 0, 0) for group in reversed(_parted(contexts, range(len(contexts)), 0))
+    ]
+    while waiting:
+        members, base, reached, held = waiting.pop()
+        rows = [contexts[i] for i in members]
+        shared = _num_shared(min(rows), max(rows))
+        ends = [i for i in members if len(contexts[i]) == shared]
+        branches = _parted(contexts, [i for i in members if len(contexts[i]) > shared], shared)
+        worth = bool(ends) or (len(branches) - 1) * (shared - reached) >= min_saved_tokens
+        fits = held + size(shared) + max(size(len(row)) for row in rows) <= max_bytes
+        kept = bool(branches) and worth and fits
+        if ends or kept:
+            stems.append(Stem(tuple(rows[0][:shared]), base, tuple(ends)))
+        if kept:
+            base, reached, held = len(stems) - 1, shared, held + size(shared)
+        waiting.extend((branch, base, reached, held) for branch in reversed(branches))
+    return stems
+
+
+def _num_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two contexts have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _parted(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) -> list[list[int]]:
+    """The members by their token at that place, in the order of the first of each."""
+    groups: dict[int, list[int]] = {}
+    for i in members:
+        groups.setdefault(contexts[i][at], []).append(i)
+    return list(groups.values())
+
+
+def num_tokens(stems: Sequence[Stem]) -> int:
+    """How many tokens a plan runs through the model."""
+    return sum(len(s.ids) - (1 if s.base is None else len(stems[s.base].ids)) for s in stems)
+
+
+def state_size(model: nn.Module) -> StateSize:
+    """Measured on the prefix of one token."""
+    prefix = freeze(model, [0, 0])
+    sizes = [sum(t.numel() * t.element_size() for t in pair) for pair in prefix.states]
+    fixed = sum(s for s, recurrent in zip(sizes, prefix.recurrent, strict=True) if recurrent)
+    return StateSize(fixed, sum(sizes) - fixed)
+
+
+def prefixes(
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    *,
+    min_saved_tokens: int = MIN_SAVED_TOKENS,
+    max_bytes: int = MAX_BYTES,
+    version: str | None = None,
+) -> Iterator[tuple[Prefix, tuple[int, ...]]]:
+    """The prefix of each different context, and which of the given contexts it is the prefix of.
+
+    Each is dropped here once nothing is to continue from it: a caller that holds on to none has at most `max_bytes`
+    of them in memory, or the two that the longest context needs.
+
+    Raises:
+        BadExample: a context is empty.
+        UnsupportedModel: the model keeps state of a kind that cannot be frozen.
+    """
+    if not all(contexts):
+        freeze(model, [])  # says what is wrong
+    stems = plan(contexts, min_saved_tokens=min_saved_tokens)
+    if any(s.base is not None for s in stems):
+        stems = plan(contexts, min_saved_tokens=min_saved_tokens, size=state_size(model), max_bytes=max_bytes)
+    last_use = {s.base: i for i, s in enumerate(stems)}
+    kept: dict[int, Prefix] = {}
+    for i, stem in enumerate(stems):
+        if stem.base is None:
+            prefix = freeze(model, stem.ids, version=version)
+        else:
+            base = kept.pop(stem.base) if last_use[stem.base] == i else kept[stem.base]
+            prefix = extend(model, base, stem.ids[len(stems[stem.base].ids) :], version=version)
+            del base
+        if i in last_use:
+            kept[i] = prefix
+        if stem.contexts:
+            yield prefix, stem.contexts
+        del prefix
