@@ -14,6 +14,7 @@ from tiny_models import CONFIGS, VOCAB_SIZE, in_arena, save_tiny
 from torch import Tensor
 
 from secondnature.records import Example, OptimizerSettings
+from secondnature.train import forest
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import StepResult, log_probs, train_step
 
@@ -103,11 +104,59 @@ def test_pairs_of_different_lengths_equal_the_reference(directories: dict[str, P
     assert gradient_error(found, exact) <= GRADIENT_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("num_context", "num_answer"), [(130, 40), (128, 64), (64, 64), (37, 100), (2, 40), (130, 1)]
+)
+@pytest.mark.parametrize("kind", ["hybrid", "dense"])
+def test_a_batch_over_a_tree_of_contexts_equals_the_reference(
+    directories: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    num_context: int,
+    num_answer: int,
+) -> None:
+    """Weighted SFT: two answers to one context, one to a context that parts from it half-way, one to that half."""
+    context = tokens(num_context, 1)
+    half = context[: num_context // 2]
+    other = [*half, (context[len(half)] + 1) % VOCAB_SIZE, *tokens(num_context - len(half), 2)]
+    short = max(1, num_answer // 3)
+    rows = [
+        (context, tokens(num_answer, 3), 1.0),
+        (other, tokens(num_answer, 4), 0.5),
+        (context, tokens(short, 5), 2.0),
+        (half, tokens(short, 6), 1.0),
+    ]
+    batch = [Example(context_ids=c, continuation_ids=t, weight=w) for c, t, w in rows]
+    ran: list[tuple[int, int]] = []
+    real = forest.prefixes
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        for prefix, members in real(*args, **kwargs):
+            ran.append((prefix.num_tokens + 1, len(members)))
+            yield prefix, members
+
+    monkeypatch.setattr(forest, "prefixes", noted)
+    result, found, exact, config = run(directories[kind], batch, "sft")
+    assert ran == [(len(half), 1), (num_context, 2), (len(other), 1)]
+
+    losses = []
+    for c in (context, other, half):
+        mine = [i for i, e in enumerate(batch) if e.context_ids == c]
+        logps = reference_logps(config, exact, c, [batch[i].continuation_ids for i in mine])
+        losses += [(i, -x.mean()) for i, x in zip(mine, logps, strict=True)]
+    total = torch.stack([batch[i].weight / 4.5 * loss for i, loss in losses]).sum()
+    total.backward()
+
+    assert result.losses == pytest.approx([loss.item() for _, loss in sorted(losses)], rel=LOSS_TOLERANCE)
+    assert result.loss == pytest.approx(total.item(), rel=LOSS_TOLERANCE)
+    assert gradient_error(found, exact) <= GRADIENT_TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "dense", "gpt2"])
 def test_log_probs_equal_the_reference(directories: dict[str, Path], kind: str) -> None:
     arena, model = in_arena(directories[kind])
     answers = [tokens(n, 20 + n) for n in (1, 12, 5)]
-    found = log_probs(model, tokens(20, 9), answers, batch_size=2)
+    found = log_probs(model, tokens(20, 9), answers)
     exact = {n: t.double() for n, t in arena.tensors.items()}
     wanted = [float(x.sum()) for x in reference_logps(model.config, exact, tokens(20, 9), answers)]
     assert found == pytest.approx(wanted, rel=LOSS_TOLERANCE)

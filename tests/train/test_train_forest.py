@@ -14,7 +14,7 @@ from torch import nn
 
 from secondnature.errors import BadExample, StalePrefix
 from secondnature.train import forest
-from secondnature.train.forest import StateSize, Stem, num_tokens, plan, prefixes, state_size
+from secondnature.train.forest import StateSize, Stem, num_tokens, plan, portions, prefixes, state_size
 from secondnature.train.prefix import Prefix, continuation_logps, extend, freeze
 
 KINDS = list(CONFIGS)
@@ -203,6 +203,22 @@ def test_states_are_dropped_when_nothing_continues_from_them(
         assert max(alive) <= max_bytes
         assert not any(ref() for ref in made)
     assert alive[:5] == [size(40), size(40) + size(60), size(40) + size(75), size(60), size(10)]
+
+
+def test_portions_keep_within_their_caps() -> None:
+    """Whole groups, similar lengths together, padded tokens and copies of the prefix counted."""
+    lengths = [[3, 9], [1], [8], [2, 2], [30]]
+    groups = [[[0] * n for n in group] for group in lengths]
+    assert portions(groups, 100, max_tokens=10**6) == [[1, 3, 2, 0, 4]]
+    assert portions(groups, 100, max_tokens=32) == [[1, 3, 2], [0], [4]]
+    assert portions(groups, 100, max_tokens=31) == [[1, 3], [2, 0], [4]]
+    assert portions(groups, 100, max_tokens=1) == [[1], [3], [2], [0], [4]], "a group is never split"
+    assert portions(groups, 100, max_bytes=499) == [[1, 3, 2], [0, 4]]
+    assert portions(groups, 100, max_bytes=0) == [[1], [3], [2], [0], [4]]
+    assert portions(groups, 0, max_bytes=10**6) == [[1, 3, 2, 0, 4]], "a context of one token has no state"
+    assert portions([], 100) == []
+    many = portions([[[0]]] * 100, 0)
+    assert [len(p) for p in many] == [32, 32, 32, 4]
 
 
 def test_what_does_not_fit_is_refused(models: dict[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from secondnature.errors import BadExample, ContextOverflow, NonFinite
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train.apollo import Apollo
 from secondnature.train.guard import check_tensors
+from secondnature.train.losses import Reference
 from secondnature.train.step import log_probs, references, train_step
 from secondnature.weights.arena import Arena
 
@@ -147,19 +148,144 @@ def test_learned_examples_give_no_gradient_and_no_write(hybrid: tuple[Arena, nn.
     assert train_step(model, optimizer, batch(), writing=arena.writing, learned_loss=some).num_learned == 1
 
 
+class Recording(Apollo):
+    """The product's optimizer, which also keeps the gradients that it was given."""
+
+    seen: dict[str, Tensor]
+
+    def step(self, gradients: Mapping[str, Tensor], **options: Any) -> None:
+        self.seen = {name: gradient.clone() for name, gradient in gradients.items()}
+        super().step(gradients, **options)
+
+
+def variants() -> list[Example]:
+    """Two contexts, interleaved: three pairs and a plain answer to one, two pairs to the other."""
+    first, second = tokens(50, 1), tokens(30, 2)
+    rows = [(first, 12, 5), (second, 4, 9), (first, 1, 1), (first, 20, None), (second, 7, 7), (first, 3, 15)]
+    return [
+        Example(
+            context_ids=c,
+            continuation_ids=tokens(t, 10 + i),
+            rejected_ids=None if r is None else tokens(r, 20 + i),
+            weight=1 + i / 4,
+        )
+        for i, (c, t, r) in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("objective", ["sft", "orpo", "dpop"])
+def test_together_equals_one_by_one(directory: Path, objective: Any) -> None:
+    """All answers to a context in one forward, or each example in its own: 1e-6 of the loss, 3e-6 of the gradient.
+
+    What is known of each example comes back in the order of the batch, also from the references.
+    """
+    examples = variants()
+    widths: list[int] = []
+    runs = []
+    for max_tokens, max_bytes in ((512, 2**30), (50, 2**30), (1, 2**30), (512, 0)):
+        arena, model = in_arena(directory)
+        reference = references(model, examples)
+        optimizer = Recording(model, SETTINGS)
+        model.get_submodule("model.layers.0").register_forward_pre_hook(
+            lambda module, args: widths.append(len(args[0])) if torch.is_grad_enabled() else None
+        )
+        result = train_step(
+            model,
+            optimizer,
+            examples,
+            objective,
+            writing=arena.writing,
+            references=reference,
+            max_tokens=max_tokens,
+            max_bytes=max_bytes,
+        )
+        runs.append((result, optimizer.seen, reference, list(widths)))
+        widths.clear()
+    many = objective != "sft"
+    assert [run[3] for run in runs] == (
+        [[7, 4], [4, 2, 1, 4], [2, 2, 2, 1, 2, 2], [2, 2, 2, 1, 2, 2]]
+        if many
+        else [[4, 2], [3, 1, 2], [1] * 6, [1] * 6]
+    )
+    alone, gradients, reference, _ = runs[2]
+    scale = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+    for result, found, taken, _ in runs:
+        assert result.losses == pytest.approx(alone.losses, rel=1e-6)
+        assert result.grad_norm == pytest.approx(alone.grad_norm, rel=1e-6)
+        assert (result.num_tokens, result.num_learned) == (alone.num_tokens, 0)
+        for i, (a, b) in enumerate(zip(result.margins, alone.margins, strict=True)):
+            assert (a is None) == (b is None) == (not many or i == 3)
+            assert a is None or a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        wrong = sum(float((g - found[n]).square().sum()) for n, g in gradients.items())
+        assert math.sqrt(wrong) <= 3e-6 * scale
+        for a, b in zip(taken, reference, strict=True):
+            assert a == (None if b is None else Reference(approx(b.chosen), approx(b.rejected)))
+
+
+def approx(value: float) -> Any:
+    return pytest.approx(value, rel=1e-6)
+
+
+def test_a_batch_is_one_by_one_what_each_example_is_alone(directory: Path) -> None:
+    """Losses and margins of an example do not depend on its company."""
+    examples = variants()
+    _, model = in_arena(directory)
+    optimizer = Apollo(model, OptimizerSettings(lr=1e-9, rank=8))
+    together = train_step(model, optimizer, examples, "orpo", learned_loss=1e9)
+    for i, example in enumerate(examples):
+        objective = "sft" if example.rejected_ids is None else "orpo"
+        alone = train_step(model, optimizer, [example], objective, learned_loss=1e9)
+        assert alone.losses[0] == pytest.approx(together.losses[i], rel=1e-6)
+        assert alone.margins[0] == (None if together.margins[i] is None else approx(together.margins[i]))
+
+
+def test_only_the_learned_among_answers_to_one_context_are_passed_over(directory: Path) -> None:
+    """The gradient is that of the others."""
+    examples = variants()
+    _, model = in_arena(directory)
+    optimizer = Recording(model, OptimizerSettings(lr=1e-9, rank=8))
+    losses = train_step(model, optimizer, examples, "orpo", learned_loss=1e9).losses
+    limit = sorted(losses)[2]
+    result = train_step(model, optimizer, examples, "orpo", learned_loss=limit)
+    assert (result.num_learned, result.losses) == (2, losses)
+    found = optimizer.seen
+    _, model = in_arena(directory)  # as it was before that step
+    optimizer = Recording(model, SETTINGS)
+    some = [e for e, loss in zip(examples, losses, strict=True) if loss >= limit]
+    train_step(model, optimizer, some, "orpo")
+    share = sum(e.weight for e in some) / sum(e.weight for e in examples)
+    for name, gradient in optimizer.seen.items():
+        torch.testing.assert_close(found[name], gradient * share, rtol=1e-4, atol=1e-6)
+
+
+def test_the_guilty_one_among_answers_to_one_context_is_named(hybrid: tuple[Arena, nn.Module]) -> None:
+    """A gradient overflows where token 96 was read: in one of the four examples that share a forward."""
+    arena, model = hybrid
+    before = copies(arena)
+    examples = variants()
+    for example in examples:
+        example.continuation_ids[:] = [min(t, 95) for t in example.continuation_ids]
+    examples[3].continuation_ids[4] = 96
+
+    def overflow(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: torch.where((args[0] == 96).unsqueeze(-1), math.inf, g))
+
+    model.get_submodule("model.embed_tokens").register_forward_hook(overflow)
+    with pytest.raises(
+        NonFinite, match=r"^example 3: the gradient of model\.embed_tokens\.weight is not finite"
+    ):
+        train_step(model, Apollo(model, SETTINGS), examples, writing=arena.writing)
+    assert same(arena, before)
+    assert arena.writes == (0, 0)
+
+
 def test_the_gradient_norm_is_limited(hybrid: tuple[Arena, nn.Module]) -> None:
-    seen = []
-
-    class Recording(Apollo):
-        def step(self, gradients: Any, **options: Any) -> None:
-            seen.append(check_tensors(gradients, "the gradient"))
-            super().step(gradients, **options)
-
     _, model = hybrid
     optimizer = Recording(model, SETTINGS)
     result = train_step(model, optimizer, batch(), max_grad_norm=0.25)
     assert result.grad_norm > 0.25
-    assert seen == pytest.approx([0.25], rel=1e-5)
+    assert check_tensors(optimizer.seen, "the gradient") == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_bad_weight_is_met_before_any_write(hybrid: tuple[Arena, nn.Module]) -> None:

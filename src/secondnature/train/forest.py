@@ -25,6 +25,7 @@ __all__ = [
     "MIN_SAVED_TOKENS",
     "StateSize",
     "Stem",
+    "forwards",
     "num_tokens",
     "plan",
     "prefixes",
@@ -35,7 +36,11 @@ MIN_SAVED_TOKENS = 64
 """A shared beginning that saves fewer is computed again with each context: a pass has a price of its own, and the
 delta rule works in chunks of 64."""
 MAX_BYTES = 2**30
-"""Of all states that are kept at a time, the one in use among them."""
+"""Of all states that are kept at a time, the one in use among them; and of the copies that one forward reads."""
+MAX_TOKENS = 512
+"""Of the continuations in one forward, padding included: bounds what is kept for backward."""
+MAX_ROWS = 32
+"""Continuations in one forward: the delta rule pads each to a chunk of 64."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,32 @@ def _parted(contexts: Sequence[Sequence[int]], members: Sequence[int], at: int) 
     return list(groups.values())
 
 
+def portions(
+    groups: Sequence[Sequence[Sequence[int]]],
+    prefix_bytes: int,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_bytes: int = MAX_BYTES,
+) -> list[list[int]]:
+    """How to spread groups of continuations of one prefix over forwards: per forward, which groups.
+
+    A group (the answers of one example) stays together; a forward has one group at least, and no more than the
+    caps allow: each continuation is padded to the longest and reads a copy of the prefix. Groups of similar
+    length go together.
+    """
+    max_rows = min(MAX_ROWS, max_bytes // max(1, prefix_bytes))
+    found: list[list[int]] = []
+    rows = 0
+    for i in sorted(range(len(groups)), key=lambda i: max(map(len, groups[i]), default=0)):
+        longest = max(map(len, groups[i]), default=0)
+        rows += len(groups[i])
+        if not found or rows > max_rows or rows * longest > max_tokens:
+            found.append([])
+            rows = len(groups[i])
+        found[-1].append(i)
+    return found
+
+
 def num_tokens(stems: Sequence[Stem]) -> int:
     """How many tokens a plan runs through the model."""
     return sum(len(s.ids) - (1 if s.base is None else len(stems[s.base].ids)) for s in stems)
@@ -159,4 +190,24 @@ def prefixes(
             kept[i] = prefix
         if stem.contexts:
             yield prefix, stem.contexts
+        del prefix
+
+
+def forwards(
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_bytes: int = MAX_BYTES,
+    version: str | None = None,
+) -> Iterator[tuple[Prefix, list[int]]]:
+    """All forwards that score each group of continuations on the context of its place: a prefix, and which groups.
+
+    `prefixes` and `portions` in one; their caps and what they raise.
+    """
+    for prefix, members in prefixes(model, contexts, max_bytes=max_bytes, version=version):
+        of_these = [groups[i] for i in members]
+        for portion in portions(of_these, prefix.num_bytes, max_tokens=max_tokens, max_bytes=max_bytes):
+            yield prefix, [members[k] for k in portion]
         del prefix

@@ -1,4 +1,7 @@
-"""One training step, top to bottom: freeze the context, score the answers, sum gradients, check, write (trainer).
+"""One training step, top to bottom: freeze the contexts, score the answers, sum gradients, check, write (trainer).
+
+Answers to one context, of one example or of several, are scored together on one prefix; contexts that begin alike
+are computed once (`forest`). Results and errors speak of the batch as it was given.
 
 The weights are the engine's own (law 1): nothing is written before everything was computed and found finite, and
 the writes are bracketed by the caller's `writing()`, so that the engine can tell which answers overlapped with
@@ -13,16 +16,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secondnature.errors import NonFinite
 from secondnature.model.upcast import GradientSink, collect
 from secondnature.records import Example
 from secondnature.train.anchors import HELD, Anchor, drifts
 from secondnature.train.apollo import Apollo
+from secondnature.train.forest import MAX_BYTES, MAX_TOKENS, forwards, portions
 from secondnature.train.guard import check_examples, check_loss, check_tensors, limit_norm_
 from secondnature.train.losses import Objective, Reference, example_loss, sequence_logprob
-from secondnature.train.prefix import continuation_logps, freeze
+from secondnature.train.prefix import Prefix, continuation_logps, freeze
 
 __all__ = ["StepResult", "log_probs", "references", "train_step"]
 
@@ -65,13 +69,17 @@ def train_step(
     learned_loss: float = LEARNED_LOSS,
     anchors: Sequence[Anchor] = (),
     anchor_weight: float = 1.0,
+    max_tokens: int = MAX_TOKENS,
+    max_bytes: int = MAX_BYTES,
 ) -> StepResult:
     """One step on a batch: the weighted mean of the examples' losses, its gradient, one write.
 
     With `anchors` their mean drift, times `anchor_weight`, is added to the loss that the gradient is of.
 
     Examples without a rejected answer are SFT in every objective. `references`: for DPO and DPOP, from
-    `references()` before the first step. `learned_loss` 0 switches the passing-over off.
+    `references()` before the first step. `learned_loss` 0 switches the passing-over off. `max_tokens` of answers go
+    through one forward, `max_bytes` of frozen contexts are kept at a time (see `forest`); both bound the memory
+    and leave the result as it is, to rounding.
 
     Raises:
         BadExample, ContextOverflow: an example does not fit the model.
@@ -79,32 +87,46 @@ def train_step(
     """
     check_examples(model, batch, objective)
     total_weight = sum(e.weight for e in batch)
-    losses: list[float] = []
-    margins: list[float | None] = []
-    num_tokens = num_learned = 0
+    answers = [_answers(e, objective) for e in batch]
+    losses = [0.0] * len(batch)
+    margins: list[float | None] = [None] * len(batch)
+    num_learned = 0
     grad_norm = 0.0
-    with collect(model) as gradients:
-        for i, example in enumerate(batch):
-            answers = [example.continuation_ids]
-            if example.rejected_ids is not None and objective != "sft":
-                answers.append(example.rejected_ids)
-            prefix = freeze(model, example.context_ids)
-            chosen, *others = continuation_logps(model, prefix, answers)
+
+    def score(prefix: Prefix, chosen: Sequence[int]) -> list[Tensor]:
+        """The losses of some examples of one context, weighted, with gradients; notes what they are."""
+        found = iter(_logps(model, prefix, answers, chosen))
+        weighted: list[Tensor] = []
+        for i in chosen:
+            wanted, *others = [next(found) for _ in answers[i]]
             rejected = others[0] if others else None
-            loss = example_loss(objective, chosen, rejected, references[i] if references else None)
+            loss = example_loss(objective, wanted, rejected, references[i] if references else None)
             check_loss(loss, i)
-            losses.append(float(loss.detach()))
-            margins.append(
-                None
-                if rejected is None
-                else float((sequence_logprob(chosen) - sequence_logprob(rejected)).detach())
-            )
-            num_tokens += sum(len(a) for a in answers)
-            if losses[-1] < learned_loss:
-                num_learned += 1
-                continue
-            (loss * (example.weight / total_weight)).backward()
-            grad_norm = check_tensors(gradients, f"example {i}: the gradient")
+            losses[i] = float(loss.detach())
+            if rejected is not None:
+                margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
+            weighted.append(loss * (batch[i].weight / total_weight))
+        return weighted
+
+    with collect(model) as gradients:
+        contexts = [e.context_ids for e in batch]
+        for prefix, chosen in forwards(model, contexts, answers, max_tokens=max_tokens, max_bytes=max_bytes):
+            weighted = score(prefix, chosen)
+            taught = [i for i in chosen if losses[i] >= learned_loss]
+            num_learned += len(chosen) - len(taught)
+            if taught:
+                torch.stack(
+                    [x for i, x in zip(chosen, weighted, strict=True) if i in taught]
+                ).sum().backward()
+                try:
+                    grad_norm = check_tensors(gradients, f"{_named(taught)}: the gradient")
+                except NonFinite:
+                    for i in taught if len(taught) > 1 else []:  # whose fault is it? one by one, to say so
+                        gradients.clear()
+                        score(prefix, [i])[0].backward()
+                        check_tensors(gradients, f"{_named([i])}: the gradient")
+                    raise
+            del prefix  # or the next would be computed while it is still in memory
         drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
         if anchors and gradients:
             grad_norm = check_tensors(gradients, "the gradient")
@@ -115,12 +137,30 @@ def train_step(
         loss=sum(e.weight * x for e, x in zip(batch, losses, strict=True)) / total_weight,
         losses=tuple(losses),
         margins=tuple(margins),
-        num_tokens=num_tokens,
+        num_tokens=sum(len(a) for of_one in answers for a in of_one),
         grad_norm=grad_norm,
         num_learned=num_learned,
         wrote=bool(gradients),
         drift=drift,
     )
+
+
+def _answers(example: Example, objective: Objective) -> list[list[int]]:
+    """The continuations that an example's loss reads: chosen, and rejected if the objective compares."""
+    if example.rejected_ids is None or objective == "sft":
+        return [example.continuation_ids]
+    return [example.continuation_ids, example.rejected_ids]
+
+
+def _logps(
+    model: nn.Module, prefix: Prefix, answers: Sequence[Sequence[Sequence[int]]], chosen: Sequence[int]
+) -> list[Tensor]:
+    """Of all answers of the chosen examples, one after the other, in one forward."""
+    return continuation_logps(model, prefix, [a for i in chosen for a in answers[i]])
+
+
+def _named(examples: Sequence[int]) -> str:
+    return ", ".join(f"example {i}" for i in examples)
 
 
 def _hold(model: nn.Module, gradients: GradientSink, anchors: Sequence[Anchor], weight: float) -> float:
@@ -140,11 +180,7 @@ def _hold(model: nn.Module, gradients: GradientSink, anchors: Sequence[Anchor], 
 
 @torch.no_grad()
 def log_probs(
-    model: nn.Module,
-    context_ids: Sequence[int],
-    continuations: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 32,
+    model: nn.Module, context_ids: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[float]:
     """log p(continuation | context) of each continuation, nats over all its tokens; the context is read once.
 
@@ -152,20 +188,24 @@ def log_probs(
         BadExample: the context or a continuation is empty.
     """
     prefix = freeze(model, context_ids)
-    totals: list[float] = []
-    for start in range(0, len(continuations), batch_size):
-        for logps in continuation_logps(model, prefix, continuations[start : start + batch_size]):
-            totals.append(float(sequence_logprob(logps)))
+    groups = [[c] for c in continuations]
+    totals = [0.0] * len(continuations)
+    for chosen in portions(groups, prefix.num_bytes):
+        for i, logps in zip(chosen, _logps(model, prefix, groups, chosen), strict=True):
+            totals[i] = float(sequence_logprob(logps))
     return totals
 
 
+@torch.no_grad()
 def references(model: nn.Module, examples: Sequence[Example]) -> list[Reference | None]:
     """What DPO and DPOP compare with: taken once, before the first write (the weights change in place)."""
-    found: list[Reference | None] = []
-    for example in examples:
-        if example.rejected_ids is None:
-            found.append(None)
-            continue
-        answers = [example.continuation_ids, example.rejected_ids]
-        found.append(Reference(*log_probs(model, example.context_ids, answers)))
+    pairs = [i for i, e in enumerate(examples) if e.rejected_ids is not None]
+    contexts = [examples[i].context_ids for i in pairs]
+    answers = [_answers(examples[i], "dpo") for i in pairs]
+    found: list[Reference | None] = [None] * len(examples)
+    for prefix, chosen in forwards(model, contexts, answers):
+        totals = [float(sequence_logprob(x)) for x in _logps(model, prefix, answers, chosen)]
+        for k, i in enumerate(chosen):
+            found[pairs[i]] = Reference(totals[2 * k], totals[2 * k + 1])
+        del prefix
     return found
