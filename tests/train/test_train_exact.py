@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from reference import reference_logps
 from tiny_models import CONFIGS, VOCAB_SIZE, in_arena, save_tiny
 from torch import Tensor
 
+from secondnature.model.head import token_logps
 from secondnature.records import Example, OptimizerSettings
-from secondnature.train import forest
+from secondnature.train import forest, prefix
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import StepResult, log_probs, train_step
 
@@ -131,9 +133,9 @@ def test_a_batch_over_a_tree_of_contexts_equals_the_reference(
     real = forest.prefixes
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        for prefix, members in real(*args, **kwargs):
-            ran.append((prefix.num_tokens + 1, len(members)))
-            yield prefix, members
+        for frozen, members in real(*args, **kwargs):
+            ran.append((frozen.num_tokens + 1, len(members)))
+            yield frozen, members
 
     monkeypatch.setattr(forest, "prefixes", noted)
     result, found, exact, config = run(directories[kind], batch, "sft")
@@ -149,6 +151,23 @@ def test_a_batch_over_a_tree_of_contexts_equals_the_reference(
 
     assert result.losses == pytest.approx([loss.item() for _, loss in sorted(losses)], rel=LOSS_TOLERANCE)
     assert result.loss == pytest.approx(total.item(), rel=LOSS_TOLERANCE)
+    assert gradient_error(found, exact) <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "dense", "gpt2"])
+def test_a_head_in_slices_equals_the_reference(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Ten tokens of the vocabulary at a time, tied and untied."""
+    monkeypatch.setattr(prefix, "token_logps", partial(token_logps, max_logits=400))
+    example = Example(context_ids=tokens(37, 1), continuation_ids=tokens(40, 2))
+    result, found, exact, config = run(directories[kind], [example], "sft")
+
+    (logps,) = reference_logps(config, exact, example.context_ids, [example.continuation_ids])
+    loss = -logps.mean()
+    loss.backward()
+
+    assert result.loss == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     assert gradient_error(found, exact) <= GRADIENT_TOLERANCE
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["GradientSink", "collect", "compute_at_use", "compute_dtype"]
+__all__ = ["GradientSink", "collect", "compute_at_use", "compute_dtype", "stored_linear"]
 
 
 class GradientSink(dict[str, Tensor]):
@@ -217,3 +217,15 @@ def collect(model: nn.Module) -> Generator[GradientSink]:
     finally:
         wiring.sink = None
         model.requires_grad_(False)
+
+
+def stored_linear(module: object) -> tuple[Tensor, GradientSink | None, str] | None:
+    """A Linear's weight (O, I) as it is stored, the sink that its gradient goes to, and under which name.
+
+    For computations that take it in pieces. No sink: no gradient is asked for. None: not a Linear of a model made
+    by `build`, or one with a forward of its own.
+    """
+    if not isinstance(module, _Linear):
+        return None
+    weight: Tensor = module._parameters["weight"]  # pyright: ignore[reportAttributeAccessIssue]
+    return weight, module._wiring.collecting(weight), module._full_names["weight"]

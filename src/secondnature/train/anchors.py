@@ -59,8 +59,8 @@ def record(model: nn.Module, examples: Sequence[Example]) -> list[Anchor]:
     anchors: list[Anchor] = []
     for example in examples:
         ids = (*example.context_ids, *example.continuation_ids)
-        logits = continuation_logits(model, freeze(model, ids[:1]), [ids[1:]])[0]
-        answer = logits[-len(example.continuation_ids) :]
+        last = [len(example.continuation_ids)]
+        (answer,) = continuation_logits(model, freeze(model, ids[:1]), [ids[1:]], last=last)
         anchors.append(Anchor(ids, torch.log_softmax(answer.float(), dim=-1)))
     return anchors
 
@@ -78,12 +78,12 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
         prefix = freeze(model, [first])
         for start in range(0, len(group), TOGETHER):
             here = group[start : start + TOGETHER]
-            logits = continuation_logits(model, prefix, [a.ids[1:] for a in here])
-            yield [_drift(anchor, logits[k]) for k, anchor in enumerate(here)]
+            last = [len(a.logps_TV) for a in here]
+            logits = continuation_logits(model, prefix, [a.ids[1:] for a in here], last=last)
+            yield [_drift(anchor, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)]
 
 
-def _drift(anchor: Anchor, logits_SV: Tensor) -> Tensor:
-    end = len(anchor.ids) - 1
-    now = torch.log_softmax(logits_SV[end - len(anchor.logps_TV) : end].float(), dim=-1)
+def _drift(anchor: Anchor, logits_TV: Tensor) -> Tensor:
+    now = torch.log_softmax(logits_TV.float(), dim=-1)
     before = anchor.logps_TV.to(now.device)
     return (before.exp() * (before - now)).sum(dim=-1).mean()

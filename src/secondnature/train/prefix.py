@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
+from secondnature.model.head import find_head, target_logps, token_logps
 
 __all__ = ["Prefix", "continuation_logits", "continuation_logps", "extend", "freeze", "self_test"]
 
@@ -155,7 +155,8 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     inputs = [base.last_id, *more_ids[:-1]]
     cache = _writable(model, base)
     ids = torch.tensor([inputs], device=next(model.parameters()).device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    body = getattr(model, "base_model", model)  # nobody asks for logits
+    body(input_ids=ids, past_key_values=cache, use_cache=True)
     states: list[tuple[Tensor, Tensor]] = []
     recurrent: list[bool] = []
     for index, layer in enumerate(cache.layers):
@@ -198,40 +199,62 @@ def _writable(model: nn.Module, base: Prefix) -> DynamicCache:
 
 
 def continuation_logits(
-    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
-) -> Tensor:
-    """Logits (K, T, V) that predict each token of K continuations of one prefix, padded at the right to T.
-
-    Row k, position t predicts `continuations[k][t]`; positions past the end of a continuation mean nothing.
+    model: nn.Module,
+    prefix: Prefix,
+    continuations: Sequence[Sequence[int]],
+    *,
+    last: Sequence[int] | None = None,
+    version: str | None = None,
+) -> list[Tensor]:
+    """Per continuation of one prefix the logits (T, V) that predict each of its tokens, or its `last` ones.
 
     Raises:
         BadExample: a continuation is empty.
         StalePrefix: the prefix was computed with other weights than `version`.
+    """
+    counts = [len(c) for c in continuations] if last is None else list(last)
+    head = find_head(model)
+    rows = _outputs(model if head is None else head.body, prefix, continuations, counts, version)
+    return list((rows if head is None else head.linear(rows)).split(counts))
+
+
+def continuation_logps(
+    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
+) -> list[Tensor]:
+    """Per continuation the log-probabilities (T) of its tokens, in nats; with gradients if they are enabled.
+
+    Raises as `continuation_logits` does.
+    """
+    counts = [len(c) for c in continuations]
+    head = find_head(model)
+    rows = _outputs(model if head is None else head.body, prefix, continuations, counts, version)
+    targets = torch.tensor([token for c in continuations for token in c], device=rows.device)
+    logps = target_logps(rows, targets) if head is None else token_logps(head, rows, targets)
+    return list(logps.split(counts))
+
+
+def _outputs(
+    run: nn.Module,
+    prefix: Prefix,
+    continuations: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    version: str | None,
+) -> Tensor:
+    """What the model, or its body, puts out at the last `counts` positions of each continuation, in one piece.
+
+    One forward of all, padded at the right: (sum of counts, V), or D for a body.
     """
     prefix.check(version)
     if not all(continuations):
         raise BadExample("a continuation is empty", "nothing to learn from, nothing to score")
     longest = max(len(c) for c in continuations)
     inputs = [[prefix.last_id, *c[:-1], *[PAD_ID] * (longest - len(c))] for c in continuations]
-    ids = torch.tensor(inputs, device=next(model.parameters()).device)
+    ids = torch.tensor(inputs, device=next(run.parameters()).device)
     cache = prefix.cache(len(continuations))
-    return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
-
-
-def continuation_logps(
-    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
-) -> list[Tensor]:
-    """Per continuation the log-probabilities (T_k) of its tokens, in nats; with gradients if they are enabled.
-
-    Raises as `continuation_logits` does.
-    """
-    logits = continuation_logits(model, prefix, continuations, version=version)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logps: list[Tensor] = []
-    for k, continuation in enumerate(continuations):
-        targets = torch.tensor(list(continuation), device=logits.device)
-        logps.append(-F.cross_entropy(wide[k, : len(targets)], targets, reduction="none"))
-    return logps
+    output = run(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    whole = output.logits if "logits" in output else output.last_hidden_state
+    ends = zip(whole, continuations, counts, strict=True)
+    return torch.cat([row[len(c) - count : len(c)] for row, c, count in ends])
 
 
 @torch.no_grad()
@@ -255,16 +278,16 @@ def self_test(model: nn.Module, *, tolerance: float | None = None) -> float:
     prefix = freeze(model, context)
     first = continuation_logits(model, prefix, [answer, answer[:1]])
     again = continuation_logits(model, prefix, [answer, answer[:1]])
-    if not torch.equal(first, again):
+    if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
         raise UnsupportedModel(
             "reading a frozen prefix changed it", "this transformers version is not supported"
         )
-    ids = torch.tensor([text[:-1]], device=first.device)
+    ids = torch.tensor([text[:-1]], device=first[0].device)
     plain = model(input_ids=ids, use_cache=False).logits[0, num_context - 1 :]
-    difference = max(float((first[0] - plain).abs().max()), float((first[1, 0] - plain[0]).abs().max()))
+    difference = max(float((first[0] - plain).abs().max()), float((first[1] - plain[:1]).abs().max()))
     scale = max(1.0, float(plain.abs().max()))
     if tolerance is None:
-        tolerance = (0.1 if first.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
+        tolerance = (0.1 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
     if not difference <= tolerance:
         raise UnsupportedModel(
             f"a frozen context changes the logits by {difference:.2g}; expected at most {tolerance:.2g}",

@@ -1,0 +1,166 @@
+"""Log-probabilities of given tokens without a matrix of logits: tokens x vocabulary, a piece at a time (trainer).
+
+A loss over answers needs one number per token, not a distribution: log p = logit of the target - logsumexp. Both
+come from slices of the vocabulary, and so does the gradient, from slices computed a second time (as in Wijmans et
+al. 2024, arXiv 2411.09009). What is held is `MAX_LOGITS` numbers instead of N x V; and the head runs on the
+positions that are asked for, not on the padding.
+
+Only a model whose logits are the head's output on its body's last hidden state can be taken apart so. `find_head`
+asks the model itself: it lets the head answer with a ramp and looks whether that comes out, unscaled and uncapped.
+
+Shapes: N positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secondnature.model.upcast import GradientSink, stored_linear
+
+__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps"]
+
+MAX_LOGITS = 2**22
+"""Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The two parts of a language model: logits = linear(body(ids).last_hidden_state)."""
+
+    body: nn.Module
+    linear: nn.Module
+
+
+_FOUND: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The parts of the model; None if its logits are anything else than the head on the last hidden state.
+
+    Runs the model on one token the first time; after that it is remembered.
+    """
+    if model not in _FOUND:
+        _FOUND[model] = _probe(model)
+    return _FOUND[model]
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Head | None:
+    body, getter = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", None)
+    linear = None if getter is None else getter()
+    if body is model or linear is None or stored_linear(linear) is None:
+        return None
+    read: list[Tensor] = []
+    told: list[Tensor] = []
+
+    def tell(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        read.append(args[0])
+        told.append(torch.linspace(-300, 300, output.numel()).view(output.shape).to(output))
+        return told[-1]
+
+    ids = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
+    handle = linear.register_forward_hook(tell)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    whole = len(read) == 1 and _same(read[0], hidden) and _same(told[0], logits)
+    return Head(body, linear) if whole else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.isclose(a, b.to(a.dtype), rtol=0, atol=0, equal_nan=True).all())
+
+
+def target_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Log-probabilities (N) of the targets, in nats, from whole logits; in fp32 at least."""
+    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return -F.cross_entropy(wide, targets_N, reduction="none")
+
+
+def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Log-probabilities (N) of the targets, in nats, from hidden states; equal to the plain way up to rounding.
+
+    Differentiable in the hidden states and, while gradients are collected, in the head's weight and bias.
+    """
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, sink, name = found
+    if hidden_ND.shape[0] * weight.shape[0] <= max_logits:
+        return target_logps(head.linear(hidden_ND), targets_N)
+    rows = max(1, max_logits // hidden_ND.shape[0])
+    bias = head.linear.bias
+    return _Sliced.apply(hidden_ND, weight, bias, targets_N, rows, sink, name)  # pyright: ignore[reportReturnType]
+
+
+class _Sliced(torch.autograd.Function):
+    """log softmax(h W^T + b) at the targets, `rows` of the vocabulary at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Any,
+        targets_N: Tensor,
+        rows: int,
+        sink: GradientSink | None,
+        name: str,
+    ) -> Tensor:
+        picked_N, sums = None, []
+        for start in range(0, weight_VD.shape[0], rows):
+            logits, _ = _slice(hidden_ND, weight_VD, bias_V, start, rows)
+            sums.append(torch.logsumexp(logits, dim=1))
+            here, column = _within(targets_N, start, logits.shape[1])
+            found = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+            picked_N = found if picked_N is None else torch.where(here, found, picked_N)
+        assert picked_N is not None
+        total_N = torch.logsumexp(torch.stack(sums), dim=0)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, total_N)
+        ctx.rows, ctx.sink, ctx.name = rows, sink, name
+        return picked_N - total_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        hidden_ND, weight_VD, bias_V, targets_N, total_N = ctx.saved_tensors
+        gradient_N1 = gradients[0].unsqueeze(1)
+        d_hidden = torch.zeros_like(hidden_ND)
+        d_weight = None if ctx.sink is None else torch.empty_like(weight_VD, dtype=gradients[0].dtype)
+        d_bias = None if bias_V is None else torch.empty_like(bias_V)
+        for start in range(0, weight_VD.shape[0], ctx.rows):
+            logits, weight = _slice(hidden_ND, weight_VD, bias_V, start, ctx.rows)
+            d_logits = logits.sub_(total_N.unsqueeze(1)).exp_().mul_(-gradient_N1)
+            here, column = _within(targets_N, start, d_logits.shape[1])
+            d_logits.scatter_add_(1, column.unsqueeze(1), gradient_N1 * here.unsqueeze(1))
+            d_logits = d_logits.to(hidden_ND.dtype)
+            d_hidden += d_logits @ weight
+            end = start + d_logits.shape[1]
+            if d_weight is not None:
+                d_weight[start:end] = d_logits.T @ hidden_ND
+            if d_bias is not None:
+                d_bias[start:end] = d_logits.sum(0)
+        if d_weight is not None:
+            ctx.sink.add(ctx.name, d_weight, fresh=True)
+        return d_hidden, None, d_bias, None, None, None, None
+
+
+def _slice(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, rows) of a part of the vocabulary, in fp32 at least, and that part of the weight, cast."""
+    part = weight[start : start + rows].to(hidden.dtype)
+    logits = F.linear(hidden, part, None if bias is None else bias[start : start + rows])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), part
+
+
+def _within(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in this part of the vocabulary, and each one's column there (any column if it does not)."""
+    column = targets - start
+    return (column >= 0) & (column < count), column.clamp(0, count - 1)
