@@ -236,7 +236,8 @@ def test_a_batch_is_one_by_one_what_each_example_is_alone(directory: Path) -> No
         objective = "sft" if example.rejected_ids is None else "orpo"
         alone = train_step(model, optimizer, [example], objective, learned_loss=1e9)
         assert alone.losses[0] == pytest.approx(together.losses[i], rel=1e-6)
-        assert alone.margins[0] == (None if together.margins[i] is None else approx(together.margins[i]))
+        margin = together.margins[i]
+        assert alone.margins[0] == (None if margin is None else approx(margin))
 
 
 def test_only_the_learned_among_answers_to_one_context_are_passed_over(directory: Path) -> None:

@@ -132,7 +132,8 @@ class _Sliced(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, targets_N, total_N = ctx.saved_tensors
         gradient_N1 = gradients[0].unsqueeze(1)
         d_hidden = torch.zeros_like(hidden_ND)
-        d_weight = None if ctx.sink is None else torch.empty_like(weight_VD, dtype=gradients[0].dtype)
+        sink: GradientSink | None = ctx.sink
+        d_weight = None if sink is None else torch.empty_like(weight_VD, dtype=gradients[0].dtype)
         d_bias = None if bias_V is None else torch.empty_like(bias_V)
         for start in range(0, weight_VD.shape[0], ctx.rows):
             logits, weight = _slice(hidden_ND, weight_VD, bias_V, start, ctx.rows)
@@ -146,8 +147,8 @@ class _Sliced(torch.autograd.Function):
                 d_weight[start:end] = d_logits.T @ hidden_ND
             if d_bias is not None:
                 d_bias[start:end] = d_logits.sum(0)
-        if d_weight is not None:
-            ctx.sink.add(ctx.name, d_weight, fresh=True)
+        if sink is not None and d_weight is not None:
+            sink.add(ctx.name, d_weight, fresh=True)
         return d_hidden, None, d_bias, None, None, None, None
 
 

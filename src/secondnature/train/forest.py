@@ -81,22 +81,23 @@ def plan(
     `size` None: memory is no object.
     """
     size = size or StateSize()
+    texts = [tuple(c) for c in contexts]
     stems: list[Stem] = []
     # contexts that begin alike, the stem they may continue from, its length, bytes kept on the way to them
     waiting: list[tuple[list[int], int | None, int, int]] = [
-        (group, None, 0, 0) for group in reversed(_parted(contexts, range(len(contexts)), 0))
+        (group, None, 0, 0) for group in reversed(_parted(texts, range(len(texts)), 0))
     ]
     while waiting:
         members, base, reached, held = waiting.pop()
-        rows = [contexts[i] for i in members]
+        rows = [texts[i] for i in members]
         shared = _num_shared(min(rows), max(rows))
-        ends = [i for i in members if len(contexts[i]) == shared]
-        branches = _parted(contexts, [i for i in members if len(contexts[i]) > shared], shared)
+        ends = [i for i in members if len(texts[i]) == shared]
+        branches = _parted(texts, [i for i in members if len(texts[i]) > shared], shared)
         worth = bool(ends) or (len(branches) - 1) * (shared - reached) >= min_saved_tokens
         fits = held + size(shared) + max(size(len(row)) for row in rows) <= max_bytes
         kept = bool(branches) and worth and fits
         if ends or kept:
-            stems.append(Stem(tuple(rows[0][:shared]), base, tuple(ends)))
+            stems.append(Stem(rows[0][:shared], base, tuple(ends)))
         if kept:
             base, reached, held = len(stems) - 1, shared, held + size(shared)
         waiting.extend((branch, base, reached, held) for branch in reversed(branches))

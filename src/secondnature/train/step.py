@@ -93,10 +93,10 @@ def train_step(
     num_learned = 0
     grad_norm = 0.0
 
-    def score(prefix: Prefix, chosen: Sequence[int]) -> list[Tensor]:
-        """The losses of some examples of one context, weighted, with gradients; notes what they are."""
+    def score(prefix: Prefix, chosen: Sequence[int]) -> dict[int, Tensor]:
+        """The weighted losses of some examples of one context, with gradients; notes what they are."""
         found = iter(_logps(model, prefix, answers, chosen))
-        weighted: list[Tensor] = []
+        weighted: dict[int, Tensor] = {}
         for i in chosen:
             wanted, *others = [next(found) for _ in answers[i]]
             rejected = others[0] if others else None
@@ -105,7 +105,7 @@ def train_step(
             losses[i] = float(loss.detach())
             if rejected is not None:
                 margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
-            weighted.append(loss * (batch[i].weight / total_weight))
+            weighted[i] = loss * (batch[i].weight / total_weight)
         return weighted
 
     with collect(model) as gradients:
@@ -115,18 +115,16 @@ def train_step(
             taught = [i for i in chosen if losses[i] >= learned_loss]
             num_learned += len(chosen) - len(taught)
             if taught:
-                torch.stack(
-                    [x for i, x in zip(chosen, weighted, strict=True) if i in taught]
-                ).sum().backward()
+                torch.stack([weighted[i] for i in taught]).sum().backward()
                 try:
                     grad_norm = check_tensors(gradients, f"{_named(taught)}: the gradient")
                 except NonFinite:
                     for i in taught if len(taught) > 1 else []:  # whose fault is it? one by one, to say so
                         gradients.clear()
-                        score(prefix, [i])[0].backward()
+                        score(prefix, [i])[i].backward()
                         check_tensors(gradients, f"{_named([i])}: the gradient")
                     raise
-            del prefix  # or the next would be computed while it is still in memory
+            del prefix, weighted  # or the next would be computed while they are still in memory
         drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
         if anchors and gradients:
             grad_norm = check_tensors(gradients, "the gradient")
