@@ -131,7 +131,7 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         hidden_ND, weight_VD, bias_V, targets_N, total_N = ctx.saved_tensors
         gradient_N1 = gradients[0].unsqueeze(1)
-        d_hidden = torch.zeros_like(hidden_ND)
+        d_hidden = torch.zeros_like(hidden_ND, dtype=gradients[0].dtype)
         sink: GradientSink | None = ctx.sink
         d_weight = None if sink is None else torch.empty_like(weight_VD, dtype=gradients[0].dtype)
         d_bias = None if bias_V is None else torch.empty_like(bias_V)
@@ -149,7 +149,7 @@ class _Sliced(torch.autograd.Function):
                 d_bias[start:end] = d_logits.sum(0)
         if sink is not None and d_weight is not None:
             sink.add(ctx.name, d_weight, fresh=True)
-        return d_hidden, None, d_bias, None, None, None, None
+        return d_hidden.to(hidden_ND.dtype), None, d_bias, None, None, None, None
 
 
 def _slice(
