@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secondnature.errors import NonFinite, UnsupportedModel
-from secondnature.weights.rounding import RandomWords, stochastic_round_
+from secondnature.weights.rounding import CHUNK, RandomWords, Writer, stochastic_round_
 
 
 def weights(count: int, seed: int = 0) -> Tensor:
@@ -109,3 +109,47 @@ def test_what_cannot_be_written_is_refused() -> None:
     assert huge.item() == torch.tensor(3.38e38).bfloat16().item()
     with pytest.raises(UnsupportedModel, match="float16"):
         stochastic_round_(torch.zeros(2, dtype=torch.float16), torch.ones(2), seed=0, name="w", step=0)
+
+
+def test_elements_of_a_chunk_are_rounded_independently() -> None:
+    """They share the lower bits of their noise: over many keys, how many go up varies as if they did not."""
+    gap = 2.0**-7
+    start = torch.ones(4096).bfloat16()
+    update = torch.full((4096,), 2e-3 * gap)
+    ups = []
+    for step in range(400):
+        new = start.clone()
+        stochastic_round_(new, update, seed=0, name="w", step=step)
+        ups.append(int((new > 1).sum()))
+    mean, variance = 4096 * 2e-3, 4096 * 2e-3 * (1 - 2e-3)
+    assert abs(np.mean(ups) - mean) <= 5 * math.sqrt(variance / 400)
+    assert 0.7 <= np.var(ups) / variance <= 1.35
+
+
+def test_less_than_a_16_bit_share_of_a_gap_arrives() -> None:
+    """Of an update of 0.3 / 65,536 of the gap nothing would arrive without the shared bits."""
+    gap = 2.0**-7
+    count, keys = 1 << 20, 12
+    update = torch.full((count // 1024, 1024), 0.3 / 65536 * gap)
+    ups = 0
+    for step in range(keys):
+        new = torch.ones(update.shape).bfloat16()
+        stochastic_round_(new, update, seed=0, name="w", step=step)
+        ups += int((new > 1).sum())
+    mean = 0.3 / 65536 * count * keys
+    assert abs(ups - mean) <= 5 * math.sqrt(mean)
+
+
+def test_rows_are_written_as_the_whole_is() -> None:
+    start = weights(300 * 700).view(300, 700)
+    update = torch.full(start.shape, 1e-4)
+    whole, by_rows = start.clone(), start.clone()
+    norm = stochastic_round_(whole, update, seed=0, name="w", step=0)
+    writer = Writer(by_rows, seed=0, name="w", step=0, measure=True)
+    chunks = list(writer.chunks())
+    assert len(chunks) > 2
+    assert all((stop - begin) * 700 <= CHUNK for begin, stop in chunks)
+    for begin, stop in chunks:
+        writer.add_(begin, stop, update[begin:stop])
+    assert torch.equal(whole.view(torch.int16), by_rows.view(torch.int16))
+    assert math.sqrt(writer.written) == norm
