@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from secondnature.errors import BadCheckpoint, ConfigError, NonFinite
 from secondnature.model.load import build
 from secondnature.records import OptimizerSettings
-from secondnature.train.apollo import Apollo, projection
+from secondnature.train.apollo import Apollo
+from secondnature.train.update import projection
 
 SHAPE_TALL, SHAPE_WIDE = (40, 24), (24, 40)
 
@@ -54,46 +55,66 @@ def gradients(model: nn.Module, step: int, scale: float = 1.0) -> dict[str, Tens
     return found
 
 
-def paper(
-    w: Tensor, grads: list[Tensor], seed: int, name: str, *, rank: int, lr: float, refresh: int, gamma: float
-) -> Tensor:
+def paper(w: Tensor, grads: list[Tensor], seed: int, name: str, chosen: OptimizerSettings) -> Tensor:
     """Algorithm 1 of arXiv 2412.05270 in fp64: the smaller side projected, channel-wise, or by tensor at rank 1."""
     w = w.double().clone()
     flip = w.shape[0] > w.shape[1]
+    rank, lr, (beta1, beta2) = chosen.rank, chosen.lr or 1e-5, chosen.betas
     m: Any = 0.0
     v: Any = 0.0
     last = None
     for t, grad in enumerate(grads, start=1):
         g = grad.double().T if flip else grad.double()
-        p = projection(seed, name, (t - 1) // refresh, rank, g.shape[0]).double()
+        p = projection(seed, name, (t - 1) // chosen.proj_refresh, rank, g.shape[0]).double()
         r = p @ g
-        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
-        adam = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        m, v = beta1 * m + (1 - beta1) * r, beta2 * v + (1 - beta2) * r**2
+        adam = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + chosen.eps)
         s = adam.norm() / r.norm() if rank == 1 else adam.norm(dim=0) / r.norm(dim=0)
-        update = math.sqrt(g.shape[0] / rank) * g * s
+        update = chosen.scale * math.sqrt(g.shape[0] / rank) * g * s
         if last is not None:
-            noise = math.sqrt(update.numel() * 0.1 / 1.9)
-            update *= min(1.0, gamma * max(last, noise) / float(update.norm()))
+            noise = chosen.scale * math.sqrt(update.numel() * (1 - beta1) / (1 + beta1))
+            update *= min(1.0, chosen.norm_growth_limit * max(last, noise) / float(update.norm()))
         last = float(update.norm())
-        w -= lr * (update.T if flip else update)
+        update = (update.T if flip else update) + chosen.weight_decay * w
+        w -= lr * min(1.0, t / max(1, chosen.warmup_steps)) * update
     return w
 
 
-@pytest.mark.parametrize("rank", [4, 1])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"rank": 1},
+    {"rank": 8},
+    {"lr": 3e-3},
+    {"betas": (0.5, 0.999)},
+    {"betas": (0.9, 0.95)},
+    {"eps": 0.3},
+    {"weight_decay": 0.3},
+    {"warmup_steps": 9},
+    {"scale": 0.25},
+    {"proj_refresh": 3},
+    {"norm_growth_limit": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["tall", "wide"])
-def test_equals_the_paper(name: str, rank: int) -> None:
-    """25 steps over three projections, with the limiter at work."""
+def test_equals_the_paper_with_every_option(name: str, options: dict[str, Any]) -> None:
+    """25 steps over three projections, with the limiter at work; and each option makes a difference."""
+    plain = settings(proj_refresh=10)
+    chosen = settings(**{"proj_refresh": 10, **options})
     model = Layers()
     start = getattr(model, name).detach().clone()
-    optimizer = Apollo(model, settings(rank=rank, proj_refresh=10), seed=5)
+    optimizer = Apollo(model, chosen, seed=5)
     seen = []
     for step in range(25):
         grads = gradients(model, step, scale=10 ** (step % 3))
         seen.append(grads[name].clone())
         optimizer.step({name: grads[name]})
-    wanted = paper(start, seen, 5, name, rank=rank, lr=1e-2, refresh=10, gamma=1.01)
+    wanted = paper(start, seen, 5, name, chosen)
     moved = (wanted - start.double()).norm()
     assert (getattr(model, name).detach().double() - wanted).norm() <= 1e-5 * moved
+    if options:
+        assert (paper(start, seen, 5, name, plain) - wanted).norm() > 0.01 * moved
 
 
 def test_the_update_is_as_long_as_adams() -> None:
@@ -267,6 +288,12 @@ def test_a_foreign_state_is_refused() -> None:
         Apollo(model, settings(rank=8)).load_state(tensors, metadata)
     with pytest.raises(BadCheckpoint, match="format"):
         Apollo(model, settings()).load_state(tensors, {})
+    other = Layers()
+    other.wide = nn.Parameter(torch.zeros(24, 41))
+    with pytest.raises(BadCheckpoint, match="of another model: fingerprint"):
+        Apollo(other, settings()).load_state(tensors, metadata)
+    with pytest.raises(BadCheckpoint, match="fingerprint None"):
+        Apollo(model, settings()).load_state(tensors, {k: v for k, v in metadata.items() if k != "fingerprint"})
     with pytest.raises(BadCheckpoint, match="incomplete or of another model"):
         Apollo(model, settings()).load_state({"nobody:m": torch.zeros(1)}, metadata)
     with pytest.raises(BadCheckpoint, match="metadata"):

@@ -14,6 +14,7 @@ from reference import reference_logps
 from tiny_models import CONFIGS, VOCAB_SIZE, in_arena, save_tiny
 from torch import Tensor
 
+from secondnature.model.gradients import Factors, Gradient
 from secondnature.model.head import token_logps
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train import forest, prefix
@@ -25,12 +26,12 @@ GRADIENT_TOLERANCE = 1e-5
 
 
 class Recording(Apollo):
-    """The product's optimizer, which also keeps the gradients that it was given."""
+    """The product's optimizer, which also keeps the gradients that it was given; factors are multiplied out."""
 
     seen: dict[str, Tensor]
 
-    def step(self, gradients: Mapping[str, Tensor], **options: Any) -> None:
-        self.seen = {name: gradient.clone() for name, gradient in gradients.items()}
+    def step(self, gradients: Mapping[str, Gradient], **options: Any) -> None:
+        self.seen = {n: g.dense() if isinstance(g, Factors) else g.clone() for n, g in gradients.items()}
         super().step(gradients, **options)
 
 

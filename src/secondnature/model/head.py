@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondnature.model.upcast import GradientSink, stored_linear
+from secondnature.model.gradients import GradientSink
+from secondnature.model.upcast import stored_linear
 
 __all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps"]
 

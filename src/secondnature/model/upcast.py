@@ -7,7 +7,8 @@ modules that hold nearly all weights compute themselves: Linear, transformers' C
 the gathered rows only), with backward passes that keep the bf16 weight instead of its cast.
 
 Gradients of bf16 leaves would be bf16: too coarse. Inside `collect` they are summed in fp32 (fp64 for fp64
-compute) in a `GradientSink` by parameter name; a tied parameter's uses add up.
+compute) in a `GradientSink` by parameter name; a tied parameter's uses add up. A matrix's gradient may stay two
+factors (`gradients`).
 
 Shapes: x (..., I), Linear weight (O, I), Conv1D weight (I, O), Embedding weight (V, D).
 """
@@ -15,35 +16,19 @@ Shapes: x (..., I), Linear weight (O, I), Conv1D weight (I, O), Embedding weight
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Set
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["GradientSink", "collect", "compute_at_use", "compute_dtype", "stored_linear"]
+from secondnature.model.gradients import GradientSink
 
-
-class GradientSink(dict[str, Tensor]):
-    """Gradients by parameter name, summed at full precision over all uses and examples."""
-
-    def add(self, name: str, gradient: Tensor, *, fresh: bool = False) -> None:
-        """Add a gradient of the parameter's own shape; `fresh`: nobody else holds it, so it may be kept."""
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if name in self:
-            self[name].add_(wide)
-        else:
-            self[name] = wide if fresh or wide is not gradient else wide.clone()
-
-    def add_rows(self, name: str, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Add gradients (N, D) of the weight's rows `rows` (N)."""
-        if name not in self:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        self[name].index_add_(0, rows, gradient.to(self[name].dtype))
+__all__ = ["collect", "compute_at_use", "compute_dtype", "stored_linear"]
 
 
 class _Wiring:
@@ -102,8 +87,8 @@ class _Matmul(torch.autograd.Function):
             wide = weight.to(dy.dtype)
             dx = dy @ (wide.T if ctx.transposed else wide)
         flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dw = flat_x.T @ flat_dy if ctx.transposed else flat_dy.T @ flat_x
-        ctx.sink.add(ctx.name, dw, fresh=True)
+        left, right = (flat_x, flat_dy) if ctx.transposed else (flat_dy, flat_x)
+        ctx.sink.add_product(ctx.name, left, right)
         return dx, None, None, None, None
 
 
@@ -205,12 +190,23 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return model.__dict__["_wiring"].dtype
 
 
+@overload
+def collect(model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]: ...
+@overload
+def collect(model: nn.Module, *, factored: Set[str]) -> AbstractContextManager[GradientSink]: ...
+def collect(model: nn.Module, *, factored: Set[str] = frozenset()) -> AbstractContextManager[Any]:
+    """While open, backward passes put the gradients of all parameters into the yielded sink.
+
+    Those of Linear and Conv1D weights named in `factored` stay factors while these are smaller than the gradient.
+    """
+    return _collect(model, factored)
+
+
 @contextlib.contextmanager
-def collect(model: nn.Module) -> Generator[GradientSink]:
-    """While open, backward passes put the gradients of all parameters into the yielded sink."""
+def _collect(model: nn.Module, factored: Set[str]) -> Generator[GradientSink]:
     wiring: _Wiring = model.__dict__["_wiring"]
     assert wiring.sink is None, "gradients are collected once at a time"
-    wiring.sink = GradientSink()
+    wiring.sink = GradientSink(factored)
     model.requires_grad_(True)
     try:
         yield wiring.sink

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from secondnature.errors import BadExample, ContextOverflow, NonFinite
+from secondnature.model.gradients import Factors, Gradient
 from secondnature.model.load import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
 
-__all__ = ["check_examples", "check_loss", "check_tensors", "limit_norm_"]
+__all__ = ["check_examples", "check_loss", "check_norms", "check_tensors", "limit_norm_"]
+
+HINT = "lower the learning rate, or drop the example"
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], objective: Objective) -> None:
@@ -56,26 +59,29 @@ def check_loss(loss: Tensor, example: int) -> None:
         )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], what: str) -> float:
-    """The norm over all tensors, if every value is finite.
+def check_tensors(tensors: Mapping[str, Gradient], what: str) -> float:
+    """The norm over all gradients, if every value is finite.
 
     Raises:
         NonFinite: names the first tensor that is not, and `what` it is ("example 3: the gradient").
     """
-    if not tensors:
-        return 0.0
-    norm = float(torch.nn.utils.get_total_norm(list(tensors.values())))
+    whole = [t for t in tensors.values() if isinstance(t, Tensor)]
+    parts = [float(t.norm()) for t in tensors.values() if isinstance(t, Factors)]
+    norm = math.hypot(float(torch.nn.utils.get_total_norm(whole)) if whole else 0.0, *parts)
     if not math.isfinite(norm):
-        for name, tensor in tensors.items():
-            if not math.isfinite(float(tensor.norm())):
-                raise NonFinite(
-                    f"{what} of {name} is not finite", "lower the learning rate, or drop the example"
-                )
-        raise NonFinite(f"{what} has no finite norm", "lower the learning rate, or drop the example")
+        check_norms({name: float(tensor.norm()) for name, tensor in tensors.items()}, what)
+        raise NonFinite(f"{what} has no finite norm", HINT)
     return norm
 
 
-def limit_norm_(tensors: Mapping[str, Tensor], norm: float, limit: float | None) -> None:
+def check_norms(norms: Mapping[str, float], what: str) -> None:
+    """Raises NonFinite for the first tensor whose norm is not finite, by name."""
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise NonFinite(f"{what} of {name} is not finite", HINT)
+
+
+def limit_norm_(tensors: Mapping[str, Gradient], norm: float, limit: float | None) -> None:
     """Scale the gradients in place so that their common norm is at most `limit`."""
     if limit is not None and norm > limit:
         for tensor in tensors.values():

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from secondnature.errors import NonFinite
-from secondnature.model.upcast import GradientSink, collect
+from secondnature.model.gradients import GradientSink
+from secondnature.model.upcast import collect
 from secondnature.records import Example
 from secondnature.train.anchors import HELD, Anchor, drifts
 from secondnature.train.apollo import Apollo
@@ -108,7 +109,7 @@ def train_step(
             weighted[i] = loss * (batch[i].weight / total_weight)
         return weighted
 
-    with collect(model) as gradients:
+    with collect(model, factored=optimizer.factored) as gradients:
         contexts = [e.context_ids for e in batch]
         for prefix, chosen in forwards(model, contexts, answers, max_tokens=max_tokens, max_bytes=max_bytes):
             weighted = score(prefix, chosen)

@@ -58,18 +58,14 @@ class _Scratch(threading.local):
     """One chunk's temporaries, kept between tensors: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self) -> None:
-        self._kept: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._kept: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def __call__(self, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Two fp64 vectors and one in bf16, of `size` or more."""
+    def __call__(self, size: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Two fp64 vectors, one in bf16 and one in fp32, of `size` or more."""
         kept = self._kept.get(device)
         if kept is None or kept[0].numel() < size:
-            wide = [torch.empty(size, dtype=torch.float64, device=device) for _ in range(2)]
-            kept = self._kept[device] = (
-                wide[0],
-                wide[1],
-                torch.empty(size, dtype=torch.bfloat16, device=device),
-            )
+            dtypes = (torch.float64, torch.float64, torch.bfloat16, torch.float32)
+            kept = self._kept[device] = tuple(torch.empty(size, dtype=t, device=device) for t in dtypes)
         return kept
 
 
@@ -104,7 +100,7 @@ class Writer:
         self._words = RandomWords("round", seed, name, step)
         num_rows, num_columns = self.rows_AB.shape
         size = min(num_rows, chunk_rows(num_columns)) * num_columns
-        self._sum, self._noise, self._new = _scratch(size, target.device)
+        self._sum, self._noise, self._new, self._change = _scratch(size, target.device)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of every chunk, in the order in which `add_` expects them."""
@@ -112,6 +108,11 @@ class Writer:
         step = chunk_rows(num_columns)
         for start in range(0, num_rows, step):
             yield start, min(num_rows, start + step)
+
+    def buffer(self, start: int, stop: int) -> Tensor:
+        """Memory for these rows' changes, fp32; the next chunk, and the next tensor, overwrite it."""
+        num_columns = self.rows_AB.shape[1]
+        return self._change[: (stop - start) * num_columns].view(stop - start, num_columns)
 
     def add_(self, start: int, stop: int, change_AB: Tensor) -> None:
         """Add `change_AB` (fp32, stop - start rows) to the rows; elements whose change is zero keep their bits.

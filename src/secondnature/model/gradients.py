@@ -1,0 +1,142 @@
+"""Gradients as a training step holds them: whole tensors, or the two factors of a matrix's gradient (any engine).
+
+The gradient of y = x W^T over some tokens is dY^T X: as long as tokens * (A + B) < A * B, its factors are smaller
+than it is, and cheaper to work with. They are kept as backward found them, block after block, over all backward
+passes of one update; when they would outgrow the product, the product takes their place. Norms come from
+tokens x tokens Gram matrices: ||L^T R||^2 = sum((L L^T) o (R R^T)).
+
+Shapes: a weight (A, B); left (S, A) and right (S, B) for S tokens: dY and X for Linear, X and dY for Conv1D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factors", "Gradient", "GradientSink"]
+
+
+class Factors:
+    """The gradient L^T R of one matrix, never formed."""
+
+    def __init__(self, left_SA: Tensor, right_SB: Tensor) -> None:
+        self._blocks = [(left_SA, right_SB)]
+        self._scale = 1.0
+        self._square = torch.zeros((), dtype=torch.float64)
+        self._num_squared = 0
+        """Blocks whose products, with themselves and all before them, are in `_square`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the gradient: (A, B)."""
+        left, right = self._blocks[0]
+        return left.shape[1], right.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """S, over all blocks."""
+        return sum(len(left) for left, _ in self._blocks)
+
+    def append(self, left_SA: Tensor, right_SB: Tensor) -> None:
+        """Add the gradient of further tokens."""
+        assert self._scale == 1.0, "gradients are scaled when they are complete"
+        self._blocks.append((left_SA, right_SB))
+
+    def mul_(self, factor: float) -> Factors:
+        """Scale the gradient: a number is remembered."""
+        self._scale *= factor
+        return self
+
+    def norm(self) -> Tensor:
+        """The Frobenius norm, a scalar; NaN or infinite if any element of the gradient is.
+
+        Products of earlier blocks are not computed again, so asking after each example costs no more than once.
+        """
+        for i in range(self._num_squared, len(self._blocks)):
+            left, right = self._wide(i)
+            total = torch.zeros((), dtype=torch.float64, device=left.device)
+            for j in range(i + 1):
+                other_left, other_right = self._wide(j)
+                products = ((other_left @ left.T) * (other_right @ right.T)).sum(dtype=torch.float64)
+                total = total + (products if i == j else 2 * products)
+            self._square = self._square.to(total.device) + total
+        self._num_squared = len(self._blocks)
+        # rounding can leave a tiny negative sum; clamp_min keeps NaN
+        return self._square.clamp_min(0.0).sqrt() * self._scale
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(left (S, A), right (S, B)), fp32 or wider, of all tokens; their product is the gradient."""
+        pairs = [self._wide(i) for i in range(len(self._blocks))]
+        left, right = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pairs, strict=True))
+        return left, right if self._scale == 1.0 else right * self._scale
+
+    def dense(self) -> Tensor:
+        """The gradient (A, B), formed."""
+        left, right = self.matrices()
+        return left.T @ right
+
+    def _wide(self, block: int) -> tuple[Tensor, Tensor]:
+        left, right = self._blocks[block]
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        return left.to(dtype), right.to(dtype)
+
+
+Gradient = Tensor | Factors
+
+
+class GradientSink(dict[str, Gradient]):
+    """Gradients by parameter name, summed at full precision over all uses and examples.
+
+    Args:
+        factored: names of matrices whose gradients are kept as factors while those are smaller.
+    """
+
+    def __init__(self, factored: Set[str] = frozenset()) -> None:
+        super().__init__()
+        self._factored = factored
+
+    def add(self, name: str, gradient: Tensor, *, fresh: bool = False) -> None:
+        """Add a gradient of the parameter's own shape; `fresh`: nobody else holds it, so it may be kept."""
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        held = self._dense(name)
+        if held is not None:
+            held.add_(wide)
+        else:
+            self[name] = wide if fresh or wide is not gradient else wide.clone()
+
+    def add_product(self, name: str, left_SA: Tensor, right_SB: Tensor) -> None:
+        """Add L^T R to the gradient of a matrix (A, B), as factors if that is allowed and cheaper."""
+        left_SA, right_SB = left_SA.detach(), right_SB.detach()  # their graph is not kept
+        held = self.get(name)
+        num_tokens, num_rows, num_columns = len(left_SA), left_SA.shape[1], right_SB.shape[1]
+        if isinstance(held, Factors):
+            num_tokens += held.num_tokens
+        cheaper = num_tokens * (num_rows + num_columns) < num_rows * num_columns
+        if name in self._factored and cheaper and not isinstance(held, Tensor):
+            if held is None:
+                self[name] = Factors(left_SA, right_SB)
+            else:
+                held.append(left_SA, right_SB)
+            return
+        dense = self._dense(name)
+        if dense is None:
+            self.add(name, left_SA.T @ right_SB, fresh=True)
+        else:
+            dense.addmm_(left_SA.T.to(dense.dtype), right_SB.to(dense.dtype))
+
+    def add_rows(self, name: str, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """Add gradients (N, D) of the weight's rows `rows` (N)."""
+        held = self._dense(name)
+        if held is None:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            held = self[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        held.index_add_(0, rows, gradient.to(held.dtype))
+
+    def _dense(self, name: str) -> Tensor | None:
+        """What is held, as a tensor that may be added to."""
+        held = self.get(name)
+        if isinstance(held, Factors):
+            held = self[name] = held.dense()
+        return held

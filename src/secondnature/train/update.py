@@ -1,0 +1,259 @@
+"""APOLLO's arithmetic for one tensor: state and gradient in, state and update out, then one pass over the weight (trainer).
+
+One implementation for both forms of a gradient. Dense, G (A, B); or factored, G = L^T R over S tokens, where G is
+never formed: the projection is (L P^T)^T R, channel scales go onto the factor that has the channels, the update's
+norm follows from S x S Gram matrices, and the rows of the update appear chunk by chunk as they are written.
+
+An `Update` is a plan: nothing is written, and no state changed, before all tensors' updates were found finite.
+
+Shapes: A, B the weight's rows and columns; M = min(A, B) is projected to R, N = max(A, B) are the channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secondnature.model.gradients import Factors, Gradient
+from secondnature.records import OptimizerSettings
+from secondnature.weights.rounding import RandomWords, Writer
+
+__all__ = ["Rule", "TensorState", "Update", "fresh_state", "moment_shape", "plan_update", "projection", "write_"]
+
+DENOMINATOR_FLOOR = 0.1
+"""Adam's denominator is at least this share of its root mean square over the tensor, where `floored`."""
+
+Rule = Literal["apollo", "adam", "floored", "rows"]
+"""How a tensor is updated.
+
+apollo: matrices whose smaller side exceeds the rank. adam: the rest (norms, biases, convolutions, small matrices).
+floored: Adam, elements with a gradient far below the tensor's take proportionally smaller steps instead of full
+ones. For A_log and dt_bias, whose tiny gradients are mostly rounding noise of the chunked delta rule; and for an
+embedding that is tied to the head, where the softmax gives every token of the vocabulary some gradient.
+rows: Adam on those rows of an embedding that have a gradient; the others keep weights and moments to the bit.
+"""
+
+
+@dataclass(frozen=True)
+class TensorState:
+    """What is remembered of one tensor; a value, replaced as a whole when a step is written."""
+
+    m: Tensor
+    v: Tensor
+    steps: Tensor
+    """How many gradients it has seen: a scalar (int64, on the CPU), or per row (int32)."""
+    level: float = 0.0
+    """Norm of the last update in units of the learning rate, for the limiter."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A tensor's step in units of the learning rate, uphill: `factor` * `source`, its channels scaled."""
+
+    source: Gradient
+    norm: float
+    """Frobenius norm of the whole."""
+    factor: float = 1.0
+    channels: Tensor | None = None
+    """Scales (N) of the longer side of `source`: columns if A <= B, else rows."""
+    rows: Tensor | None = None
+    """The tensor's rows (K) that `source` (K, B) is for; None: all."""
+
+
+def moment_shape(rule: Rule, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Of the two moments: (R, N), or the tensor's own shape."""
+    return (rank, max(shape)) if rule == "apollo" else tuple(shape)
+
+
+def fresh_state(rule: Rule, shape: tuple[int, ...], rank: int, device: torch.device) -> TensorState:
+    """The state before the first gradient."""
+    zeros = torch.zeros(moment_shape(rule, shape, rank), dtype=torch.float32, device=device)
+    if rule == "rows":
+        return TensorState(zeros, zeros, torch.zeros(shape[0], dtype=torch.int32, device=device))
+    return TensorState(zeros, zeros, torch.zeros((), dtype=torch.int64))
+
+
+def projection(seed: int, name: str, epoch: int, rank: int, size: int) -> Tensor:
+    """The (rank, size) matrix of signs / sqrt(rank) of one tensor and epoch; the same on every machine."""
+    words = RandomWords("project", seed, name, epoch)(-(-rank * size // 64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: rank * size]
+    signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+    return signs.view(rank, size) / math.sqrt(rank)
+
+
+def plan_update(
+    rule: Rule, gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
+) -> tuple[Update, TensorState] | None:
+    """The update of one tensor and the state after it; None where the gradient is zero. Changes nothing.
+
+    A gradient that is not finite gives an update whose norm is not.
+    """
+    norm = float(gradient.norm())
+    if norm == 0:
+        return None
+    if rule == "apollo":
+        return _apollo(gradient, old, settings, seed=seed, name=name)
+    whole = gradient.dense() if isinstance(gradient, Factors) else gradient
+    if rule == "rows":
+        return _adam_rows(whole.float(), old, settings)
+    state, step = _adam(old, whole.float(), settings, floored=rule == "floored")
+    return Update(step, float(step.norm())), state
+
+
+def _adam(
+    old: TensorState, gradient: Tensor, settings: OptimizerSettings, *, floored: bool = False
+) -> tuple[TensorState, Tensor]:
+    """Adam's moments after `gradient`, and its bias-corrected step. Kingma & Ba 2014, arXiv 1412.6980."""
+    beta1, beta2 = settings.betas
+    steps = old.steps + 1
+    m = torch.lerp(old.m, gradient, 1 - beta1)
+    v = (old.v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    if steps.ndim:  # per-row counts broadcast over the columns
+        count = steps.to(torch.float64).unsqueeze(1)
+        correction1, correction2 = (1 - beta1**count).float(), (1 - beta2**count).float()
+        spread, step = (v / correction2).sqrt_(), m / correction1
+    else:
+        correction1, correction2 = 1 - beta1 ** int(steps), 1 - beta2 ** int(steps)
+        spread, step = (v / correction2).sqrt_(), m / correction1
+    if floored:
+        spread.clamp_(min=DENOMINATOR_FLOOR * float(spread.norm()) / math.sqrt(spread.numel()))
+    return replace(old, m=m, v=v, steps=steps), step.div_(spread.add_(settings.eps))
+
+
+def _adam_rows(
+    gradient: Tensor, old: TensorState, settings: OptimizerSettings
+) -> tuple[Update, TensorState]:
+    """Adam on the rows that have a gradient, each with its own count."""
+    rows = gradient.ne(0).any(dim=1).nonzero().squeeze(1)
+    seen = TensorState(old.m[rows], old.v[rows], old.steps[rows])
+    new, step = _adam(seen, gradient[rows], settings)
+    state = replace(
+        old,
+        m=old.m.index_copy(0, rows, new.m),
+        v=old.v.index_copy(0, rows, new.v),
+        steps=old.steps.index_copy(0, rows, new.steps),
+    )
+    return Update(step, float(step.norm()), rows=rows), state
+
+
+def _apollo(
+    gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
+) -> tuple[Update, TensorState]:
+    """Algorithm 1 of the paper for one matrix, in either form."""
+    rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
+    num_small, num_channels = sorted(gradient.shape)
+    epoch = int(old.steps) // settings.proj_refresh
+    p_RM = projection(seed, name, epoch, rank, num_small).to(old.m.device)
+    if isinstance(gradient, Factors):
+        left, right = (t.float() for t in gradient.matrices())
+        small_SM, wide_SN = (right, left) if tall else (left, right)
+        r_RN = (small_SM @ p_RM.T).T @ wide_SN
+    else:
+        whole = gradient.float()
+        r_RN = (whole @ p_RM.T).T.contiguous() if tall else p_RM @ whole
+    state, s_RN = _adam(old, r_RN, settings)
+    if rank == 1:  # one scale for the tensor
+        stepped, raw = s_RN.norm().expand(num_channels), r_RN.norm().expand(num_channels)
+    else:
+        stepped, raw = s_RN.norm(dim=0), r_RN.norm(dim=0)
+    scale_N = torch.where(raw == 0, torch.zeros_like(raw), stepped / raw)
+    if isinstance(gradient, Factors):
+        scaled = Factors(small_SM, wide_SN * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
+        norm = float(scaled.norm())
+    else:
+        norm = math.sqrt(_scaled_square(whole, scale_N, tall))  # pyright: ignore[reportPossiblyUnboundVariable]
+    factor = settings.scale * math.sqrt(num_small / rank)
+    level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
+    update = Update(gradient, level, factor=factor * limited, channels=scale_N)
+    return update, replace(state, level=level)
+
+
+def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings) -> tuple[float, float]:
+    """The norm-growth limiter: the new norm, at most `norm_growth_limit` times the last, and the factor to it.
+
+    The last norm counts as no less than Adam's on pure noise, sqrt((1 - beta1) / (1 + beta1)) per element.
+    """
+    beta1 = settings.betas[0]
+    noise = settings.scale * math.sqrt(numel * (1 - beta1) / (1 + beta1))
+    limit = settings.norm_growth_limit * max(level, noise)
+    return (limit, limit / norm) if level > 0 and norm > limit else (norm, 1.0)
+
+
+def _scaled_square(whole_AB: Tensor, scale_N: Tensor, tall: bool) -> float:
+    """The squared norm of a matrix whose channels are scaled, without a scaled copy of it."""
+    if tall:
+        return float((torch.linalg.vector_norm(whole_AB, dim=1) * scale_N).square().sum())
+    total = 0.0
+    for part in whole_AB.split(max(1, (1 << 16) // whole_AB.shape[1])):
+        scaled = (part * scale_N).view(-1)
+        total += float(torch.dot(scaled, scaled))
+    return total
+
+
+def write_(
+    target: Tensor,
+    update: Update,
+    *,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    name: str,
+    step: int,
+    total: Tensor | None = None,
+) -> float:
+    """target -= lr * (update + weight_decay * target), rounded stochastically, in one pass by chunks of rows.
+
+    Decoupled weight decay acts on matrices, on the rows that have a step. With `total` (fp32, like `target`) the
+    intended change is added there too, and the squared norm of what rounding added to it is returned; else 0.
+
+    Raises:
+        NonFinite: a sum does not fit into the dtype.
+    """
+    part = target if update.rows is None else target[update.rows]
+    writer = Writer(part, seed=seed, name=name, step=step, measure=total is not None)
+    sums = None if total is None else (total.view(-1, 1) if total.ndim != 2 else total)
+    decay = lr * weight_decay if target.ndim >= 2 else 0.0
+    fill = _rows_of(update, -lr)
+    intended = 0.0
+    for start, stop in writer.chunks():
+        change = writer.buffer(start, stop)
+        fill(start, stop, change)
+        if decay:
+            change.add_(writer.rows_AB[start:stop], alpha=-decay)
+        if sums is not None:
+            intended += float(change.square().sum(dtype=torch.float64))
+            if update.rows is None:
+                sums[start:stop].add_(change)
+            else:
+                sums.index_add_(0, update.rows[start:stop], change)
+        writer.add_(start, stop, change)
+    if update.rows is not None:
+        target.index_copy_(0, update.rows, part)
+    return writer.written - intended if total is not None else 0.0
+
+
+def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], object]:
+    """A function that puts rows start..stop of `factor` * update into a buffer (stop - start, B)."""
+    source, factor = update.source, factor * update.factor
+    scale = None if update.channels is None else update.channels * factor
+    tall = len(source.shape) == 2 and source.shape[0] > source.shape[1]
+    if isinstance(source, Factors):
+        left, right = (t.float() for t in source.matrices())
+        if scale is not None and tall:
+            left = left * scale
+        else:
+            right = right * (factor if scale is None else scale)
+        return lambda start, stop, out: torch.mm(left[:, start:stop].T, right, out=out)
+    rows = source if source.ndim == 2 else source.reshape(-1, 1)
+    if scale is None:
+        return lambda start, stop, out: torch.mul(rows[start:stop], factor, out=out)
+    if tall:
+        by_row = scale.unsqueeze(1)
+        return lambda start, stop, out: torch.mul(rows[start:stop], by_row[start:stop], out=out)
+    return lambda start, stop, out: torch.mul(rows[start:stop], scale, out=out)
