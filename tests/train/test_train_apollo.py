@@ -293,7 +293,9 @@ def test_a_foreign_state_is_refused() -> None:
     with pytest.raises(BadCheckpoint, match="of another model: fingerprint"):
         Apollo(other, settings()).load_state(tensors, metadata)
     with pytest.raises(BadCheckpoint, match="fingerprint None"):
-        Apollo(model, settings()).load_state(tensors, {k: v for k, v in metadata.items() if k != "fingerprint"})
+        Apollo(model, settings()).load_state(
+            tensors, {k: v for k, v in metadata.items() if k != "fingerprint"}
+        )
     with pytest.raises(BadCheckpoint, match="incomplete or of another model"):
         Apollo(model, settings()).load_state({"nobody:m": torch.zeros(1)}, metadata)
     with pytest.raises(BadCheckpoint, match="metadata"):

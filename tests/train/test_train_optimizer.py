@@ -35,9 +35,7 @@ def test_it_gives_the_trainers_bits(dtype: torch.dtype, rank: int) -> None:
     """Every rule, twelve steps, a zero gradient and a limited step among them."""
     one, other = Layers(dtype), Layers(dtype)
     apollo = Apollo(one, OptimizerSettings(lr=1e-2, rank=rank, weight_decay=0.1, proj_refresh=5), seed=3)
-    optimizer = ApolloOptimizer(
-        groups(other), lr=1e-2, rank=rank, weight_decay=0.1, proj_refresh=5, seed=3
-    )
+    optimizer = ApolloOptimizer(groups(other), lr=1e-2, rank=rank, weight_decay=0.1, proj_refresh=5, seed=3)
     for step in range(12):
         found = gradients(one, step, scale=0.0 if step == 3 else 10 ** (step % 3))
         apollo.step({n: g.to(dtype) for n, g in found.items()})
@@ -130,7 +128,13 @@ def test_what_cannot_be_is_refused() -> None:
         ApolloOptimizer(model.parameters(), rank=24)
     with pytest.raises(ConfigError, match="no matrix"):
         ApolloOptimizer([model.norm])
-    for options in ({"rank": 0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"lr": -1.0}, {"norm_growth_limit": 1.0}):
+    for options in (
+        {"rank": 0},
+        {"betas": (0.9, 1.0)},
+        {"eps": 0.0},
+        {"lr": -1.0},
+        {"norm_growth_limit": 1.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             ApolloOptimizer(model.parameters(), **{"rank": 4, **options})
     with pytest.raises(ConfigError, match="rule 'sgd'"):

@@ -69,7 +69,9 @@ class Factors:
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(left (S, A), right (S, B)), fp32 or wider, of all tokens; their product is the gradient."""
         pairs = [self._wide(i) for i in range(len(self._blocks))]
-        left, right = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pairs, strict=True))
+        left, right = pairs[0]
+        if len(pairs) > 1:
+            left, right = torch.cat([one for one, _ in pairs]), torch.cat([other for _, other in pairs])
         return left, right if self._scale == 1.0 else right * self._scale
 
     def dense(self) -> Tensor:

@@ -195,7 +195,8 @@ class Apollo:
         found = metadata.get("fingerprint")
         if found != self._fingerprint:
             raise BadCheckpoint(
-                f"optimizer state is of another model: fingerprint {found}; expected {self._fingerprint}", hint
+                f"optimizer state is of another model: fingerprint {found}; expected {self._fingerprint}",
+                hint,
             )
         try:
             about = json.loads(metadata["apollo"])

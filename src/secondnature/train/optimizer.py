@@ -81,7 +81,9 @@ class ApolloOptimizer(torch.optim.Optimizer):
                     "give contiguous bfloat16 or float32 parameters",
                 )
             if parameter.ndim != 2 and rule in ("apollo", "rows"):
-                raise ConfigError(f"parameter {name} is no matrix; its rule is {rule!r}", "leave its rule out")
+                raise ConfigError(
+                    f"parameter {name} is no matrix; its rule is {rule!r}", "leave its rule out"
+                )
         rules = [rule for _, _, _, rule in self._tensors()]
         if rules and "apollo" not in rules:
             sides = [min(p.shape) for _, _, p, _ in self._tensors() if p.ndim == 2]
@@ -108,7 +110,11 @@ class ApolloOptimizer(torch.optim.Optimizer):
                 continue
             chosen = settings[id(group)]
             held = self.state.get(parameter)
-            old = TensorState(**held) if held else fresh_state(rule, parameter.shape, chosen.rank, parameter.device)
+            old = (
+                TensorState(**held)
+                if held
+                else fresh_state(rule, parameter.shape, chosen.rank, parameter.device)
+            )
             found = plan_update(rule, parameter.grad, old, chosen, seed=group["seed"], name=name)
             if found is not None:
                 planned.append((group, name, parameter, *found))

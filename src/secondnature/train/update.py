@@ -1,4 +1,4 @@
-"""APOLLO's arithmetic for one tensor: state and gradient in, state and update out, then one pass over the weight (trainer).
+"""APOLLO for one tensor: state and gradient in, state and update out, then one pass over the weight (trainer).
 
 One implementation for both forms of a gradient. Dense, G (A, B); or factored, G = L^T R over S tokens, where G is
 never formed: the projection is (L P^T)^T R, channel scales go onto the factor that has the channels, the update's
@@ -11,6 +11,7 @@ Shapes: A, B the weight's rows and columns; M = min(A, B) is projected to R, N =
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +25,16 @@ from secondnature.model.gradients import Factors, Gradient
 from secondnature.records import OptimizerSettings
 from secondnature.weights.rounding import RandomWords, Writer
 
-__all__ = ["Rule", "TensorState", "Update", "fresh_state", "moment_shape", "plan_update", "projection", "write_"]
+__all__ = [
+    "Rule",
+    "TensorState",
+    "Update",
+    "fresh_state",
+    "moment_shape",
+    "plan_update",
+    "projection",
+    "write_",
+]
 
 DENOMINATOR_FLOOR = 0.1
 """Adam's denominator is at least this share of its root mean square over the tensor, where `floored`."""
@@ -94,12 +104,11 @@ def plan_update(
 
     A gradient that is not finite gives an update whose norm is not.
     """
-    norm = float(gradient.norm())
-    if norm == 0:
-        return None
     if rule == "apollo":
         return _apollo(gradient, old, settings, seed=seed, name=name)
     whole = gradient.dense() if isinstance(gradient, Factors) else gradient
+    if float(whole.norm()) == 0:
+        return None
     if rule == "rows":
         return _adam_rows(whole.float(), old, settings)
     state, step = _adam(old, whole.float(), settings, floored=rule == "floored")
@@ -126,9 +135,7 @@ def _adam(
     return replace(old, m=m, v=v, steps=steps), step.div_(spread.add_(settings.eps))
 
 
-def _adam_rows(
-    gradient: Tensor, old: TensorState, settings: OptimizerSettings
-) -> tuple[Update, TensorState]:
+def _adam_rows(gradient: Tensor, old: TensorState, settings: OptimizerSettings) -> tuple[Update, TensorState]:
     """Adam on the rows that have a gradient, each with its own count."""
     rows = gradient.ne(0).any(dim=1).nonzero().squeeze(1)
     seen = TensorState(old.m[rows], old.v[rows], old.steps[rows])
@@ -144,7 +151,7 @@ def _adam_rows(
 
 def _apollo(
     gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
-) -> tuple[Update, TensorState]:
+) -> tuple[Update, TensorState] | None:
     """Algorithm 1 of the paper for one matrix, in either form."""
     rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
     num_small, num_channels = sorted(gradient.shape)
@@ -168,6 +175,8 @@ def _apollo(
         norm = float(scaled.norm())
     else:
         norm = math.sqrt(_scaled_square(whole, scale_N, tall))  # pyright: ignore[reportPossiblyUnboundVariable]
+    if norm == 0:
+        return None
     factor = settings.scale * math.sqrt(num_small / rank)
     level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
     update = Update(gradient, level, factor=factor * limited, channels=scale_N)
@@ -215,6 +224,10 @@ def write_(
     Raises:
         NonFinite: a sum does not fit into the dtype.
     """
+    if total is None and _in_one_kernel(
+        target, update, lr=lr, decay=weight_decay, seed=seed, name=name, step=step
+    ):
+        return 0.0
     part = target if update.rows is None else target[update.rows]
     writer = Writer(part, seed=seed, name=name, step=step, measure=total is not None)
     sums = None if total is None else (total.view(-1, 1) if total.ndim != 2 else total)
@@ -238,22 +251,43 @@ def write_(
     return writer.written - intended if total is not None else 0.0
 
 
+def _in_one_kernel(
+    target: Tensor, update: Update, *, lr: float, decay: float, seed: int, name: str, step: int
+) -> bool:
+    """Do a factored update on a GPU in one kernel, where there is one for it; whether it was done."""
+    if not (target.is_cuda and isinstance(update.source, Factors) and importlib.util.find_spec("triton")):
+        return False
+    from secondnature.train import kernels  # needs triton
+
+    if not kernels.fits(target):
+        return False
+    left, right = _scaled_factors(update.source, update, -lr)
+    kernels.add_factored_(target, left, right, decay=lr * decay, seed=seed, name=name, step=step)
+    return True
+
+
+def _scaled_factors(source: Factors, update: Update, factor: float) -> tuple[Tensor, Tensor]:
+    """(left (S, A), right (S, B)) whose product is `factor` * update."""
+    left, right = (t.float() for t in source.matrices())
+    factor *= update.factor
+    if update.channels is None:
+        return left, right * factor
+    scale = update.channels * factor
+    return (left * scale, right) if source.shape[0] > source.shape[1] else (left, right * scale)
+
+
 def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], object]:
     """A function that puts rows start..stop of `factor` * update into a buffer (stop - start, B)."""
-    source, factor = update.source, factor * update.factor
-    scale = None if update.channels is None else update.channels * factor
-    tall = len(source.shape) == 2 and source.shape[0] > source.shape[1]
+    source = update.source
     if isinstance(source, Factors):
-        left, right = (t.float() for t in source.matrices())
-        if scale is not None and tall:
-            left = left * scale
-        else:
-            right = right * (factor if scale is None else scale)
+        left, right = _scaled_factors(source, update, factor)
         return lambda start, stop, out: torch.mm(left[:, start:stop].T, right, out=out)
+    factor *= update.factor
+    scale = None if update.channels is None else update.channels * factor
     rows = source if source.ndim == 2 else source.reshape(-1, 1)
     if scale is None:
         return lambda start, stop, out: torch.mul(rows[start:stop], factor, out=out)
-    if tall:
+    if rows.shape[0] > rows.shape[1]:
         by_row = scale.unsqueeze(1)
         return lambda start, stop, out: torch.mul(rows[start:stop], by_row[start:stop], out=out)
     return lambda start, stop, out: torch.mul(rows[start:stop], scale, out=out)

@@ -47,7 +47,9 @@ class RandomWords:
 
     def __init__(self, *key: str | int) -> None:
         digest = hashlib.sha256("\x1f".join(str(k) for k in key).encode()).digest()
-        self._philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+        self.key = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+        """Of Philox-4x64: two 64-bit words."""
+        self._philox = np.random.Philox(key=np.array(self.key, dtype=np.uint64))
 
     def __call__(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """The next `count` words."""
@@ -128,7 +130,9 @@ class Writer:
             exact = new = target + change
         low, high = exact.aminmax()  # NaN if any is
         if not (float(low) > -_OVERFLOW and float(high) < _OVERFLOW):
-            raise NonFinite(f"tensor {self._name}: the updated weight is not finite", "lower the learning rate")
+            raise NonFinite(
+                f"tensor {self._name}: the updated weight is not finite", "lower the learning rate"
+            )
         # -0.0 + 0.0 is 0.0, and the bits of -0.0 are the least of all integers
         integers = target.view(_BITS[target.dtype])
         if int(integers.amin()) == torch.iinfo(integers.dtype).min:

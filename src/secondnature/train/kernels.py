@@ -1,0 +1,161 @@
+"""The factored update as one Triton kernel: each weight is read once and written once (trainer, CUDA only).
+
+W += L^T R - decay * W for W (A, B) bf16, L (S, A), R (S, B) fp32, rounded stochastically in the same pass. The
+random bits are those of `weights.rounding.Writer`, computed where they are used: Philox-4x64 with ten rounds
+(Salmon et al. 2011), in integers, one block of the generator for 16 neighbouring elements. Only the matrix product
+may differ from the chunked path in its last bit, as two matrix products do.
+
+Import it only where triton is (on CUDA); tests run it on the CPU in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]  (no part of a CPU's environment)
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from secondnature.errors import NonFinite
+from secondnature.weights.rounding import RandomWords, chunk_rows
+
+__all__ = ["add_factored_", "fits"]
+
+_TILE_A, _TILE_B, _TILE_S = 32, 64, 32
+
+
+@triton.jit
+def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
+    """Block number `counter` of numpy's stream: four 64-bit words. numpy counts before it draws."""
+    c0 = counter + 1
+    c1 = c0 * 0
+    c2 = c0 * 0
+    c3 = c0 * 0
+    m0 = c0 * 0 + 0xD2E7470EE14C6C93
+    m1 = c0 * 0 + 0xCA5A826395121157
+    k0 = c0 * 0 + key0
+    k1 = c0 * 0 + key1
+    w0 = c0 * 0 + 0x9E3779B97F4A7C15
+    w1 = c0 * 0 + 0xBB67AE8584CAA73B
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, m0)
+        high1 = tl.umulhi(c2, m1)
+        low0 = c0 * m0
+        low1 = c2 * m1
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 += w0
+        k1 += w1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _add_factored(
+    weight: Any,
+    left: Any,
+    right: Any,
+    keys: Any,
+    bad: Any,
+    num_rows: Any,
+    num_columns: Any,
+    num_tokens: Any,
+    decay: Any,
+    rows_per_chunk: Any,
+    blocks_per_chunk: Any,
+    TILE_A: tl.constexpr,
+    TILE_B: tl.constexpr,
+    TILE_S: tl.constexpr,
+) -> None:
+    """One (TILE_A, TILE_B) tile of the weight."""
+    a = tl.program_id(0).to(tl.int64) * TILE_A + tl.arange(0, TILE_A)
+    b = tl.program_id(1).to(tl.int64) * TILE_B + tl.arange(0, TILE_B)
+    change = tl.zeros((TILE_A, TILE_B), dtype=tl.float32)
+    for begin in range(0, num_tokens, TILE_S):
+        s = begin + tl.arange(0, TILE_S)
+        left_AS = tl.load(
+            left + s[None, :] * num_rows + a[:, None],
+            mask=(s[None, :] < num_tokens) & (a[:, None] < num_rows),
+            other=0.0,
+        )
+        right_SB = tl.load(
+            right + s[:, None] * num_columns + b[None, :],
+            mask=(s[:, None] < num_tokens) & (b[None, :] < num_columns),
+            other=0.0,
+        )
+        change += tl.dot(left_AS, right_SB, input_precision="ieee")
+    inside = (a[:, None] < num_rows) & (b[None, :] < num_columns)
+    place = weight + a[:, None] * num_columns + b[None, :]
+    old = tl.load(place, mask=inside, other=0.0)
+    change -= old.to(tl.float32) * decay
+
+    key0 = tl.load(keys)
+    key1 = tl.load(keys + 1)
+    first = (a // rows_per_chunk) * blocks_per_chunk
+    shared, _, _, _ = _philox_block(first.to(tl.uint64), key0, key1)
+    sixteen = tl.program_id(1).to(tl.int64) * (TILE_B // 16) + tl.arange(0, TILE_B // 16)
+    inner = (a % rows_per_chunk)[:, None] * (num_columns // 16) + sixteen[None, :]
+    w0, w1, w2, w3 = _philox_block((first[:, None] + 1 + inner).to(tl.uint64), key0, key1)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (TILE_A, TILE_B // 4))
+    lane0 = words & 0xFFFF
+    lane1 = (words >> 16) & 0xFFFF
+    lane2 = (words >> 32) & 0xFFFF
+    lane3 = words >> 48
+    own = tl.reshape(tl.join(tl.join(lane0, lane2), tl.join(lane1, lane3)), (TILE_A, TILE_B))
+    noise = ((own << 29) | (shared >> 35)[:, None]).to(tl.int64)
+
+    exact = old.to(tl.float64) + change.to(tl.float64)
+    bits = (exact.to(tl.int64, bitcast=True) + noise) & -35184372088832
+    rounded = bits.to(tl.float64, bitcast=True)
+    finite = tl.abs(rounded) < 340282366920938463463374607431768211456.0
+    new = tl.where(finite, rounded, 0.0).to(tl.float32).to(tl.bfloat16)  # exact: it has bf16's mantissa
+    tl.store(place, tl.where((change == 0) | (finite == 0), old, new), mask=inside)
+    worst = tl.max(tl.max(tl.where(inside & (finite == 0), 1, 0), axis=1), axis=0)
+    tl.store(bad, 1, mask=worst > 0)
+
+
+def fits(target: Tensor) -> bool:
+    """Whether the kernel takes this matrix: contiguous bf16, columns in sixteens (a block of the generator)."""
+    return (
+        target.ndim == 2
+        and target.dtype is torch.bfloat16
+        and target.is_contiguous()
+        and target.shape[1] % 16 == 0
+    )
+
+
+def add_factored_(
+    target: Tensor, left_SA: Tensor, right_SB: Tensor, *, decay: float, seed: int, name: str, step: int
+) -> None:
+    """target (A, B) += L^T R - decay * target, rounded stochastically, keyed by (seed, name, step).
+
+    Raises:
+        NonFinite: a sum does not fit into the dtype; that element was not written, others were.
+    """
+    assert fits(target)
+    num_rows, num_columns = target.shape
+    rows = chunk_rows(num_columns)
+    blocks = 1 + -(-min(num_rows, rows) * num_columns // 16)
+    keys = torch.tensor(RandomWords("round", seed, name, step).key, dtype=torch.uint64).to(target.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
+    grid = (triton.cdiv(num_rows, _TILE_A), triton.cdiv(num_columns, _TILE_B))
+    _add_factored[grid](
+        target,
+        left_SA.float().contiguous(),
+        right_SB.float().contiguous(),
+        keys,
+        bad,
+        num_rows,
+        num_columns,
+        len(left_SA),
+        decay,
+        rows,
+        blocks,
+        TILE_A=_TILE_A,
+        TILE_B=_TILE_B,
+        TILE_S=_TILE_S,
+    )
+    if int(bad):
+        raise NonFinite(f"tensor {name}: the updated weight is not finite", "lower the learning rate")
