@@ -141,7 +141,7 @@ def add_factored_(
     keys = torch.tensor(RandomWords("round", seed, name, step).key, dtype=torch.uint64).to(target.device)
     bad = torch.zeros(1, dtype=torch.int32, device=target.device)
     grid = (triton.cdiv(num_rows, _TILE_A), triton.cdiv(num_columns, _TILE_B))
-    _add_factored[grid](
+    _add_factored[grid](  # pyright: ignore[reportIndexIssue]
         target,
         left_SA.float().contiguous(),
         right_SB.float().contiguous(),
