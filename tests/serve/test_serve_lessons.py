@@ -63,7 +63,9 @@ def test_a_gate_that_is_passed_keeps(server: Running) -> None:
         "share": 0.75,
         "examples": [{"prompt": q, "completion": a} for q, a in habits() if "Say" in q][::2],
     }
-    state, evidence = judged(server, max_steps=10, replay=replay)
+    state, evidence = judged(
+        server, max_steps=7, replay=replay
+    )  # more steps cost the guard more than it may lose
     assert (state, evidence.verdict) == ("kept", "kept"), evidence.sentence
     gain, guard = evidence.comparisons
     assert (gain.role, gain.name, gain.n, guard.role, guard.name, guard.n) == (
