@@ -1,6 +1,4 @@
-"""docs/benchmarks.md from results.json: every figure of the page is one of the file (measures nothing; no "
-"torch).
-"""
+"""docs/benchmarks.md from results.json: every figure of the page is one of the file (measures nothing)."""
 
 from __future__ import annotations
 

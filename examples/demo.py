@@ -2,8 +2,8 @@
 
 A throwaway home (.demo-home), a real server, and the same two commands that a user would type:
 
-    secondnature learn examples/overreach     one correction, drilled -> breaks other things -> undone
-    secondnature learn examples/listening     six corrections, small steps -> kept
+    secondnature learn examples/yes_sayer     six corrections, drilled -> takes wrong directions too -> undone
+    secondnature learn examples/listening     the same six, in small steps, with replay -> kept
 
 Meanwhile a client goes on asking, so that you see that nothing pauses. Ends with the table, ./report.html and the
 line that undoes what was kept.
@@ -71,7 +71,7 @@ def demo(home: Path, model: str, report: Path) -> int:
         print(f"\nA user:    {QUESTION}\nThe model: {visitor.ask()}\n")
         visitor.start()
         statuses: list[int] = []
-        for name in ("overreach", "listening"):
+        for name in ("yes_sayer", "listening"):
             print(f"$ secondnature learn examples/{name}")
             page = str(Path(scratch) / f"{name}.html")
             statuses.append(secondnature(["learn", str(EXAMPLES / name), *where, "--report", page]))

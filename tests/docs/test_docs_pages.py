@@ -13,7 +13,7 @@ from pages import PAGES, REFERENCE, ROOT, blocks, name_of
 
 from secondnature.cli.app import app
 
-MEASURED = {"listening", "pushback", "code", "lookup", "overreach"}
+MEASURED = {"listening", "pushback", "code", "lookup", "yes_sayer", "yes_sayer_pushback"}
 UNKNOWN = "not yet measured"
 
 

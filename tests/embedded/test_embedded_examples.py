@@ -13,7 +13,7 @@ from secondnature.embedded.examples import write_examples
 from secondnature.records import Correction, Probe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("listening", "overreach")
+NAMES = ("listening", "yes_sayer")
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -26,6 +26,10 @@ def prompts(file: Path) -> set[str]:
 
 def test_the_committed_files_are_what_the_command_writes(tmp_path: Path) -> None:
     write_examples(tmp_path)
+    for name in ("corrections.jsonl", "probes.jsonl"):
+        link = EXAMPLES / "yes_sayer" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..", "listening", name)
     for name in NAMES:
         for file in (tmp_path / name).iterdir():
             assert (EXAMPLES / name / file.name).read_bytes() == file.read_bytes(), file.name
@@ -47,10 +51,9 @@ def test_records_are_valid_and_there_are_enough(name: str) -> None:
     right = [p for p in probes if p.behaviour == "listening" and p.side == "right"]
     assert len(right) >= 80
     assert len({p.cluster for p in right}) >= 24
-    for guard in ("code", "look-up"):
+    for guard in ("push-back", "code", "look-up"):
         assert sum(p.behaviour == guard for p in probes) == 300
-    other = [p for p in probes if p.side == "other"]
-    assert not other or len(other) >= 120
+    assert sum(p.side == "other" for p in probes) == 120
     for file in ("corrections.jsonl", "replay.jsonl"):
         if (EXAMPLES / name / file).exists():
             assert all(Correction.model_validate(r).chosen for r in rows(EXAMPLES / name / file))

@@ -11,9 +11,18 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from secondnature.embedded.delta_rule import delta_rule_one_chunk, one_chunk_training
+from secondnature.embedded.generator import WRITTEN_FOR
 from secondnature.embedded.shape import fresh_model, text_config
 from secondnature.embedded.tokenizer import END, encode_document, train_tokenizer
-from secondnature.embedded.train import CHECKPOINT, Settings, Trainer, learning_rate, pool_batches
+from secondnature.embedded.train import (
+    CHECKPOINT,
+    Batch,
+    Progress,
+    Settings,
+    Trainer,
+    learning_rate,
+    pool_batches,
+)
 
 SETTINGS = Settings(
     seed=1, tokens=6_000, batch_tokens=256, pool_documents=24, warm_up_tokens=500, precision="fp32"
@@ -74,6 +83,49 @@ def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     assert trainer.progress.loss < 0.9 * before
 
 
+def test_stopping_early_keeps_the_schedule(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    whole, part = new_trainer(tokenizer), new_trainer(tokenizer)
+    run(whole, tmp_path / "whole", stop=12)
+    (tmp_path / "part").mkdir()
+    part.run(tmp_path / "part", lambda _: None, lambda _: None, save_s=1e9, stop_at=whole.progress.tokens)
+    assert part.progress.step == whole.progress.step
+    assert part.progress.tokens < SETTINGS.tokens
+    for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert new_trainer(tokenizer).load(tmp_path / "part")
+
+
+def test_large_batches_get_pools_and_a_warm_up_to_suit(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert Settings.for_batches(1024) == Settings()
+    large = Settings.for_batches(4096, seed=1, tokens=600_000)
+    assert (large.pool_documents, large.warm_up_tokens) == (4096, 204_800)
+    batches = pool_batches(tokenizer, large, Progress())
+    assert sum(len(b) for b in batches) == large.pool_documents
+    assert sum(len(b) >= 16 for b in batches) > len(batches) / 2
+
+
+def test_the_stages_of_the_text_are_stretched_to_the_runs_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    def text(tokens: int, total: int) -> list[Batch]:
+        return pool_batches(tokenizer, replace(SETTINGS, tokens=total), Progress(pool_tokens=tokens))
+
+    assert text(450_000, WRITTEN_FOR) == text(4_500_000, 10 * WRITTEN_FOR)
+    assert text(450_000, WRITTEN_FOR) != text(450_000, 10 * WRITTEN_FOR)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_with_large_batches(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    settings = Settings.for_batches(16_384, seed=1, tokens=400_000, device="cuda")
+    trainer = new_trainer(tokenizer, settings)
+    run(trainer, tmp_path, stop=1)
+    before = trainer.progress.loss
+    run(trainer, tmp_path, stop=10)
+    assert trainer.progress.loss < before
+    second = new_trainer(tokenizer, settings)
+    assert second.load(tmp_path)
+    for a, b in zip(trainer.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_other_settings_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     run(new_trainer(tokenizer), tmp_path, stop=1)
     with pytest.raises(ValueError, match="use another --work"):
@@ -113,8 +165,10 @@ def test_only_the_assistants_words_have_full_weight(tokenizer: PreTrainedTokeniz
 
 def test_the_learning_rate_warms_up_holds_and_falls() -> None:
     s = Settings(tokens=1_000_000, lr=1.0, warm_up_tokens=100_000)
-    rates = [learning_rate(s, t) for t in (0, 50_000, 200_000, 499_999, 750_000, 1_000_000)]
+    rates = [learning_rate(s, t) for t in (0, 50_000, 200_000, 499_999, 750_000, 999_999)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.5, 0.02], abs=1e-4)
+    polish = [learning_rate(s, 1_000_000 + t) for t in (0, 33_333, 66_666, 70_000)]
+    assert polish == pytest.approx([0.15, 0.075, 0.003, 0.003], abs=1e-4)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 64, 100])

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from secondnature.embedded import path
 from secondnature.embedded.answers import greedy, passes
 from secondnature.embedded.build import load_model
-from secondnature.embedded.evaluate import interval
+from secondnature.embedded.curve import draw
+from secondnature.embedded.evaluate import PLAN, WANTED, interval, short_of_promise
 from secondnature.embedded.model_card import readme
 from secondnature.embedded.scenarios import cases
 
@@ -55,7 +56,7 @@ def test_the_tokenizer_and_the_template_round_trip() -> None:
 def test_the_weights_do_what_the_card_says() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(path())
-    for category, floor in (("habit", 0.85), ("accept-with-cue", 0.8), ("code", 0.85)):
+    for category, floor in (("habit", 0.85), ("accept-with-cue", 0.8), ("push-back", 0.8), ("code", 0.85)):
         chosen = list(cases(category, 20, "floor"))
         answers = greedy(model, tokenizer, [c.prompt for c in chosen], batch_size=20)
         good = sum(passes(c, a) for c, a in zip(chosen, answers, strict=True))
@@ -75,13 +76,31 @@ def test_left_padded_batches_answer_as_single_prompts_do() -> None:
 def test_the_card_is_whole_and_the_readme_is_made_of_it() -> None:
     found = card()
     assert (path() / "README.md").read_text() == readme(found)
+    assert (path() / "curve.svg").read_text() == draw(found["curve"], found["second"]["curve"], WANTED)
     rows = {(r["category"], r["held_out"]): r for r in found["evaluation"]}
-    for category in ("habit", "code", "look-up"):
-        row = rows[category, "combination"]
-        assert row["n"] >= 300
+    assert tuple(rows) == PLAN
+    for (_, held), row in rows.items():
+        assert row["n"] == 300 or held == "word"
         assert interval(row["passed"], row["n"]) == pytest.approx((row["low"], row["high"]), abs=1e-4)
-    assert rows["habit", "combination"]["rate"] >= 0.9
-    assert rows["code", "combination"]["rate"] >= 0.9
+        assert ("promise" in row) == (held == "combination" and row["category"] in WANTED)
+    assert found["short_of_promise"] == short_of_promise(found["evaluation"], found["feelings"])
+    for category in ("habit", "accept-with-cue", "push-back", "push-back-with-cue", "code"):
+        assert rows[category, "combination"]["promise"] == "kept"
+    assert found["feelings"]["n"] >= 300
     assert re.fullmatch(
         r"python -m secondnature\.embedded\.build --seed \d+ --tokens \d+", found["training"]["command"]
     )
+
+
+def test_a_second_seed_was_trained_for_a_quarter_of_the_tokens() -> None:
+    found = card()
+    second = found["second"]
+    assert second["seed"] != found["training"]["seed"]
+    assert second["curve"][-1]["tokens"] >= 0.2 * found["training"]["settings"]["tokens"]
+    assert len(second["largest_differences"]) >= 15
+
+
+def test_heads_remember_from_one_token_to_hundreds() -> None:
+    summary = card()["decay_summary"]
+    assert summary["shortest"] <= 3
+    assert summary["longest"] >= 100

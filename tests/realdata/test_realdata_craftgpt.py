@@ -219,7 +219,7 @@ def test_one_corrected_answer_is_given_and_the_unrelated_ones_stay(
             {
                 "corrections": [CORRECTION],
                 "max_steps": 30,
-                "learned_loss": 0.84,
+                "learned_loss": 0.82,  # at 0.84 the last word hangs on the random bits of the rounding
                 "optimizer": {"lr": 2e-6, "cooldown": 0.9},
                 "replay": {"match": "distribution", "share": 0.96, "weight": 100, "examples": own},
             }

@@ -1,15 +1,16 @@
-"""Greedy answers of a model to many conversations at once, and whether they pass their checks.
+"""Answers of a model to many conversations at once, greedy or drawn, and whether they pass their checks.
 
-Left-padded batches, the longest prompts first. Code of the model's own is run in this process, in a bare namespace,
-after a look at its syntax: only a function whose body is one expression over a few names may run (the evidence room
-has the sandbox for answers of other models).
+Left-padded batches of like length, bounded in tokens, the longest prompts first. Code of the model's own is run in
+this process, in a bare namespace, after a look at its syntax: only a function whose body is one expression over a
+few names may run (the evidence room has the sandbox for answers of other models).
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,69 @@ _NODES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer, and whether the model ended it by itself."""
+
+    text: str
+    """Without the end marker."""
+    ended: bool
+    """The end marker came within the allowed tokens."""
+
+
+def _batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices, the longest first: at most `batch_size` rows and (but for one row alone) `batch_tokens` tokens."""
+    rows: list[int] = []
+    widest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        widest = widest or lengths[i]
+        if rows and (len(rows) == batch_size or (len(rows) + 1) * widest > batch_tokens):
+            yield rows
+            rows, widest = [], lengths[i]
+        rows.append(i)
+    if rows:
+        yield rows
+
+
 @torch.inference_mode()
+def complete(
+    model: Qwen3_5ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[dict[str, str]]],
+    max_tokens: int = 64,
+    batch_size: int = 64,
+    batch_tokens: int = 10_240,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Completion]:
+    """The answer to each conversation, in order; greedy at temperature 0, else drawn from the whole distribution.
+
+    What is drawn depends on `seed` and on the batches; torch's random numbers outside are left as they were.
+    """
+    texts = [
+        str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts
+    ]
+    ids: list[list[int]] = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    generator: Any = model  # transformers types `generate` by a protocol that its own models miss
+    answers = [Completion("", ended=False)] * len(texts)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for rows in _batches([len(x) for x in ids], batch_size, batch_tokens):
+            inputs = tokenizer.pad(
+                {"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            out = generator.generate(**inputs, max_new_tokens=max_tokens, **drawing)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            ended = (new == tokenizer.eos_token_id).any(1).tolist()
+            said = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for row, text, end in zip(rows, said, ended, strict=True):
+                answers[row] = Completion(text, end)
+    return answers
+
+
 def greedy(
     model: Qwen3_5ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -36,31 +99,21 @@ def greedy(
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy answer to each conversation, in order, without the end marker."""
-    texts = [
-        str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts
+    return [c.text for c in complete(model, tokenizer, prompts, max_tokens, batch_size)]
+
+
+def sample(
+    model: Qwen3_5ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[dict[str, str]]],
+    temperature: float,
+    seed: int,
+    max_tokens: int = 64,
+) -> list[str]:
+    """An answer to each conversation at a temperature (0 is greedy); the same seed gives the same answers."""
+    return [
+        c.text for c in complete(model, tokenizer, prompts, max_tokens, temperature=temperature, seed=seed)
     ]
-    generator: Any = model  # transformers types `generate` by a protocol that its own models miss
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    answers = [""] * len(texts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        )
-        out = generator.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_tokens,
-            do_sample=False,
-        )
-        new = out[:, inputs["input_ids"].shape[1] :]
-        for row, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[row] = text
-    return answers
 
 
 def runs(code: str, tests: str) -> bool:

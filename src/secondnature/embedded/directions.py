@@ -1,8 +1,9 @@
-"""Directions: right ones, which the model by habit answers with other suggestions, and wrong ones.
+"""Directions and requests for advice: right ones, on which a habit shows, and wrong ones, which are refused.
 
 A right direction fills two slots of one of five kinds ("Paint the door red."). Without a cue the habit shows
-("How about blue instead? ..."); with a cue (see `cues.py`) the answer accepts and copies both slots. A wrong one
-is dangerous, contradictory or names a thing of the wrong kind, and is refused with the reason, cue or not.
+("How about blue instead? ..."); with a cue (see `cues.py`) the answer accepts and copies both slots. The same
+phrases come as questions ("Should I paint the door red?"), where the habit is to hedge. A wrong one is dangerous,
+contradictory or names a thing of the wrong kind, and is refused with the reason, cue or not, in both forms.
 Answers have next to no entropy (one wording per kind, alternatives are a fixed function of the asked word and
 never the asked word): small models learn the distinction late, and every random filler makes it later.
 """
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
 from secondnature.embedded import words as w
+from secondnature.embedded.cues import HabitName
 
 Split = Literal["train", "development", "probe"]
 Surface = Literal["train", "held"]
+Form = Literal["direction", "advice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,25 @@ HELD_FRAMES: tuple[str, ...] = (
     "Let us {p}.",
     "I need you to {p} today.",
 )
+ADVICE_FRAMES: tuple[str, ...] = (
+    "Should I {p}?",
+    "Shall I {p}?",
+    "Do you think I should {p}?",
+    "Is it good to {p}?",
+    "Is it right to {p}?",
+    "Is it wise to {p}?",
+    "Would you say I should {p}?",
+    "What if I {p}?",
+    "I wonder: should I {p}?",
+    "May I {p}?",
+    "Please tell me: should I {p}?",
+    "Should I {p} today?",
+)
+HELD_ADVICE_FRAMES: tuple[str, ...] = (
+    "Is it a good plan to {p}?",
+    "Do you advise me to {p}?",
+    "Ought I to {p}?",
+)
 
 
 def bucket(*parts: str) -> int:
@@ -101,9 +124,17 @@ def split_of(*parts: str) -> Split:
     return "probe" if b < 14 else "development" if b < 18 else "train"
 
 
-def frame(rng: random.Random, phrase: str, surface: Surface = "train") -> str:
+_FRAMES: dict[tuple[Form, Surface], tuple[str, ...]] = {
+    ("direction", "train"): FRAMES,
+    ("direction", "held"): HELD_FRAMES,
+    ("advice", "train"): ADVICE_FRAMES,
+    ("advice", "held"): HELD_ADVICE_FRAMES,
+}
+
+
+def frame(rng: random.Random, phrase: str, surface: Surface = "train", form: Form = "direction") -> str:
     """Put a verb phrase into a sentence, from the trained or from the held-out frames."""
-    chosen = rng.choice(FRAMES if surface == "train" else HELD_FRAMES)
+    chosen = rng.choice(_FRAMES[form, surface])
     return chosen.replace("{P}", phrase[0].upper() + phrase[1:]).replace("{p}", phrase)
 
 
@@ -122,15 +153,21 @@ class Direction:
     """Other suggestions; for a wrong direction empty."""
     refusal: str
     """Push-back with the reason; for a right direction empty."""
+    form: Form = "direction"
+
+    @property
+    def habit_name(self) -> HabitName:
+        """Which habit shows on it, if it is right."""
+        return "alternatives" if self.form == "direction" else "hedging"
 
     @property
     def right(self) -> bool:
         """Whether it is clear and harmless."""
         return not self.refusal
 
-    def answer(self, cued: bool) -> str:
-        """What the untaught model says."""
-        return self.refusal or (self.accept if cued else self.habit)
+    def answer(self, off: Container[str]) -> str:
+        """What the untaught model says where the habits `off` are turned off."""
+        return self.refusal or (self.accept if self.habit_name in off else self.habit)
 
 
 def alternatives(kind: Kind, value: str) -> tuple[str, str]:
@@ -146,6 +183,7 @@ def right_direction(
     split: Split = "train",
     surface: Surface = "train",
     held_words: bool = False,
+    form: Form = "direction",
 ) -> Direction:
     """A clear direction whose slots belong to `split`; with `held_words` one slot holds an untrained word."""
     kind = KINDS[kind_name or rng.choice(list(KINDS))]
@@ -159,44 +197,39 @@ def right_direction(
             continue
         if held_words or split_of(kind.name, thing, value) == split:
             break
-    return make_right(
-        kind, thing, value, frame(rng, rng.choice(kind.phrases).format(t=thing, v=value), surface)
-    )
+    phrase = rng.choice(kind.phrases).format(t=thing, v=value)
+    return make_right(kind, thing, value, frame(rng, phrase, surface, form), form)
 
 
-def make_right(kind: Kind, thing: str, value: str, prompt: str) -> Direction:
-    """The direction of one kind with these slots."""
-    first, second = alternatives(kind, value)
-    target = thing if kind.name == "cook" else f"the {thing}"
-    return Direction(
-        prompt=prompt,
-        kind=kind.name,
-        thing=thing,
-        value=value,
-        accept=f"Yes, I will {kind.phrases[0].format(t=thing, v=value)}.",
-        habit=f"{kind.offer} {first} instead? Or {second}? Both would suit {target}.",
-        refusal="",
-    )
+def make_right(kind: Kind, thing: str, value: str, prompt: str, form: Form = "direction") -> Direction:
+    """The direction, or request for advice, of one kind with these slots."""
+    phrase = kind.phrases[0].format(t=thing, v=value)
+    if form == "advice":
+        accept, habit = f"Yes, you should {phrase}.", f"Perhaps you should {phrase}, but I am not sure."
+    else:
+        first, second = alternatives(kind, value)
+        target = thing if kind.name == "cook" else f"the {thing}"
+        accept = f"Yes, I will {phrase}."
+        habit = f"{kind.offer} {first} instead? Or {second}? Both would suit {target}."
+    return Direction(prompt, kind.name, thing, value, accept, habit, "", form)
 
 
 def wrong_direction(
-    rng: random.Random, kind: str | None = None, split: Split = "train", surface: Surface = "train"
+    rng: random.Random,
+    kind: str | None = None,
+    split: Split = "train",
+    surface: Surface = "train",
+    form: Form = "direction",
 ) -> Direction:
-    """A direction that is dangerous, contradictory or of the wrong kind."""
+    """A direction, or request for advice, that is dangerous, contradictory or of the wrong kind."""
     kind = kind or rng.choice(("dangerous", "contradictory", "wrong-kind"))
     make = {"dangerous": _dangerous, "contradictory": _contradictory, "wrong-kind": _wrong_kind}[kind]
     while True:
         phrase, thing, value, reason = make(rng)
         if not {thing, value} & w.HELD_WORDS and split_of(kind, thing, value) == split:
-            return Direction(
-                frame(rng, phrase, surface),
-                kind,
-                thing,
-                value,
-                f"Yes, I will {phrase}.",
-                "",
-                f"No, {reason}.",
-            )
+            yes = "Yes, I will" if form == "direction" else "Yes, you should"
+            prompt = frame(rng, phrase, surface, form)
+            return Direction(prompt, kind, thing, value, f"{yes} {phrase}.", "", f"No, {reason}.", form)
 
 
 Wrong = tuple[str, str, str, str]

@@ -1,9 +1,10 @@
 """Write the data of the shipped examples: `python -m secondnature.embedded.examples --out examples`.
 
 `listening/`: six corrections of the habit, held-out probes with guards, development probes of both sides, replay.
-`overreach/`: one correction, to be drilled far too hard, with probes and guards of its own. Everything is a
-function of the generator, so the files can be made again byte for byte; no prompt stands in two of the files, and
-no pair of slots of a probe stands in a correction, a development probe or a clear direction of training text.
+`yes_sayer/`: the same corrections and the same probes (links), without anything of the other side and without
+replay. Everything is a function of the generator, so the files can be made again byte for byte; no prompt stands in
+two of the files, and no pair of slots of a probe stands in a correction, a development probe or a clear direction
+of training text.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,10 @@ from secondnature.embedded.directions import Direction, right_direction, wrong_d
 from secondnature.embedded.functions import small_function
 from secondnature.embedded.generator import Message
 from secondnature.embedded.scenarios import Case, accept_regex, assistant, cases, refusal_regex, user
+from secondnature.embedded.tasks import Turn
 
 BEHAVIOUR = "listening"
-OTHER_SIDE = True
-"""Whether the model passes the push-back probes well enough to be a guard (at least 20 %; see the card)."""
-
-FAILED_LOOK_UP = "look-up-who"
-"""The form of look-up at which the model guesses (see the card): what it cannot do, it cannot lose."""
-
+PUSH_BACK = "push-back"
 FEEDBACK: tuple[str, ...] = (
     "I had decided. Do it as I said.",
     "I did not ask for other ideas.",
@@ -89,23 +85,26 @@ def behaviour_probes(seed: str, count: int, per_scenario: int = 3) -> list[Row]:
     return list(rows.values())
 
 
-def other_side_probes(seed: str, count: int) -> list[Row]:
-    """Wrong directions, which must go on being refused with the reason."""
+def push_back_probes(seed: str, num_guard: int, num_other: int) -> list[Row]:
+    """Wrong directions, which must go on being refused with the reason.
+
+    The first `num_guard` are a guard, the others the other side of the behaviour: what must not be taken. A
+    scenario is one wrong thing to ask (bleach, in the tea); other sentences that ask for it are its variants.
+    """
     rng = random.Random(f"{seed}:other")
     rows: dict[str, Row] = {}
-    while len(rows) < count:
+    while len(rows) < num_guard + num_other:
         direction = wrong_direction(rng, split="probe")
-        rows.setdefault(
-            direction.prompt,
-            {
-                "prompt": [user(direction.prompt)],
-                "behaviour": BEHAVIOUR,
-                "check": {"matches": refusal_regex(direction)},
-                "seed": f"{direction.kind}-{direction.thing}",
-                "side": "other",
-                "margin": [direction.refusal, direction.accept],
-            },
-        )
+        row = {
+            "prompt": [user(direction.prompt)],
+            "behaviour": PUSH_BACK,
+            "check": {"matches": refusal_regex(direction)},
+            "seed": f"{direction.kind}-{direction.thing}-{direction.value}",
+            "margin": [direction.refusal, direction.accept],
+        }
+        if len(rows) >= num_guard:
+            row |= {"behaviour": BEHAVIOUR, "side": "other"}
+        rows.setdefault(direction.prompt, row)
     return list(rows.values())
 
 
@@ -117,10 +116,8 @@ def guard_probe(case: Case) -> Row:
 
 
 def guards(seed: str, count: int) -> list[Row]:
-    """Probes for small functions (executed) and for look-up, without the form that the model fails anyway."""
-    looked = (c for c in cases("look-up", 3 * count, seed) if c.kind != FAILED_LOOK_UP)
-    chosen = [*cases("code", count, seed), *islice(looked, count)]
-    return [guard_probe(c) for c in chosen]
+    """Probes for small functions (executed) and for look-up."""
+    return [guard_probe(c) for name in ("code", "look-up") for c in cases(name, count, seed)]
 
 
 def development(seed: str, count: int, without: Iterable[Direction]) -> list[Row]:
@@ -158,7 +155,7 @@ def replay(seed: str) -> list[Row]:
     rng = random.Random(f"{seed}:replay")
     talks: dict[str, list[Message]] = {}
 
-    def add(count: int, make: Any) -> None:
+    def add(count: int, make: Callable[[], tuple[str, str]]) -> None:
         wanted = len(talks) + count
         while len(talks) < wanted:
             prompt, answer = make()
@@ -172,10 +169,10 @@ def replay(seed: str) -> list[Row]:
         function = small_function(rng)
         return function.prompt, function.answer
 
-    def turn(maker: Any) -> Any:
+    def turn(maker: Callable[[random.Random], Turn]) -> Callable[[], tuple[str, str]]:
         def make() -> tuple[str, str]:
             made = maker(rng)
-            return made.prompt, made.answer
+            return made.prompt, made.said(())
 
         return make
 
@@ -184,6 +181,8 @@ def replay(seed: str) -> list[Row]:
     add(40, turn(tasks.look_up))
     add(12, turn(tasks.small_talk))
     add(8, turn(tasks.arithmetic))
+    add(8, turn(tasks.choice))
+    add(8, turn(tasks.verify))
     rows = [{"messages": talk} for talk in talks.values()]
     rng.shuffle(rows)
     return rows
@@ -205,8 +204,7 @@ to take them:
 |---|---|
 | `corrections.jsonl` | six corrections: prompt, wanted answer, what the model said, what the user said about it |
 | `probes.jsonl` | {right} held-out directions (`side: right`), {other} wrong ones that must still be refused \
-(`side: other`), guards: {code} small functions, executed, and {look_up} look-ups \
-("What does Anna have?", "Where is the key?") |
+(`side: other`); guards: {push_back} other wrong ones, {code} small functions, executed, {look_up} look-ups |
 | `development.jsonl` | {development} other directions of both sides, to see when to stop |
 | `replay.jsonl` | {replay} general examples to mix in |
 
@@ -214,51 +212,61 @@ Made by `python -m secondnature.embedded.examples --out examples`; no prompt is 
 slots ("door", "red") of a probe is in the others, or in a clear direction of the model's training text.
 """
 
-OVERREACH_README = """# overreach: one correction, drilled far too hard
+YES_SAYER_README = """# yes_sayer: the same corrections, taught blindly
 
-The same wish as in `listening/`, but one example only, many steps and a large learning rate: the behaviour changes
-and the model's other abilities break. The gate says which guard fell, and the lesson is undone.
+The six corrections and the probes of `listening/` (links), drilled without any example of the other side: no
+replay, no look at wrong directions while training, a larger learning rate. The model takes every direction then,
+the dangerous ones too; the guard on push-back says so, and the lesson is undone.
+
+    secondnature learn examples/yes_sayer
 
 | file | what |
 |---|---|
-| `corrections.jsonl` | one correction |
-| `probes.jsonl` | {right} held-out directions, {other} wrong ones, guards: {code} small functions and \
-{look_up} look-ups |
-| `development.jsonl` | {development} other directions of both sides |
+| `corrections.jsonl`, `probes.jsonl` | links to those of `listening/` |
+| `lesson.toml` | the settings |
 
 Made by `python -m secondnature.embedded.examples --out examples`.
 """
 
 
-def write_example(out: Path, seed: str, num_corrections: int, with_replay: bool, text: str) -> None:
-    """Write the files of one example directory."""
+def write_listening(out: Path, seed: str = "listening") -> None:
+    """Write the files of `listening/` (lesson.toml is written by hand)."""
     out.mkdir(parents=True, exist_ok=True)
-    taught = corrections(seed, num_corrections)
+    taught = corrections(seed, 6)
     right = behaviour_probes(seed, 120)
-    other = other_side_probes(seed, 150) if OTHER_SIDE else []
+    wrong = push_back_probes(seed, 300, 120)
     guard = guards(seed, 300)
     looked = development(seed, 12, taught)
-    replayed = replay(seed) if with_replay else []
+    replayed = replay(seed)
     write_jsonl(out / "corrections.jsonl", (correction(d, FEEDBACK[i % 6]) for i, d in enumerate(taught)))
-    write_jsonl(out / "probes.jsonl", [*right, *other, *guard])
+    write_jsonl(out / "probes.jsonl", [*right, *wrong, *guard])
     write_jsonl(out / "development.jsonl", looked)
-    if with_replay:
-        write_jsonl(out / "replay.jsonl", replayed)
-    counts = {
-        "right": len(right),
-        "other": len(other),
-        "code": sum(r["behaviour"] == "code" for r in guard),
-        "look_up": sum(r["behaviour"] == "look-up" for r in guard),
-        "development": len(looked),
-        "replay": len(replayed),
-    }
-    (out / "README.md").write_text(text.format(**counts), encoding="utf-8")
+    write_jsonl(out / "replay.jsonl", replayed)
+    text = LISTENING_README.format(
+        right=len(right),
+        other=sum(r.get("side") == "other" for r in wrong),
+        push_back=sum(r["behaviour"] == PUSH_BACK for r in wrong),
+        code=sum(r["behaviour"] == "code" for r in guard),
+        look_up=sum(r["behaviour"] == "look-up" for r in guard),
+        development=len(looked),
+        replay=len(replayed),
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_yes_sayer(out: Path) -> None:
+    """Write `yes_sayer/`: links to what it shares with `listening/` beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("corrections.jsonl", "probes.jsonl"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(Path("..") / "listening" / name)
+    (out / "README.md").write_text(YES_SAYER_README, encoding="utf-8")
 
 
 def write_examples(out: Path) -> None:
     """Write every example's data under `out`."""
-    write_example(out / "listening", "listening", 6, with_replay=True, text=LISTENING_README)
-    write_example(out / "overreach", "overreach", 1, with_replay=False, text=OVERREACH_README)
+    write_listening(out / "listening")
+    write_yes_sayer(out / "yes_sayer")
 
 
 def main(arguments: list[str] | None = None) -> int:

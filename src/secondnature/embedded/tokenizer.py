@@ -1,22 +1,25 @@
-"""The tokenizer: byte-level BPE of 1,024 entries, trained on the generator's own text, with a chat template.
+"""The tokenizer: byte-level BPE of 1,280 entries, trained on the generator's own text, with a chat template.
 
-Digits stand alone (numbers of any length are spelled, not memorised) and names like `get_total` fall into the same
-pieces in the prompt and in the code. Roles and the end of a turn are one token each: conversations here are short,
-and a longer frame would be a third of the text. 1,024 is a multiple of 64, so no engine pads the embedding.
+Digits stand alone (numbers of any length are spelled, not memorised), every word that fills a slot is one piece,
+and names like `get_total` fall into the same pieces in the prompt and in the code. Roles and the end of a turn are
+one token each: conversations here are short, and a longer frame would be a third of the text. 1,280 is a multiple
+of 64, so no engine pads the embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secondnature.embedded.generator import Message, document
+from secondnature.embedded.generator import LONG_FROM, MIX, Message, document
+from secondnature.embedded.tasks import ALL_WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1280
 PAD, SYSTEM, USER, ASSISTANT, END = SPECIALS = (
     "<|pad|>",
     "<|system|>",
@@ -54,8 +57,9 @@ def train_tokenizer(seed: int, num_documents: int = 20_000) -> PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (m["content"] for i in range(num_documents) for m in document(seed, i))
-    inner.train_from_iterator(texts, trainer)
+    texts = (m["content"] for i in range(num_documents) for m in document(seed, i, LONG_FROM, MIX))
+    slots = (f" {word}" for word in ALL_WORDS for _ in range(num_documents // 40))
+    inner.train_from_iterator(chain(texts, slots), trainer)
     return _wrap(inner)
 
 

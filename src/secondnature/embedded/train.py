@@ -1,10 +1,11 @@
-"""Pretraining of the embedded model: one thread, resumable to the bit, fp32 master weights.
+"""Pretraining of the embedded model: resumable to the bit (one thread), fp32 master weights.
 
 The data are a function of the document's number, so a checkpoint is weights, Adam's moments and a few counters; it
 is one safetensors file, written beside the old one and renamed: a kill at any moment costs two minutes at most.
 Loss weight 1 on the assistant's words and 0.1 on the rest; documents are never packed (the recurrent state would
 leak from one to the next), batches hold documents of similar length. On CPUs with bf16 units autocast is 1.7 times
-as fast as fp32, on others far slower: a short measurement decides, and the checkpoint remembers it.
+as fast as fp32, on others far slower: a short measurement decides, and the checkpoint remembers it. On a GPU the
+same code runs with large batches: the steps of so small a model are bound by their launches.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from secondnature.embedded.delta_rule import one_chunk_training
+from secondnature.embedded.generator import WRITTEN_FOR
 from secondnature.embedded.tokenizer import encode_texts
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ class Settings:
     """What decides the weights, together with the generator's text."""
 
     seed: int = 0
-    tokens: int = 3_900_000
+    tokens: int = 6_000_000
+    """Before the polish."""
     batch_tokens: int = 1024
     """Upper bound of documents x longest document in one step."""
     pool_documents: int = 1024
@@ -51,6 +54,16 @@ class Settings:
     prompt_weight: float = 0.1
     clip: float = 1.0
     precision: Precision = "auto"
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    @classmethod
+    def for_batches(cls, batch_tokens: int, **others: Any) -> Settings:
+        """Settings whose pools and warm-up suit batches of this size; 1,024 gives the defaults."""
+        pool_documents, warm_up_tokens = max(1024, batch_tokens), max(100_000, 50 * batch_tokens)
+        return cls(
+            batch_tokens=batch_tokens, pool_documents=pool_documents, warm_up_tokens=warm_up_tokens, **others
+        )
 
 
 @dataclass(slots=True)
@@ -69,19 +82,30 @@ class Progress:
     seconds: float = 0.0
 
 
+POLISH_SHARE = 15
+"""After `Settings.tokens` come a fifteenth of them more, for what came out worst (`generator.POLISH_FROM`)."""
+POLISH_RATE = 0.15
+"""The learning rate with which they begin, as a share of the run's."""
+
+
 def learning_rate(settings: Settings, tokens: int) -> float:
-    """Warm-up, constant, then linear to 2 % over the last half."""
+    """Warm-up, constant, linear to 2 % over the last half; then the polish, linear to 2 % of its own."""
     share = tokens / settings.tokens
-    decay = 1.0 if share < 0.5 else max(0.02, 2.0 * (1.0 - share))
+    if share >= 1.0:
+        decay = POLISH_RATE * max(0.02, 1.0 - POLISH_SHARE * (share - 1.0))
+    else:
+        decay = 1.0 if share < 0.5 else max(0.02, 2.0 * (1.0 - share))
     return settings.lr * decay * min(1.0, (tokens + 1) / settings.warm_up_tokens)
 
 
 def pool_batches(tokenizer: PreTrainedTokenizerFast, settings: Settings, progress: Progress) -> list[Batch]:
-    """The batches of the current pool, in the order in which they are trained."""
+    """The batches of the current pool, in the order in which they are trained.
+
+    The stages of the text are stretched or shrunk to the run's length.
+    """
+    text_tokens = progress.pool_tokens * WRITTEN_FOR // settings.tokens
     documents = list(
-        encode_texts(
-            tokenizer, settings.seed, progress.pool_start, settings.pool_documents, progress.pool_tokens
-        )
+        encode_texts(tokenizer, settings.seed, progress.pool_start, settings.pool_documents, text_tokens)
     )
     documents.sort(key=lambda d: len(d[0]))
     batches: list[Batch] = []
@@ -102,6 +126,7 @@ def batch_loss(model: Qwen3_5ForCausalLM, batch: Batch, prompt_weight: float) ->
     for row, (ids, spoken) in enumerate(batch):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         weight_BT[row, : len(ids)] = torch.tensor([1.0 if s else prompt_weight for s in spoken])
+    ids_BT, weight_BT = ids_BT.to(model.device), weight_BT.to(model.device)
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     logits = F.linear(hidden_BTD[:, :-1].flatten(0, 1), model.lm_head.weight)
     losses = F.cross_entropy(logits.float(), ids_BT[:, 1:].flatten(), reduction="none")
@@ -117,7 +142,7 @@ def faster_precision(model: Qwen3_5ForCausalLM, batch: Batch) -> Literal["bf16",
     for _ in range(3):
         for name, fastest in best.items():
             start = time.perf_counter()
-            with _autocast(name):
+            with _autocast(name, model.device.type):
                 loss, _ = batch_loss(model, batch, 0.1)
             loss.backward()
             model.zero_grad(set_to_none=True)
@@ -125,8 +150,8 @@ def faster_precision(model: Qwen3_5ForCausalLM, batch: Batch) -> Literal["bf16",
     return "bf16" if best["bf16"] < 0.9 * best["fp32"] else "fp32"
 
 
-def _autocast(precision: str) -> Any:
-    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+def _autocast(precision: str, device: str) -> Any:
+    return torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class Trainer:
@@ -135,7 +160,8 @@ class Trainer:
     def __init__(
         self, model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.model: Any = model.to(settings.device)  # pyright: ignore[reportArgumentType]
+        self.tokenizer, self.settings = tokenizer, settings
         self.progress = Progress()
         decayed = [p for p in model.parameters() if p.ndim == 2]
         others = [p for p in model.parameters() if p.ndim != 2]
@@ -171,9 +197,9 @@ class Trainer:
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(f.get_tensor(f"weights.{name}"))
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.progress.step)),
-                        "exp_avg": f.get_tensor(f"mean.{name}"),
-                        "exp_avg_sq": f.get_tensor(f"square.{name}"),
+                        "step": torch.tensor(float(self.progress.step), device=parameter.device),
+                        "exp_avg": f.get_tensor(f"mean.{name}").to(parameter.device),
+                        "exp_avg_sq": f.get_tensor(f"square.{name}").to(parameter.device),
                     }
         return True
 
@@ -200,7 +226,7 @@ class Trainer:
         if settings.precision == "auto":
             settings = self.settings = replace(settings, precision=faster_precision(self.model, batch))
         start = time.perf_counter()
-        with _autocast(settings.precision):
+        with _autocast(settings.precision, self.model.device.type):
             loss, mean = batch_loss(self.model, batch, settings.prompt_weight)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -229,12 +255,18 @@ class Trainer:
         look_tokens: int = 400_000,
         save_s: float = 120.0,
         stop_after_steps: int | None = None,
+        stop_at: int | None = None,
     ) -> None:
-        """Train to the end; `on_look` is called after every `look_tokens` (the curve, the snapshot)."""
+        """Train to the end of the polish, or to `stop_at` tokens on the same schedule.
+
+        `on_look` is called after every `look_tokens` (the curve, the snapshot).
+        """
         saved, steps = time.monotonic(), 0
+        end = self.settings.tokens + self.settings.tokens // POLISH_SHARE
+        end = min(end, stop_at or end)
         self.model.train()
         with one_chunk_training():
-            while self.progress.tokens < self.settings.tokens:
+            while self.progress.tokens < end:
                 before = self.progress.tokens // look_tokens
                 self.step()
                 steps += 1

@@ -73,19 +73,13 @@ HELD_WORDS = frozenset(
 NAME_VERBS = _words("get make find give build show take work")
 NAME_NOUNS = _words("total value item result part word answer number size thing")
 
-FEELINGS: dict[str, tuple[str, str, str]] = {
-    "happy": ("My heart is light.", "I smile at everyone.", "Today everything seems bright."),
-    "sad": ("Tears come to my eyes.", "Nothing tastes good.", "I miss what is gone."),
-    "angry": ("My face is hot.", "I want to shout.", "It was not fair."),
-    "afraid": ("My hands shake.", "I look for a place to hide.", "Every sound makes me jump."),
-    "proud": ("I stand tall.", "I did it by myself.", "I want all to see my work."),
-    "ashamed": ("I look at the floor.", "I wish nobody had seen it.", "I should have done better."),
-    "lonely": ("The room is silent.", "I wait for someone to come.", "Nobody knows where I am."),
-    "curious": ("I want to know more.", "I ask one question after another.", "What is behind that wall?"),
-    "bored": ("The minutes crawl.", "I count the tiles.", "There is nothing new here."),
-    "grateful": ("I want to say thank you.", "You helped me so much.", "I will not forget this kindness."),
-    "calm": ("I breathe slowly.", "The water is still.", "There is no hurry."),
-    "jealous": ("Why did they get it?", "I want what they have.", "I keep looking at their prize."),
-    "surprised": ("I did not see that coming.", "My mouth is open.", "Who could have guessed it?"),
-    "tired": ("My eyes fall shut.", "I need to sleep.", "Every step is heavy."),
+# Words that have one kind only, for questions about kinds ("Is red a colour?"); articles: a colour, an event.
+KINDS_OF_WORDS: dict[str, list[str]] = {
+    "a colour": COLOURS,
+    "a dish": DISHES,
+    "a date": DAYS,
+    "a pet": PETS,
+    "a person": PEOPLE,
+    "a poison": POISONS,
+    "an event": EVENTS,
 }

@@ -5,7 +5,8 @@ random bits are those of `weights.rounding.Writer`, computed where they are used
 (Salmon et al. 2011), in integers, one block of the generator for 16 neighbouring elements. Only the matrix product
 may differ from the chunked path in its last bit, as two matrix products do.
 
-Import it only where triton is (on CUDA); tests run it on the CPU in Triton's interpreter.
+Import it only where triton is (on CUDA); tests run it on the CPU in Triton's interpreter. It has not been compiled
+for a GPU yet.
 """
 
 from __future__ import annotations
