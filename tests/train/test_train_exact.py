@@ -14,7 +14,7 @@ from reference import reference_logps
 from tiny_models import CONFIGS, VOCAB_SIZE, in_arena, save_tiny
 from torch import Tensor
 
-from secondnature.model.gradients import Factors, Gradient
+from secondnature.model.gradients import Gradient, dense
 from secondnature.model.head import token_logps
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train import forest, prefix
@@ -31,7 +31,7 @@ class Recording(Apollo):
     seen: dict[str, Tensor]
 
     def step(self, gradients: Mapping[str, Gradient], **options: Any) -> None:
-        self.seen = {n: g.dense() if isinstance(g, Factors) else g.clone() for n, g in gradients.items()}
+        self.seen = {n: dense(g).clone() for n, g in gradients.items()}
         super().step(gradients, **options)
 
 

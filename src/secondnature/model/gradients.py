@@ -1,9 +1,10 @@
-"""Gradients as a training step holds them: whole tensors, or the two factors of a matrix's gradient (any engine).
+"""Gradients as a training step holds them: whole tensors, factors of a matrix's, rows of an embedding's.
 
 The gradient of y = x W^T over some tokens is dY^T X: as long as tokens * (A + B) < A * B, its factors are smaller
 than it is, and cheaper to work with. They are kept as backward found them, block after block, over all backward
 passes of one update; when they would outgrow the product, the product takes their place. Norms come from
-tokens x tokens Gram matrices: ||L^T R||^2 = sum((L L^T) o (R R^T)).
+tokens x tokens Gram matrices: ||L^T R||^2 = sum((L L^T) o (R R^T)). An embedding's gradient is zero but for the
+rows of the tokens that were read: a few hundred of 250,000.
 
 Shapes: a weight (A, B); left (S, A) and right (S, B) for S tokens: dY and X for Linear, X and dY for Conv1D.
 """
@@ -15,7 +16,7 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Gradient", "GradientSink"]
+__all__ = ["Factors", "Gradient", "GradientSink", "Rows", "dense"]
 
 
 class Factors:
@@ -68,11 +69,17 @@ class Factors:
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(left (S, A), right (S, B)), fp32 or wider, of all tokens; their product is the gradient."""
-        pairs = [self._wide(i) for i in range(len(self._blocks))]
-        left, right = pairs[0]
-        if len(pairs) > 1:
-            left, right = torch.cat([one for one, _ in pairs]), torch.cat([other for _, other in pairs])
-        return left, right if self._scale == 1.0 else right * self._scale
+        left, right, scale = self.stored()
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        left, right = left.to(dtype), right.to(dtype)
+        return left, right if scale == 1.0 else right * scale
+
+    def stored(self) -> tuple[Tensor, Tensor, float]:
+        """(left (S, A), right (S, B), scale): the gradient is scale * L^T R; in the dtype of backward."""
+        left, right = self._blocks[0]
+        if len(self._blocks) > 1:
+            left, right = (torch.cat(parts) for parts in zip(*self._blocks, strict=True))
+        return left, right, self._scale
 
     def dense(self) -> Tensor:
         """The gradient (A, B), formed."""
@@ -85,14 +92,54 @@ class Factors:
         return left.to(dtype), right.to(dtype)
 
 
-Gradient = Tensor | Factors
+class Rows:
+    """The gradient (V, D) of an embedding, kept for the rows that have one."""
+
+    def __init__(self, shape: tuple[int, int], rows_N: Tensor, values_ND: Tensor) -> None:
+        self.shape = shape
+        self.rows, self.values = _summed(rows_N, values_ND)
+        """Which rows (K), ascending, each once; and theirs (K, D), fp32 or wider."""
+
+    def append(self, rows_N: Tensor, values_ND: Tensor) -> None:
+        """Add the gradient of further uses."""
+        values = torch.cat([self.values, values_ND.to(self.values.dtype)])
+        self.rows, self.values = _summed(torch.cat([self.rows, rows_N]), values)
+
+    def mul_(self, factor: float) -> Rows:
+        """Scale the gradient."""
+        self.values.mul_(factor)
+        return self
+
+    def norm(self) -> Tensor:
+        """The Frobenius norm, a scalar; NaN or infinite if any element of the gradient is."""
+        return self.values.norm()
+
+    def dense(self) -> Tensor:
+        """The gradient (V, D), formed."""
+        return self.values.new_zeros(self.shape).index_copy_(0, self.rows, self.values)
+
+
+def _summed(rows_N: Tensor, values_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row once, ascending, with the sum of its values."""
+    rows, place = rows_N.unique(return_inverse=True)
+    wide = values_ND.to(torch.promote_types(values_ND.dtype, torch.float32))
+    return rows, wide.new_zeros(len(rows), wide.shape[1]).index_add_(0, place, wide)
+
+
+Gradient = Tensor | Factors | Rows
+
+
+def dense(gradient: Gradient) -> Tensor:
+    """The whole gradient; itself if it is held so."""
+    return gradient if isinstance(gradient, Tensor) else gradient.dense()
 
 
 class GradientSink(dict[str, Gradient]):
     """Gradients by parameter name, summed at full precision over all uses and examples.
 
     Args:
-        factored: names of matrices whose gradients are kept as factors while those are smaller.
+        factored: names of matrices whose gradients are kept as factors while those are smaller, and of embeddings
+            whose gradients are kept by rows.
     """
 
     def __init__(self, factored: Set[str] = frozenset()) -> None:
@@ -111,25 +158,37 @@ class GradientSink(dict[str, Gradient]):
     def add_product(self, name: str, left_SA: Tensor, right_SB: Tensor) -> None:
         """Add L^T R to the gradient of a matrix (A, B), as factors if that is allowed and cheaper."""
         left_SA, right_SB = left_SA.detach(), right_SB.detach()  # their graph is not kept
-        held = self.get(name)
-        num_tokens, num_rows, num_columns = len(left_SA), left_SA.shape[1], right_SB.shape[1]
-        if isinstance(held, Factors):
-            num_tokens += held.num_tokens
-        cheaper = num_tokens * (num_rows + num_columns) < num_rows * num_columns
-        if name in self._factored and cheaper and not isinstance(held, Tensor):
-            if held is None:
-                self[name] = Factors(left_SA, right_SB)
-            else:
+        if self.keeps_factors(name, len(left_SA), left_SA.shape[1], right_SB.shape[1]):
+            held = self.get(name)
+            if isinstance(held, Factors):
                 held.append(left_SA, right_SB)
+            else:
+                self[name] = Factors(left_SA, right_SB)
             return
-        dense = self._dense(name)
-        if dense is None:
+        whole = self._dense(name)
+        if whole is None:
             self.add(name, left_SA.T @ right_SB, fresh=True)
         else:
-            dense.addmm_(left_SA.T.to(dense.dtype), right_SB.to(dense.dtype))
+            whole.addmm_(left_SA.T.to(whole.dtype), right_SB.to(whole.dtype))
+
+    def keeps_factors(self, name: str, num_tokens: int, num_rows: int, num_columns: int) -> bool:
+        """Whether a product over `num_tokens` more would be kept as factors, rather than formed."""
+        held = self.get(name)
+        if name not in self._factored or isinstance(held, Tensor | Rows):
+            return False
+        if isinstance(held, Factors):
+            num_tokens += held.num_tokens
+        return num_tokens * (num_rows + num_columns) < num_rows * num_columns
 
     def add_rows(self, name: str, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """Add gradients (N, D) of the weight's rows `rows` (N)."""
+        kept = self.get(name)
+        if isinstance(kept, Rows):
+            kept.append(rows, gradient)
+            return
+        if name in self._factored and kept is None:
+            self[name] = Rows((weight.shape[0], weight.shape[1]), rows, gradient)
+            return
         held = self._dense(name)
         if held is None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -139,6 +198,6 @@ class GradientSink(dict[str, Gradient]):
     def _dense(self, name: str) -> Tensor | None:
         """What is held, as a tensor that may be added to."""
         held = self.get(name)
-        if isinstance(held, Factors):
+        if held is not None and not isinstance(held, Tensor):
             held = self[name] = held.dense()
         return held

@@ -2,8 +2,9 @@
 
 A loss over answers needs one number per token, not a distribution: log p = logit of the target - logsumexp. Both
 come from slices of the vocabulary, and so does the gradient, from slices computed a second time (as in Wijmans et
-al. 2024, arXiv 2411.09009). What is held is `MAX_LOGITS` numbers instead of N x V; and the head runs on the
-positions that are asked for, not on the padding.
+al. 2024, arXiv 2411.09009). What is held is `MAX_LOGITS` numbers instead of N x V (and, where the weight's gradient
+is kept as factors, the logits' gradient once, in the compute dtype); and the head runs on the positions that are
+asked for, not on the padding.
 
 Only a model whose logits are the head's output on its body's last hidden state can be taken apart so. `find_head`
 asks the model itself: it lets the head answer with a ramp and looks whether that comes out, unscaled and uncapped.
@@ -134,7 +135,13 @@ class _Sliced(torch.autograd.Function):
         gradient_N1 = gradients[0].unsqueeze(1)
         d_hidden = torch.zeros_like(hidden_ND, dtype=gradients[0].dtype)
         sink: GradientSink | None = ctx.sink
-        d_weight = None if sink is None else torch.empty_like(weight_VD, dtype=gradients[0].dtype)
+        num_tokens, (num_ids, num_hidden) = len(hidden_ND), weight_VD.shape
+        factored = sink is not None and sink.keeps_factors(ctx.name, num_tokens, num_ids, num_hidden)
+        d_weight = d_whole = None
+        if factored:
+            d_whole = hidden_ND.new_empty(num_tokens, num_ids)
+        elif sink is not None:
+            d_weight = torch.empty_like(weight_VD, dtype=gradients[0].dtype)
         d_bias = None if bias_V is None else torch.empty_like(bias_V)
         for start in range(0, weight_VD.shape[0], ctx.rows):
             logits, weight = _slice(hidden_ND, weight_VD, bias_V, start, ctx.rows)
@@ -146,10 +153,14 @@ class _Sliced(torch.autograd.Function):
             end = start + d_logits.shape[1]
             if d_weight is not None:
                 d_weight[start:end] = d_logits.T @ hidden_ND
+            if d_whole is not None:
+                d_whole[:, start:end] = d_logits
             if d_bias is not None:
                 d_bias[start:end] = d_logits.sum(0)
         if sink is not None and d_weight is not None:
             sink.add(ctx.name, d_weight, fresh=True)
+        if sink is not None and d_whole is not None:
+            sink.add_product(ctx.name, d_whole, hidden_ND)
         return d_hidden.to(hidden_ND.dtype), None, d_bias, None, None, None, None
 
 

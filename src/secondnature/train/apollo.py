@@ -41,7 +41,7 @@ from secondnature.train.update import (
 
 __all__ = ["DEFAULT_LR", "Apollo", "fingerprint"]
 
-FORMAT = "apollo/2"
+FORMAT = "apollo/3"
 DEFAULT_LR = 1e-5
 
 
@@ -88,8 +88,8 @@ class Apollo:
 
     @property
     def factored(self) -> frozenset[str]:
-        """The matrices whose gradients may come as factors: those that APOLLO updates."""
-        return frozenset(name for name, rule in self.rules.items() if rule == "apollo")
+        """What need not come whole: factors of the matrices that APOLLO updates, rows of an untied embedding."""
+        return frozenset(name for name, rule in self.rules.items() if rule in ("apollo", "rows"))
 
     @torch.no_grad()
     def step(
@@ -177,6 +177,8 @@ class Apollo:
             tensors[f"{name}:m"], tensors[f"{name}:v"] = state.m, state.v
             tensors[f"{name}:steps"] = state.steps
             tensors[f"{name}:level"] = torch.tensor(state.level, dtype=torch.float64)
+            if state.rows is not None:
+                tensors[f"{name}:rows"] = state.rows
         about = {"seed": self.seed, "steps": self.steps, "settings": self.settings.model_dump(mode="json")}
         metadata = {"format": FORMAT, "fingerprint": self._fingerprint}
         return tensors, {**metadata, "apollo": json.dumps(about, sort_keys=True)}
@@ -209,7 +211,10 @@ class Apollo:
             m, v, count, level = parts["m"], parts["v"], parts["steps"], parts["level"]
             if name not in self.parameters or m is None or v is None or count is None or level is None:
                 raise BadCheckpoint(f"optimizer state of {name!r} is incomplete or of another model", hint)
-            wanted = moment_shape(self.rules[name], self.parameters[name].shape, self.settings.rank)
+            rows, rule = tensors.get(f"{name}:rows"), self.rules[name]
+            wanted = moment_shape(rule, self.parameters[name].shape, self.settings.rank)
+            if rule == "rows":
+                wanted = (-1 if rows is None else len(rows), *wanted[1:])
             if not m.shape == v.shape == wanted or m.dtype != torch.float32:
                 raise BadCheckpoint(
                     f"optimizer state of {name} has shape {tuple(m.shape)}; expected {wanted}", hint
@@ -220,6 +225,7 @@ class Apollo:
                 v.to(device, copy=True),
                 count.to(device if count.ndim else "cpu", copy=True),
                 float(level),
+                None if rows is None else rows.to(device, copy=True),
             )
         self._states, self.seed, self.steps = states, seed, steps
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secondnature.errors import BadExample, ContextOverflow, NonFinite
-from secondnature.model.gradients import Factors, Gradient
+from secondnature.model.gradients import Gradient
 from secondnature.model.load import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
@@ -66,7 +66,7 @@ def check_tensors(tensors: Mapping[str, Gradient], what: str) -> float:
         NonFinite: names the first tensor that is not, and `what` it is ("example 3: the gradient").
     """
     whole = [t for t in tensors.values() if isinstance(t, Tensor)]
-    parts = [float(t.norm()) for t in tensors.values() if isinstance(t, Factors)]
+    parts = [float(t.norm()) for t in tensors.values() if not isinstance(t, Tensor)]
     norm = math.hypot(float(torch.nn.utils.get_total_norm(whole)) if whole else 0.0, *parts)
     if not math.isfinite(norm):
         check_norms({name: float(tensor.norm()) for name, tensor in tensors.items()}, what)

@@ -1,12 +1,12 @@
-"""The factored update as one Triton kernel: each weight is read once and written once (trainer, CUDA only).
+"""An update as one Triton kernel: each weight is read once and written once (trainer, CUDA only).
 
-W += L^T R - decay * W for W (A, B) bf16, L (S, A), R (S, B) fp32, rounded stochastically in the same pass. The
+W += scale * (L^T R) - decay * W for W (A, B) bf16, L (S, A), R (S, B) as backward found them, one scale per row or
+per column; or W += change - decay * W for a whole change, fp32. Both round stochastically in the same pass. The
 random bits are those of `weights.rounding.Writer`, computed where they are used: Philox-4x64 with ten rounds
 (Salmon et al. 2011), in integers, one block of the generator for 16 neighbouring elements. Only the matrix product
-may differ from the chunked path in its last bit, as two matrix products do.
+may differ from the chunked path in its last bits, as two matrix products do.
 
-Import it only where triton is (on CUDA); tests run it on the CPU in Triton's interpreter. It has not been compiled
-for a GPU yet.
+Import it only where triton is (on CUDA); tests run it on the CPU too, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor
 from secondnature.errors import NonFinite
 from secondnature.weights.rounding import RandomWords, chunk_rows
 
-__all__ = ["add_factored_", "fits"]
+__all__ = ["add_dense_", "add_factored_", "fits", "fits_dense"]
 
-_TILE_A, _TILE_B, _TILE_S = 32, 64, 32
+_TILES = {"TILE_A": 64, "TILE_B": 64, "TILE_S": 32}
+_TILE = 1024
 
 
 @triton.jit
@@ -54,10 +55,36 @@ def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
 
 
 @triton.jit
+def _lanes(w0: Any, w1: Any, w2: Any, w3: Any, TILE_A: tl.constexpr, TILE_B: tl.constexpr) -> Any:
+    """(TILE_A, TILE_B) random 16-bit numbers from the blocks (TILE_A, TILE_B / 16) of those elements."""
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (TILE_A, TILE_B // 4))
+    lane0 = words & 0xFFFF
+    lane1 = (words >> 16) & 0xFFFF
+    lane2 = (words >> 32) & 0xFFFF
+    lane3 = words >> 48
+    return tl.reshape(tl.join(tl.join(lane0, lane2), tl.join(lane1, lane3)), (TILE_A, TILE_B))
+
+
+@triton.jit
+def _round_into(place: Any, old: Any, change: Any, own: Any, shared: Any, inside: Any, bad: Any) -> None:
+    """Store old + change, rounded by the random bits; `shared` broadcasts over `own`. Marks `bad` on overflow."""
+    noise = ((own << 29) | (shared >> 35)).to(tl.int64)
+    exact = old.to(tl.float64) + change.to(tl.float64)
+    bits = (exact.to(tl.int64, bitcast=True) + noise) & -35184372088832
+    rounded = bits.to(tl.float64, bitcast=True)
+    finite = tl.abs(rounded) < 340282366920938463463374607431768211456.0
+    new = tl.where(finite, rounded, 0.0).to(tl.float32).to(tl.bfloat16)  # exact: it has bf16's mantissa
+    tl.store(place, tl.where((change == 0) | (finite == 0), old, new), mask=inside)
+    worst = tl.max(tl.max(tl.where(inside & (finite == 0), 1, 0), axis=1), axis=0)
+    tl.store(bad, 1, mask=worst > 0)
+
+
+@triton.jit
 def _add_factored(
     weight: Any,
     left: Any,
     right: Any,
+    scale: Any,
     keys: Any,
     bad: Any,
     num_rows: Any,
@@ -66,6 +93,8 @@ def _add_factored(
     decay: Any,
     rows_per_chunk: Any,
     blocks_per_chunk: Any,
+    SCALED_ROWS: tl.constexpr,
+    WIDENED: tl.constexpr,
     TILE_A: tl.constexpr,
     TILE_B: tl.constexpr,
     TILE_S: tl.constexpr,
@@ -86,7 +115,14 @@ def _add_factored(
             mask=(s[:, None] < num_tokens) & (b[None, :] < num_columns),
             other=0.0,
         )
+        if WIDENED:
+            left_AS = left_AS.to(tl.float32)
+            right_SB = right_SB.to(tl.float32)
         change += tl.dot(left_AS, right_SB, input_precision="ieee")
+    if SCALED_ROWS:
+        change *= tl.load(scale + a, mask=a < num_rows, other=0.0)[:, None]
+    else:
+        change *= tl.load(scale + b, mask=b < num_columns, other=0.0)[None, :]
     inside = (a[:, None] < num_rows) & (b[None, :] < num_columns)
     place = weight + a[:, None] * num_columns + b[None, :]
     old = tl.load(place, mask=inside, other=0.0)
@@ -99,26 +135,41 @@ def _add_factored(
     sixteen = tl.program_id(1).to(tl.int64) * (TILE_B // 16) + tl.arange(0, TILE_B // 16)
     inner = (a % rows_per_chunk)[:, None] * (num_columns // 16) + sixteen[None, :]
     w0, w1, w2, w3 = _philox_block((first[:, None] + 1 + inner).to(tl.uint64), key0, key1)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (TILE_A, TILE_B // 4))
-    lane0 = words & 0xFFFF
-    lane1 = (words >> 16) & 0xFFFF
-    lane2 = (words >> 32) & 0xFFFF
-    lane3 = words >> 48
-    own = tl.reshape(tl.join(tl.join(lane0, lane2), tl.join(lane1, lane3)), (TILE_A, TILE_B))
-    noise = ((own << 29) | (shared >> 35)[:, None]).to(tl.int64)
+    own = _lanes(w0, w1, w2, w3, TILE_A, TILE_B)
+    _round_into(place, old, change, own, shared[:, None], inside, bad)
 
-    exact = old.to(tl.float64) + change.to(tl.float64)
-    bits = (exact.to(tl.int64, bitcast=True) + noise) & -35184372088832
-    rounded = bits.to(tl.float64, bitcast=True)
-    finite = tl.abs(rounded) < 340282366920938463463374607431768211456.0
-    new = tl.where(finite, rounded, 0.0).to(tl.float32).to(tl.bfloat16)  # exact: it has bf16's mantissa
-    tl.store(place, tl.where((change == 0) | (finite == 0), old, new), mask=inside)
-    worst = tl.max(tl.max(tl.where(inside & (finite == 0), 1, 0), axis=1), axis=0)
-    tl.store(bad, 1, mask=worst > 0)
+
+@triton.jit
+def _add_dense(
+    weight: Any,
+    change_of: Any,
+    keys: Any,
+    bad: Any,
+    numel: Any,
+    decay: Any,
+    chunk: Any,
+    blocks_per_chunk: Any,
+    TILE: tl.constexpr,
+) -> None:
+    """TILE neighbouring elements, as one row per block of the generator."""
+    group = tl.program_id(0).to(tl.int64) * (TILE // 16) + tl.arange(0, TILE // 16)
+    element = group[:, None] * 16 + tl.arange(0, 16)[None, :]
+    inside = element < numel
+    place = weight + element
+    old = tl.load(place, mask=inside, other=0.0)
+    change = tl.load(change_of + element, mask=inside, other=0.0) - old.to(tl.float32) * decay
+    key0 = tl.load(keys)
+    key1 = tl.load(keys + 1)
+    first = (group * 16 // chunk) * blocks_per_chunk
+    shared, _, _, _ = _philox_block(first.to(tl.uint64), key0, key1)
+    inner = first + 1 + (group * 16 % chunk) // 16
+    w0, w1, w2, w3 = _philox_block(inner.to(tl.uint64)[:, None], key0, key1)
+    own = _lanes(w0, w1, w2, w3, TILE // 16, 16)
+    _round_into(place, old, change, own, shared[:, None], inside, bad)
 
 
 def fits(target: Tensor) -> bool:
-    """Whether the kernel takes this matrix: contiguous bf16, columns in sixteens (a block of the generator)."""
+    """Whether `add_factored_` takes this matrix: contiguous bf16, columns in sixteens (the generator's blocks)."""
     return (
         target.ndim == 2
         and target.dtype is torch.bfloat16
@@ -127,10 +178,29 @@ def fits(target: Tensor) -> bool:
     )
 
 
+def fits_dense(target: Tensor) -> bool:
+    """Whether `add_dense_` takes this tensor: contiguous bf16, chunks in sixteens."""
+    columns = target.shape[1] if target.ndim == 2 else 1
+    whole = target.dtype is torch.bfloat16 and target.is_contiguous()
+    return whole and chunk_rows(columns) * columns % 16 == 0
+
+
 def add_factored_(
-    target: Tensor, left_SA: Tensor, right_SB: Tensor, *, decay: float, seed: int, name: str, step: int
+    target: Tensor,
+    left_SA: Tensor,
+    right_SB: Tensor,
+    scale: Tensor,
+    *,
+    decay: float,
+    seed: int,
+    name: str,
+    step: int,
 ) -> None:
-    """target (A, B) += L^T R - decay * target, rounded stochastically, keyed by (seed, name, step).
+    """target (A, B) += scale * (L^T R) - decay * target, rounded stochastically, keyed by (seed, name, step).
+
+    Args:
+        left_SA, right_SB: of one dtype, bf16 or fp32.
+        scale: fp32, per row if there are more rows than columns, else per column.
 
     Raises:
         NonFinite: a sum does not fit into the dtype; that element was not written, others were.
@@ -139,13 +209,13 @@ def add_factored_(
     num_rows, num_columns = target.shape
     rows = chunk_rows(num_columns)
     blocks = 1 + -(-min(num_rows, rows) * num_columns // 16)
-    keys = torch.tensor(RandomWords("round", seed, name, step).key, dtype=torch.uint64).to(target.device)
-    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
-    grid = (triton.cdiv(num_rows, _TILE_A), triton.cdiv(num_columns, _TILE_B))
+    keys, bad = _keys_and_mark(target, seed, name, step)
+    grid = (triton.cdiv(num_rows, _TILES["TILE_A"]), triton.cdiv(num_columns, _TILES["TILE_B"]))
     _add_factored[grid](  # pyright: ignore[reportIndexIssue]
         target,
-        left_SA.float().contiguous(),
-        right_SB.float().contiguous(),
+        left_SA.contiguous(),
+        right_SB.contiguous(),
+        scale.float().contiguous(),
         keys,
         bad,
         num_rows,
@@ -154,9 +224,36 @@ def add_factored_(
         decay,
         rows,
         blocks,
-        TILE_A=_TILE_A,
-        TILE_B=_TILE_B,
-        TILE_S=_TILE_S,
+        SCALED_ROWS=num_rows > num_columns,
+        WIDENED=not target.is_cuda,  # the interpreter multiplies bf16 by its bits
+        **_TILES,
     )
+    _check(bad, name)
+
+
+def add_dense_(target: Tensor, change: Tensor, *, decay: float, seed: int, name: str, step: int) -> None:
+    """target += change (fp32, of its shape) - decay * target, rounded stochastically, keyed by (seed, name, step).
+
+    Raises:
+        NonFinite: a sum does not fit into the dtype; that element was not written, others were.
+    """
+    assert fits_dense(target)
+    columns = target.shape[1] if target.ndim == 2 else 1
+    chunk, numel = chunk_rows(columns) * columns, target.numel()
+    blocks = 1 + -(-min(numel, chunk) // 16)
+    keys, bad = _keys_and_mark(target, seed, name, step)
+    _add_dense[(triton.cdiv(numel, _TILE),)](  # pyright: ignore[reportIndexIssue]
+        target, change.float().contiguous(), keys, bad, numel, decay, chunk, blocks, TILE=_TILE
+    )
+    _check(bad, name)
+
+
+def _keys_and_mark(target: Tensor, seed: int, name: str, step: int) -> tuple[Tensor, Tensor]:
+    key = RandomWords("round", seed, name, step).key
+    keys = torch.tensor(key, dtype=torch.uint64).to(target.device)
+    return keys, torch.zeros(1, dtype=torch.int32, device=target.device)
+
+
+def _check(bad: Tensor, name: str) -> None:
     if int(bad):
         raise NonFinite(f"tensor {name}: the updated weight is not finite", "lower the learning rate")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secondnature.model.gradients import Factors, Gradient
+from secondnature.model.gradients import Factors, Gradient, Rows, dense
 from secondnature.records import OptimizerSettings
 from secondnature.weights.rounding import RandomWords, Writer
 
@@ -60,6 +60,8 @@ class TensorState:
     """How many gradients it has seen: a scalar (int64, on the CPU), or per row (int32)."""
     level: float = 0.0
     """Norm of the last update in units of the learning rate, for the limiter."""
+    rows: Tensor | None = None
+    """Of the rule `rows`: which rows (K, ascending) `m`, `v` (K, D) and `steps` (K) are of; all others are new."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,27 @@ def moment_shape(rule: Rule, shape: tuple[int, ...], rank: int) -> tuple[int, ..
 
 def fresh_state(rule: Rule, shape: tuple[int, ...], rank: int, device: torch.device) -> TensorState:
     """The state before the first gradient."""
-    zeros = torch.zeros(moment_shape(rule, shape, rank), dtype=torch.float32, device=device)
     if rule == "rows":
-        return TensorState(zeros, zeros, torch.zeros(shape[0], dtype=torch.int32, device=device))
+        none, ids = torch.zeros(0, shape[1], device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        return TensorState(none, none, ids.to(torch.int32), rows=ids)
+    zeros = torch.zeros(moment_shape(rule, shape, rank), dtype=torch.float32, device=device)
     return TensorState(zeros, zeros, torch.zeros((), dtype=torch.int64))
 
 
-def projection(seed: int, name: str, epoch: int, rank: int, size: int) -> Tensor:
-    """The (rank, size) matrix of signs / sqrt(rank) of one tensor and epoch; the same on every machine."""
-    words = RandomWords("project", seed, name, epoch)(-(-rank * size // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: rank * size]
-    signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1)
-    return signs.view(rank, size) / math.sqrt(rank)
+def projection(
+    seed: int, name: str, epoch: int, rank: int, size: int, device: torch.device | None = None
+) -> Tensor:
+    """The (rank, size) matrix of signs / sqrt(rank) of one tensor and epoch; the same bits on every device."""
+    words = RandomWords("project", seed, name, epoch)(-(-rank * size // 64)).astype("<u8")
+    length = float(np.float32(1) / np.float32(math.sqrt(rank)))
+    if device is not None and device.type != "cpu":  # 64 signs travel as one word
+        held = torch.from_numpy(words.view(np.int64)).to(device)
+        bits = (held.unsqueeze(1) >> torch.arange(64, device=device).view(8, 8).flip(1).view(1, 64)) & 1
+        signs = bits.view(-1)[: rank * size].float()
+    else:
+        bits = np.unpackbits(words.view(np.uint8))[: rank * size]
+        signs = torch.from_numpy(bits.astype(np.float32))
+    return signs.mul_(2 * length).sub_(length).view(rank, size)
 
 
 def plan_update(
@@ -106,11 +117,11 @@ def plan_update(
     """
     if rule == "apollo":
         return _apollo(gradient, old, settings, seed=seed, name=name)
-    whole = gradient.dense() if isinstance(gradient, Factors) else gradient
+    if rule == "rows":
+        return _adam_rows(gradient, old, settings)
+    whole = dense(gradient)
     if float(whole.norm()) == 0:
         return None
-    if rule == "rows":
-        return _adam_rows(whole.float(), old, settings)
     state, step = _adam(old, whole.float(), settings, floored=rule == "floored")
     return Update(step, float(step.norm())), state
 
@@ -135,16 +146,34 @@ def _adam(
     return replace(old, m=m, v=v, steps=steps), step.div_(spread.add_(settings.eps))
 
 
-def _adam_rows(gradient: Tensor, old: TensorState, settings: OptimizerSettings) -> tuple[Update, TensorState]:
-    """Adam on the rows that have a gradient, each with its own count."""
-    rows = gradient.ne(0).any(dim=1).nonzero().squeeze(1)
-    seen = TensorState(old.m[rows], old.v[rows], old.steps[rows])
-    new, step = _adam(seen, gradient[rows], settings)
+def _adam_rows(
+    gradient: Gradient, old: TensorState, settings: OptimizerSettings
+) -> tuple[Update, TensorState] | None:
+    """Adam on the rows that have a gradient, each with its own count; moments of rows that ever had one."""
+    assert old.rows is not None, "made by fresh_state"
+    if isinstance(gradient, Rows):
+        rows, values = gradient.rows, gradient.values
+    else:
+        values = dense(gradient)
+        rows = torch.arange(len(values), device=values.device)
+    with_gradient = values.ne(0).any(dim=1)
+    rows, values = rows[with_gradient], values[with_gradient].float()
+    if not len(rows):
+        return None
+    known = torch.cat([old.rows, rows]).unique()
+    kept, place = torch.searchsorted(known, old.rows), torch.searchsorted(known, rows)
+
+    def widened(table: Tensor) -> Tensor:
+        return table.new_zeros(len(known), *table.shape[1:]).index_copy_(0, kept, table)
+
+    m, v, steps = widened(old.m), widened(old.v), widened(old.steps)
+    new, step = _adam(TensorState(m[place], v[place], steps[place]), values, settings)
     state = replace(
         old,
-        m=old.m.index_copy(0, rows, new.m),
-        v=old.v.index_copy(0, rows, new.v),
-        steps=old.steps.index_copy(0, rows, new.steps),
+        m=m.index_copy_(0, place, new.m),
+        v=v.index_copy_(0, place, new.v),
+        steps=steps.index_copy_(0, place, new.steps),
+        rows=known,
     )
     return Update(step, float(step.norm()), rows=rows), state
 
@@ -156,13 +185,13 @@ def _apollo(
     rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
     num_small, num_channels = sorted(gradient.shape)
     epoch = int(old.steps) // settings.proj_refresh
-    p_RM = projection(seed, name, epoch, rank, num_small).to(old.m.device)
+    p_RM = projection(seed, name, epoch, rank, num_small, old.m.device)
     if isinstance(gradient, Factors):
         left, right = (t.float() for t in gradient.matrices())
         small_SM, wide_SN = (right, left) if tall else (left, right)
         r_RN = (small_SM @ p_RM.T).T @ wide_SN
     else:
-        whole = gradient.float()
+        whole = dense(gradient).float()
         r_RN = (whole @ p_RM.T).T.contiguous() if tall else p_RM @ whole
     state, s_RN = _adam(old, r_RN, settings)
     if rank == 1:  # one scale for the tensor
@@ -254,15 +283,30 @@ def write_(
 def _in_one_kernel(
     target: Tensor, update: Update, *, lr: float, decay: float, seed: int, name: str, step: int
 ) -> bool:
-    """Do a factored update on a GPU in one kernel, where there is one for it; whether it was done."""
-    if not (target.is_cuda and isinstance(update.source, Factors) and importlib.util.find_spec("triton")):
+    """Do the update on a GPU in one kernel, where there is one for it; whether it was done."""
+    if not (target.is_cuda and importlib.util.find_spec("triton")):
         return False
     from secondnature.train import kernels  # needs triton
 
-    if not kernels.fits(target):
+    source, factor = update.source, -lr * update.factor
+    decay = lr * decay if target.ndim >= 2 else 0.0
+    key = {"decay": decay, "seed": seed, "name": name, "step": step}
+    if isinstance(source, Factors):
+        if not kernels.fits(target) or update.channels is None:
+            return False
+        left, right, scale = source.stored()
+        kernels.add_factored_(target, left, right, update.channels * (factor * scale), **key)
+        return True
+    part = target if update.rows is None else target[update.rows]
+    if not kernels.fits_dense(part):
         return False
-    left, right = _scaled_factors(update.source, update, -lr)
-    kernels.add_factored_(target, left, right, decay=lr * decay, seed=seed, name=name, step=step)
+    change = dense(source) * factor
+    if update.channels is not None:
+        tall = change.shape[0] > change.shape[1]
+        change.mul_(update.channels.unsqueeze(1) if tall else update.channels)
+    kernels.add_dense_(part, change, **key)
+    if update.rows is not None:
+        target.index_copy_(0, update.rows, part)
     return True
 
 
@@ -284,7 +328,8 @@ def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], obje
         return lambda start, stop, out: torch.mm(left[:, start:stop].T, right, out=out)
     factor *= update.factor
     scale = None if update.channels is None else update.channels * factor
-    rows = source if source.ndim == 2 else source.reshape(-1, 1)
+    whole = dense(source)
+    rows = whole if whole.ndim == 2 else whole.reshape(-1, 1)
     if scale is None:
         return lambda start, stop, out: torch.mul(rows[start:stop], factor, out=out)
     if rows.shape[0] > rows.shape[1]:
