@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, gpt2_config, hybrid_config, in_arena, save_tiny
+from tiny_models import CONFIGS, VOCAB_SIZE, gpt2_config, hybrid_config, in_arena, save_tiny
 from torch import Tensor, nn
 
 from secondnature.errors import BadExample, ContextOverflow, NonFinite
@@ -222,6 +222,38 @@ def test_together_equals_one_by_one(directory: Path, objective: Any) -> None:
         assert math.sqrt(wrong) <= tolerance * scale
         for a, b in zip(taken, reference, strict=True):
             assert a == (None if b is None else Reference(approx(b.chosen), approx(b.rejected)))
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_recomputed_activations_give_the_same_gradients(tmp_path: Path, kind: str) -> None:
+    """To the bit; every layer runs once more, in backward, and keeps nothing but its input in between."""
+    save_tiny(CONFIGS[kind](), tmp_path)
+    runs = []
+    for recompute in (False, True):
+        _, model = in_arena(tmp_path)
+        layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        optimizer, kept, calls = Recording(model, SETTINGS), [0], [0]
+
+        def keep(t: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept[0] += t.numel() * t.element_size()
+            return t
+
+        def count(*_: Any, calls: list[int] = calls) -> None:
+            calls[0] += torch.is_grad_enabled()
+
+        handle = layers[0].register_forward_pre_hook(count)
+        inner = layers[0].get_submodule("mlp").register_forward_pre_hook(count)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            train_step(model, optimizer, variants()[:2], recompute=recompute, learned_loss=0)
+        handle.remove()
+        inner.remove()
+        assert "forward" not in vars(layers[0])
+        runs.append((optimizer.seen, kept[0], calls[0]))
+    (plain, all_kept, once), (again, inputs_kept, twice) = runs
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(g, again[n]) for n, g in plain.items())
+    assert twice == once + once // 2
+    assert inputs_kept < all_kept / 2
 
 
 def approx(value: float) -> Any:

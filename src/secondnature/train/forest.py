@@ -201,14 +201,17 @@ def forwards(
     *,
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
+    copy_share: float = 1.0,
     version: str | None = None,
 ) -> Iterator[tuple[Prefix, list[int]]]:
     """All forwards that score each group of continuations on the context of its place: a prefix, and which groups.
 
-    `prefixes` and `portions` in one; their caps and what they raise.
+    `prefixes` and `portions` in one; their caps and what they raise. `copy_share`: how much of each continuation's
+    copy of the prefix is in memory at a time; less than all where layers are recomputed one by one.
     """
     for prefix, members in prefixes(model, contexts, max_bytes=max_bytes, version=version):
         of_these = [groups[i] for i in members]
-        for portion in portions(of_these, prefix.num_bytes, max_tokens=max_tokens, max_bytes=max_bytes):
+        copied = int(prefix.num_bytes * copy_share)
+        for portion in portions(of_these, copied, max_tokens=max_tokens, max_bytes=max_bytes):
             yield prefix, [members[k] for k in portion]
         del prefix

@@ -11,8 +11,6 @@ Import it only where triton is (on CUDA); tests run it on the CPU too, in Triton
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton  # pyright: ignore[reportMissingImports]  (no part of a CPU's environment)
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -23,12 +21,14 @@ from secondnature.weights.rounding import RandomWords, chunk_rows
 
 __all__ = ["add_dense_", "add_factored_", "fits", "fits_dense"]
 
-_TILES = {"TILE_A": 64, "TILE_B": 64, "TILE_S": 32}
+_FEW_TOKENS = {"TILE_A": 32, "TILE_B": 64, "TILE_S": 32}
+_MANY_TOKENS = {"TILE_A": 64, "TILE_B": 64, "TILE_S": 64}
+"""Fastest of those tried on an H100 (benchmarks/gpu.py) for 64 and for 512 tokens."""
 _TILE = 1024
 
 
 @triton.jit
-def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
+def _philox_block(counter: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
     """Block number `counter` of numpy's stream: four 64-bit words. numpy counts before it draws."""
     c0 = counter + 1
     c1 = c0 * 0
@@ -36,8 +36,8 @@ def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
     c3 = c0 * 0
     m0 = c0 * 0 + 0xD2E7470EE14C6C93
     m1 = c0 * 0 + 0xCA5A826395121157
-    k0 = c0 * 0 + key0
-    k1 = c0 * 0 + key1
+    k0 = c0 * 0 + key0.to(tl.uint64)
+    k1 = c0 * 0 + key1.to(tl.uint64)
     w0 = c0 * 0 + 0x9E3779B97F4A7C15
     w1 = c0 * 0 + 0xBB67AE8584CAA73B
     for _ in tl.static_range(10):
@@ -55,7 +55,9 @@ def _philox_block(counter: Any, key0: Any, key1: Any) -> Any:
 
 
 @triton.jit
-def _lanes(w0: Any, w1: Any, w2: Any, w3: Any, TILE_A: tl.constexpr, TILE_B: tl.constexpr) -> Any:
+def _lanes(
+    w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, TILE_A: tl.constexpr, TILE_B: tl.constexpr
+) -> tl.tensor:
     """(TILE_A, TILE_B) random 16-bit numbers from the blocks (TILE_A, TILE_B / 16) of those elements."""
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (TILE_A, TILE_B // 4))
     lane0 = words & 0xFFFF
@@ -66,7 +68,15 @@ def _lanes(w0: Any, w1: Any, w2: Any, w3: Any, TILE_A: tl.constexpr, TILE_B: tl.
 
 
 @triton.jit
-def _round_into(place: Any, old: Any, change: Any, own: Any, shared: Any, inside: Any, bad: Any) -> None:
+def _round_into(
+    place: tl.tensor,
+    old: tl.tensor,
+    change: tl.tensor,
+    own: tl.tensor,
+    shared: tl.tensor,
+    inside: tl.tensor,
+    bad: tl.tensor,
+) -> None:
     """Store old + change, rounded by the random bits; `shared` broadcasts over `own`. Marks `bad` on overflow."""
     noise = ((own << 29) | (shared >> 35)).to(tl.int64)
     exact = old.to(tl.float64) + change.to(tl.float64)
@@ -79,20 +89,21 @@ def _round_into(place: Any, old: Any, change: Any, own: Any, shared: Any, inside
     tl.store(bad, 1, mask=worst > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key0", "key1"])
 def _add_factored(
-    weight: Any,
-    left: Any,
-    right: Any,
-    scale: Any,
-    keys: Any,
-    bad: Any,
-    num_rows: Any,
-    num_columns: Any,
-    num_tokens: Any,
-    decay: Any,
-    rows_per_chunk: Any,
-    blocks_per_chunk: Any,
+    weight: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    scale: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+    bad: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    num_tokens: tl.tensor,
+    decay: tl.tensor,
+    rows_per_chunk: tl.tensor,
+    blocks_per_chunk: tl.tensor,
     SCALED_ROWS: tl.constexpr,
     WIDENED: tl.constexpr,
     TILE_A: tl.constexpr,
@@ -128,8 +139,6 @@ def _add_factored(
     old = tl.load(place, mask=inside, other=0.0)
     change -= old.to(tl.float32) * decay
 
-    key0 = tl.load(keys)
-    key1 = tl.load(keys + 1)
     first = (a // rows_per_chunk) * blocks_per_chunk
     shared, _, _, _ = _philox_block(first.to(tl.uint64), key0, key1)
     sixteen = tl.program_id(1).to(tl.int64) * (TILE_B // 16) + tl.arange(0, TILE_B // 16)
@@ -139,16 +148,17 @@ def _add_factored(
     _round_into(place, old, change, own, shared[:, None], inside, bad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key0", "key1"])
 def _add_dense(
-    weight: Any,
-    change_of: Any,
-    keys: Any,
-    bad: Any,
-    numel: Any,
-    decay: Any,
-    chunk: Any,
-    blocks_per_chunk: Any,
+    weight: tl.tensor,
+    change_of: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+    bad: tl.tensor,
+    numel: tl.tensor,
+    decay: tl.tensor,
+    chunk: tl.tensor,
+    blocks_per_chunk: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
     """TILE neighbouring elements, as one row per block of the generator."""
@@ -158,8 +168,6 @@ def _add_dense(
     place = weight + element
     old = tl.load(place, mask=inside, other=0.0)
     change = tl.load(change_of + element, mask=inside, other=0.0) - old.to(tl.float32) * decay
-    key0 = tl.load(keys)
-    key1 = tl.load(keys + 1)
     first = (group * 16 // chunk) * blocks_per_chunk
     shared, _, _, _ = _philox_block(first.to(tl.uint64), key0, key1)
     inner = first + 1 + (group * 16 % chunk) // 16
@@ -179,10 +187,10 @@ def fits(target: Tensor) -> bool:
 
 
 def fits_dense(target: Tensor) -> bool:
-    """Whether `add_dense_` takes this tensor: contiguous bf16, chunks in sixteens."""
+    """Whether `add_dense_` takes this tensor: contiguous bf16, elements and chunks in sixteens."""
     columns = target.shape[1] if target.ndim == 2 else 1
     whole = target.dtype is torch.bfloat16 and target.is_contiguous()
-    return whole and chunk_rows(columns) * columns % 16 == 0
+    return whole and target.numel() % 16 == 0 and chunk_rows(columns) * columns % 16 == 0
 
 
 def add_factored_(
@@ -209,14 +217,17 @@ def add_factored_(
     num_rows, num_columns = target.shape
     rows = chunk_rows(num_columns)
     blocks = 1 + -(-min(num_rows, rows) * num_columns // 16)
-    keys, bad = _keys_and_mark(target, seed, name, step)
-    grid = (triton.cdiv(num_rows, _TILES["TILE_A"]), triton.cdiv(num_columns, _TILES["TILE_B"]))
+    key0, key1 = _keys(seed, name, step)
+    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
+    tiles = _FEW_TOKENS if len(left_SA) <= 128 else _MANY_TOKENS
+    grid = (triton.cdiv(num_rows, tiles["TILE_A"]), triton.cdiv(num_columns, tiles["TILE_B"]))
     _add_factored[grid](  # pyright: ignore[reportIndexIssue]
         target,
         left_SA.contiguous(),
         right_SB.contiguous(),
         scale.float().contiguous(),
-        keys,
+        key0,
+        key1,
         bad,
         num_rows,
         num_columns,
@@ -226,7 +237,7 @@ def add_factored_(
         blocks,
         SCALED_ROWS=num_rows > num_columns,
         WIDENED=not target.is_cuda,  # the interpreter multiplies bf16 by its bits
-        **_TILES,
+        **tiles,
     )
     _check(bad, name)
 
@@ -241,17 +252,18 @@ def add_dense_(target: Tensor, change: Tensor, *, decay: float, seed: int, name:
     columns = target.shape[1] if target.ndim == 2 else 1
     chunk, numel = chunk_rows(columns) * columns, target.numel()
     blocks = 1 + -(-min(numel, chunk) // 16)
-    keys, bad = _keys_and_mark(target, seed, name, step)
+    key0, key1 = _keys(seed, name, step)
+    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
     _add_dense[(triton.cdiv(numel, _TILE),)](  # pyright: ignore[reportIndexIssue]
-        target, change.float().contiguous(), keys, bad, numel, decay, chunk, blocks, TILE=_TILE
+        target, change.float().contiguous(), key0, key1, bad, numel, decay, chunk, blocks, TILE=_TILE
     )
     _check(bad, name)
 
 
-def _keys_and_mark(target: Tensor, seed: int, name: str, step: int) -> tuple[Tensor, Tensor]:
-    key = RandomWords("round", seed, name, step).key
-    keys = torch.tensor(key, dtype=torch.uint64).to(target.device)
-    return keys, torch.zeros(1, dtype=torch.int32, device=target.device)
+def _keys(seed: int, name: str, step: int) -> tuple[int, int]:
+    """The generator's key as signed 64-bit numbers: a kernel takes no others as plain arguments."""
+    first, second = (k - (1 << 64) if k >> 63 else k for k in RandomWords("round", seed, name, step).key)
+    return first, second
 
 
 def _check(bad: Tensor, name: str) -> None:

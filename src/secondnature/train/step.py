@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secondnature.errors import NonFinite
 from secondnature.model.gradients import GradientSink
+from secondnature.model.recompute import recomputed
 from secondnature.model.upcast import collect
 from secondnature.records import Example
 from secondnature.train.anchors import HELD, Anchor, drifts
@@ -72,6 +73,7 @@ def train_step(
     anchor_weight: float = 1.0,
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
+    recompute: bool = False,
 ) -> StepResult:
     """One step on a batch: the weighted mean of the examples' losses, its gradient, one write.
 
@@ -80,7 +82,8 @@ def train_step(
     Examples without a rejected answer are SFT in every objective. `references`: for DPO and DPOP, from
     `references()` before the first step. `learned_loss` 0 switches the passing-over off. `max_tokens` of answers go
     through one forward, `max_bytes` of frozen contexts are kept at a time (see `forest`); both bound the memory
-    and leave the result as it is, to rounding.
+    and leave the result as it is, to rounding. `recompute` keeps the layers' inputs instead of all activations, for
+    one more forward of the answers; the result is the same.
 
     Raises:
         BadExample, ContextOverflow: an example does not fit the model.
@@ -109,9 +112,13 @@ def train_step(
             weighted[i] = loss * (batch[i].weight / total_weight)
         return weighted
 
-    with collect(model, factored=optimizer.factored) as gradients:
+    with contextlib.ExitStack() as stack:
+        gradients = stack.enter_context(collect(model, factored=optimizer.factored))
+        copy_share = 1 / stack.enter_context(recomputed(model)) if recompute else 1.0
         contexts = [e.context_ids for e in batch]
-        for prefix, chosen in forwards(model, contexts, answers, max_tokens=max_tokens, max_bytes=max_bytes):
+        for prefix, chosen in forwards(
+            model, contexts, answers, max_tokens=max_tokens, max_bytes=max_bytes, copy_share=copy_share
+        ):
             weighted = score(prefix, chosen)
             taught = [i for i in chosen if losses[i] >= learned_loss]
             num_learned += len(chosen) - len(taught)

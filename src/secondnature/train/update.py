@@ -15,6 +15,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -280,11 +281,16 @@ def write_(
     return writer.written - intended if total is not None else 0.0
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _in_one_kernel(
     target: Tensor, update: Update, *, lr: float, decay: float, seed: int, name: str, step: int
 ) -> bool:
     """Do the update on a GPU in one kernel, where there is one for it; whether it was done."""
-    if not (target.is_cuda and importlib.util.find_spec("triton")):
+    if not (target.is_cuda and _has_triton()):
         return False
     from secondnature.train import kernels  # needs triton
 
