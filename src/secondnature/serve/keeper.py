@@ -270,9 +270,7 @@ class Keeper:
             "state": "running",
             "parent": parent,
             "started_at": utc_now(),
-            "optimizer_before": head.optimizer_after
-            if head is not None
-            else None,  # not what it was when queued
+            "optimizer_before": head.optimizer_after if head else None,  # now, not when it was queued
         }
         job.lesson = self.log.save(job.lesson.model_copy(update=begun))
         self._clock.begin(job.lesson.number)
@@ -475,7 +473,6 @@ class Keeper:
             (c.behaviour for c in plan.corrections if c.behaviour), None
         )
         retries = self.log.num_tries([c.digest() for c in plan.corrections])
-        head = self.log.head()
         lesson = self.log.create(
             "train",
             behaviour or "lesson",
@@ -483,7 +480,6 @@ class Keeper:
             note=request.lesson.note,
             cause=plan.cause(retries),
             settings=plan.settings(),
-            optimizer_before=head.optimizer_after if head is not None else None,
         )
         if plan.corrections:
             storage.write_text(self.log.directory(lesson) / "corrections.jsonl", to_jsonl(plan.corrections))
