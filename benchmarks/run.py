@@ -30,7 +30,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"  # the profiler is talkative
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("serving", "engine", "step", "rounding", "undo", "memory")
+NAMES = ("serving", "engine", "step", "rounding", "undo", "memory", "projections", "flatness")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
