@@ -119,7 +119,13 @@ def mini_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def descend_to(
-    subject: Subject, rows: Rows, step: Callable[[Vector], object], target: float, *, seed: int, max_steps: int
+    subject: Subject,
+    rows: Rows,
+    step: Callable[[Vector], object],
+    target: float,
+    *,
+    seed: int,
+    max_steps: int,
 ) -> int:
     """Train from the start until the loss on all rows is `target`; how many steps it took.
 

@@ -19,7 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM, HEAD = 48.0, 14.0, 24.0, 40.0, 30.0
 COLOURS = ("#1b5e9e", "#c05000", "#2a8a3a", "#7a3e9d")
 DASHES = ("", "6 3", "2 2", "8 2 2 2")
 STYLE = """<style>
-text{font:11px sans-serif;fill:#333}text.head{font-weight:bold}line.grid{stroke:#e2e2e2}line.mark{stroke:#999;stroke-dasharray:2 3}
+text{font:11px sans-serif;fill:#333}text.head{font-weight:bold}line.grid{stroke:#e2e2e2}
+line.mark{stroke:#999;stroke-dasharray:2 3}
 polyline{fill:none;stroke-width:1.8}polygon{opacity:.15}
 </style>"""
 
@@ -34,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. `top`: where the y axis ends (what is higher leaves the plot); `names`: x positions with their text."""
+    """One plot. `top`: where the y axis ends (what is higher leaves it); `names`: x positions with their text."""
 
     title: str
     x_label: str
@@ -46,7 +47,9 @@ class Panel:
     names: dict[float, str] = field(default_factory=dict[float, str])
 
 
-def draw(panels: Sequence[Panel], legend: Sequence[str], *, key: str, title: str, text: str, columns: int = 2) -> str:
+def draw(
+    panels: Sequence[Panel], legend: Sequence[str], *, key: str, title: str, text: str, columns: int = 2
+) -> str:
     """An SVG file with the panels in rows of `columns`; the legend names the looks, in their order."""
     rows = math.ceil(len(panels) / columns)
     width, height = columns * PANEL_WIDTH, HEAD + rows * PANEL_HEIGHT
@@ -68,7 +71,7 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
     xs = [p[0] for line in panel.lines for p in line.points]
     ys = [y for line in panel.lines for p in line.points for y in p[1:]]
     x_low, x_high = min(xs), max(xs)
-    y_ticks = [t for t in ticks(min(0.0, *ys), min(panel.top or math.inf, max(ys)), 5)]
+    y_ticks = ticks(min(0.0, *ys), min(panel.top or math.inf, max(ys)), 5)
     y_low, y_high = y_ticks[0], y_ticks[-1]
     x0, x1, y0, y1 = left + LEFT, left + PANEL_WIDTH - RIGHT, top + PANEL_HEIGHT - BOTTOM, top + TOP
 
@@ -82,10 +85,14 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
     for t in y_ticks:
         parts.append(f'<line class="grid" x1="{x0:g}" y1="{py(t):.1f}" x2="{x1:g}" y2="{py(t):.1f}"/>')
         parts.append(label(x0 - 6, py(t) + 4, f"{t:g}".replace("-", "−"), "tick", "end"))
-    names = panel.names or {t: f"{t:g}".replace("-", "−") for t in ticks(x_low, x_high, 6) if x_low <= t <= x_high}
+    names = panel.names or {
+        t: f"{t:g}".replace("-", "−") for t in ticks(x_low, x_high, 6) if x_low <= t <= x_high
+    }
     parts.extend(label(px(t), y0 + 16, name) for t, name in names.items())
     if panel.mark is not None:
-        parts.append(f'<line class="mark" x1="{px(panel.mark):.1f}" y1="{y1:g}" x2="{px(panel.mark):.1f}" y2="{y0:g}"/>')
+        parts.append(
+            f'<line class="mark" x1="{px(panel.mark):.1f}" y1="{y1:g}" x2="{px(panel.mark):.1f}" y2="{y0:g}"/>'
+        )
     parts.append(label((x0 + x1) / 2, y0 + 32, panel.x_label))
     middle = (y0 + y1) / 2
     parts.append(
@@ -93,8 +100,8 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         f'text-anchor="middle">{escape(panel.y_label)}</text>'
     )
     parts.append(
-        f'<clipPath id="{key}"><rect x="{x0:g}" y="{y1 - 3:g}" width="{x1 - x0:g}" height="{y0 - y1 + 6:g}"/></clipPath>'
-        f'<g clip-path="url(#{key})">'
+        f'<clipPath id="{key}"><rect x="{x0 - 3:g}" y="{y1 - 3:g}" width="{x1 - x0 + 6:g}" '
+        f'height="{y0 - y1 + 6:g}"/></clipPath><g clip-path="url(#{key})">'
     )
     for line in panel.lines:
         ring = [(p[0], p[3]) for p in line.points] + [(p[0], p[2]) for p in reversed(line.points)]

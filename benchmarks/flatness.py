@@ -1,10 +1,10 @@
 """Is what APOLLO finds flatter than what AdamW finds? The loss around both, at the same training loss.
 
-Sixteen corrections are taught by APOLLO (rank 16), APOLLO-Mini (rank 1), Adam with the same floors as ours (all that
-differs from APOLLO is the projection) and torch's AdamW, each from the same weights at the same learning rate, down
-to the same loss. Then the loss on the corrections and on other requests is measured along random directions, each
-row of a matrix as long as that row of the weights (Li et al. 2018, arXiv 1712.09913), the same directions for all;
-and along the optimizer's own update, backwards (-1 is the start) and beyond. Curvature: the second difference.
+Sixteen corrections are taught by APOLLO (rank 16), APOLLO-Mini (rank 1), Adam with the same floors as ours (only
+the projection tells it from APOLLO) and torch's AdamW, each from the same weights at the same learning rate, to the
+same loss. Then the loss on the corrections and on other requests is measured along random directions, each row of a
+matrix as long as that row of the weights (Li et al. 2018, arXiv 1712.09913), the same directions for all; and along
+the optimizer's own update, backwards (-1 is the start) and beyond. Curvature: the second difference.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from secondnature.records import OptimizerSettings
 from secondnature.train.apollo import Apollo
 
 LR = 1e-4
-"""Of all: APOLLO's updates are as long as Adam's by construction. A third of what the embedded model's card says, so
-that the way down takes more than a few steps."""
+"""Of all: APOLLO's updates are as long as Adam's by construction. A third of what the embedded model's card says,
+so that the way down takes more than a few steps."""
 RANK = 16
 ARMS = ("apollo", "mini", "adam_floored", "adamw")
 RANDOM_ALPHAS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)
@@ -49,7 +49,7 @@ def _stepper(subject: Subject, arm: str, seed: int) -> Callable[[Vector], object
     settings = OptimizerSettings(lr=LR, rank=1 if arm == "mini" else RANK)
     optimizer = Apollo(subject.model, settings, seed=seed, track=False)
     if arm == "adam_floored":
-        optimizer.rules = {n: "adam" if rule == "apollo" else rule for n, rule in optimizer.rules.items()}
+        optimizer.rules |= dict.fromkeys(optimizer.factored, "adam")
     return optimizer.step
 
 

@@ -1,9 +1,9 @@
 """What APOLLO loses by projecting with signs where the paper has Gaussians: the scales, and where training ends.
 
-A channel's scale s_j = ||Adam step of the projection|| / ||projection|| stands for the full-rank one. Ten gradients in
-a row, of the embedded model's matrices on real corrections, and random ones of low rank, are projected by both kinds,
-many seeds each; measured is alpha * s_j over the exact scale after the tenth. At rank 1 there is one scale per
-matrix. Then the same corrections are trained on with both kinds, seed by seed.
+A channel's scale s_j = ||Adam step of the projection|| / ||projection|| stands for the full-rank one. Ten gradients
+in a row, of the embedded model's matrices on real corrections, and random ones of low rank, are projected by both
+kinds, many seeds each; measured is alpha * s_j over the exact scale after the tenth. At rank 1 there is one scale
+per matrix. Then the same corrections are trained on with both kinds, seed by seed.
 """
 
 from __future__ import annotations
