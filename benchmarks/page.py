@@ -299,7 +299,8 @@ def _projections(found: dict[str, Any]) -> list[str]:
         "([why](decisions/signs-instead-of-gaussians.md)). Both are compared with full-rank Adam: the error of the "
         f"scales after {found['gradients']} gradients, mean over the channels (rank 1: the matrix), median of "
         f"{first['seeds']} seeds; in brackets the ratio to the exact scale, its 5 % and 95 % quantiles. "
-        "Difference: signs minus Gaussians in percentage points, with its 95 % interval over the seeds.",
+        "Difference: signs minus Gaussians in percentage points, with its 95 % interval over the seeds. "
+        "At rank 1 a projection may come out near zero, so that single errors are huge.",
         "",
         *_table(["gradients", "signs", "Gaussians", "difference"], rows),
         "",
