@@ -15,7 +15,7 @@ from markupsafe import escape
 from secondnature.report.svg import label, picture, ticks
 
 PANEL_WIDTH, PANEL_HEIGHT = 370.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM, HEAD = 48.0, 14.0, 24.0, 40.0, 30.0
+LEFT, RIGHT, TOP, BOTTOM, HEAD = 62.0, 16.0, 24.0, 40.0, 30.0
 COLOURS = ("#1b5e9e", "#c05000", "#2a8a3a", "#7a3e9d")
 DASHES = ("", "6 3", "2 2", "8 2 2 2")
 STYLE = """<style>

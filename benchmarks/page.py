@@ -349,6 +349,8 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         "![Loss along random directions and along the own update](figures/flatness.svg)",
         "",
         *(_verdict(arms, key, where) for key, where in VERDICTS),
+        "",
+        "What follows from it is in [a decision](decisions/apollo-for-memory-not-flatness.md).",
     ]
 
 
@@ -428,7 +430,10 @@ def _flatness_figure(found: dict[str, Any]) -> str:
                 Line(look, _through_zero(found[f"{where}_alphas"], arms[arm], f"{on}_{where}", f"{on}_loss"))
                 for look, arm in enumerate(ARMS)
             ]
-            panels.append(Panel(f"Along {along}: {name}", x_label, "loss, nats per token", lines, mark=0.0))
+            top = 4 * max(p[1] for line in lines for p in line.points)
+            panels.append(
+                Panel(f"Along {along}: {name}", x_label, "loss, nats per token", lines, top, mark=0.0)
+            )
     figures = [
         f"{name}: curvature {arms[arm]['figures']['taught_random_curvature']['median']:.3g} in random directions, "
         f"{arms[arm]['figures']['taught_own_curvature']['median']:.3g} along its own update"
