@@ -99,7 +99,7 @@ class Subject:
         for p in read_jsonl(LISTENING / "probes.jsonl", Probe):
             if (p.behaviour, p.side) == ("listening", "right") and p.margin is not None:
                 found.append(self.encode(p.prompt, p.margin[0]))
-        return [r for r in found if len(r[0]) + len(r[1]) <= MAX_TOKENS]
+        return _short(found)
 
     def others(self) -> list[Row]:
         """Requests of other kinds with the answers that the model should go on giving."""
@@ -107,7 +107,14 @@ class Subject:
         for c in read_jsonl(LISTENING / "replay.jsonl", Correction):
             assert c.chosen is not None
             found.append(self.encode(c.prompt, c.chosen[0].content))
-        return [r for r in found if len(r[0]) + len(r[1]) <= MAX_TOKENS]
+        return _short(found)
+
+
+def _short(rows: list[Row]) -> list[Row]:
+    """The rows that are short enough; at least the shortest 48, where the tokenizer makes all of them long."""
+    lengths = [len(context) + len(answer) for context, answer in rows]
+    limit = max(MAX_TOKENS, sorted(lengths)[:48][-1])
+    return [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
 
 
 def mini_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:

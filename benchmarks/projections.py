@@ -24,7 +24,7 @@ from torch import Tensor
 from secondnature.embedded.delta_rule import one_chunk_training
 from secondnature.records import OptimizerSettings
 from secondnature.train import update
-from secondnature.train.apollo import Apollo
+from secondnature.train.apollo import Apollo, highest_rank
 
 RANKS = (1, 8, 16, 64)
 TRAINED_RANKS = (1, 16)
@@ -77,13 +77,13 @@ def _ratios(
     return found
 
 
-def _real(subject: Subject, rows: Rows, count: int) -> dict[str, list[Tensor]]:
-    """Gradients (M, N), M <= N, of one matrix of each kind along a descent with full-rank steps."""
+def _real(subject: Subject, rows: Rows, count: int, rank: int) -> dict[str, list[Tensor]]:
+    """Gradients (M, N), rank < M <= N, of one matrix of each kind along a descent by APOLLO."""
     subject.set(subject.start)
     optimizer = Apollo(subject.model, OptimizerSettings(lr=LR), track=False)
     kinds: dict[str, str] = {}  # one of each: the last layer that has it
     for name, rule in optimizer.rules.items():
-        if rule == "apollo" and min(optimizer.parameters[name].shape) > max(RANKS):
+        if rule == "apollo" and min(optimizer.parameters[name].shape) > rank:
             kinds[".".join(name.split(".")[-3:])] = name
     found: dict[str, list[Tensor]] = {name: [] for name in kinds.values()}
     batches = mini_batches(len(rows.ids), 3, 0)
@@ -168,10 +168,11 @@ def measure(settings: Settings) -> dict[str, Any]:
     with one_chunk_training():
         subject.set(subject.start)
         start = subject.loss(rows)
-        real = _real(subject, rows, count)
+        ranks = [r for r in RANKS if r <= highest_rank(subject.model)]
+        real = _real(subject, rows, count, max(ranks))
         found: dict[str, Any] = {"gradients": count, "lr": LR, "start_loss": start, "rows": {}}
         for name, matrices in (("real", real), ("random", _random(count, 1 if settings.quick else 4))):
-            found["rows"][name] = [_compare(matrices, rank, num_seeds) for rank in RANKS] if matrices else []
+            found["rows"][name] = [_compare(matrices, rank, num_seeds) for rank in ranks]
             say(f"{name}: {len(matrices)} matrices compared")
         steps, repeats = (2, 2) if settings.quick else (10, 10)
         found["steps"] = steps
