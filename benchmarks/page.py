@@ -333,7 +333,6 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         ("curvature, random directions, other requests", "others_random_curvature", "{:.2g}".format),
         ("curvature, own update, corrections", "taught_own_curvature", "{:.3g}".format),
         ("the same per squared length", "taught_own_curvature_per_length", "{:.3g}".format),
-        ("curvature, own update, other requests", "others_own_curvature", "{:.2g}".format),
     ]
     rows = [[name, *(_both(arms[a]["figures"][key], form) for a in ARMS)] for name, key, form in kinds]
     return [
@@ -342,15 +341,13 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         f"projection, torch's AdamW; fp32, no weight decay), {found['seeds']} seeds. Around where each ends, the "
         f"loss along {found['num_directions']} random directions (rows as long as the weights', the same for all) "
         "and along its own update: -1 is the start, 0 the end, 1 as far again. Curvature is the second difference, "
-        "medians and extremes over the seeds.",
+        "medians and extremes over the seeds. What follows is [a decision](decisions/apollo-for-memory-not-flatness.md).",
         "",
         *_table(["", *ARMS.values()], rows),
         "",
         "![Loss along random directions and along the own update](figures/flatness.svg)",
         "",
         *(_verdict(arms, key, where) for key, where in VERDICTS),
-        "",
-        "What follows from it is in [a decision](decisions/apollo-for-memory-not-flatness.md).",
     ]
 
 
@@ -358,7 +355,6 @@ VERDICTS = (
     ("taught_random_curvature", "Along random directions, on the corrections"),
     ("others_random_curvature", "Along random directions, on other requests"),
     ("taught_own_curvature_per_length", "Along the own update, on the corrections, per squared length"),
-    ("others_own_curvature_per_length", "Along the own update, on other requests, per squared length"),
 )
 
 
