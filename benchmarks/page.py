@@ -341,7 +341,8 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         f"projection, torch's AdamW; fp32, no weight decay), {found['seeds']} seeds. Around where each ends, the "
         f"loss along {found['num_directions']} random directions (rows as long as the weights', the same for all) "
         "and along its own update: -1 is the start, 0 the end, 1 as far again. Curvature is the second difference, "
-        "medians and extremes over the seeds. What follows is [a decision](decisions/apollo-for-memory-not-flatness.md).",
+        "medians and extremes over the seeds. What follows: "
+        "[chosen for memory, not for flatness](decisions/apollo-for-memory-not-flatness.md).",
         "",
         *_table(["", *ARMS.values()], rows),
         "",
