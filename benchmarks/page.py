@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from figures import Line, Panel, draw
 
 Spread = dict[str, float]
 Format = Callable[[float], str]
@@ -265,6 +268,191 @@ def _memory(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+ARMS = {
+    "apollo": "APOLLO",
+    "mini": "APOLLO-Mini",
+    "adam_floored": "Adam, our floors",
+    "adamw": "AdamW",
+}
+
+
+def _projections(found: dict[str, Any]) -> list[str]:
+    rows: list[list[str]] = []
+    for kind, name in (("real", "corrections"), ("random", "random, rank 4")):
+        for row in found["rows"][kind]:
+            cells = [
+                f"{_percent(row[k]['error']['median'])} ({row[k]['q05']:.2f} to {row[k]['q95']:.2f})"
+                for k in ("signs", "gaussians")
+            ]
+            rows.append([f"{name}, rank {row['rank']}", *cells, _interval(row["difference"], _points)])
+    second = [
+        [
+            str(row["rank"]),
+            *(_both(row["losses"][k], "{:.3g}".format) for k in ("signs", "gaussians")),
+            _interval(row["ratio"], _times),
+        ]
+        for row in found["trained"]
+    ]
+    first = found["rows"]["real"][0]
+    return [
+        "APOLLO's paper projects with Gaussians, this one with signs "
+        "([why](decisions/signs-instead-of-gaussians.md)). Both are compared with full-rank Adam: the error of the "
+        f"scales after {found['gradients']} gradients, mean over the channels (rank 1: the matrix), median of "
+        f"{first['seeds']} seeds; in brackets the ratio to the exact scale, its 5 % and 95 % quantiles. "
+        "Difference: signs minus Gaussians in percentage points, with its 95 % interval over the seeds. "
+        "At rank 1 a projection may come out near zero, so that single errors are huge.",
+        "",
+        *_table(["gradients", "signs", "Gaussians", "difference"], rows),
+        "",
+        "![Error of the scales over the rank, signs and Gaussians](figures/projections.svg)",
+        "",
+        f"The loss on six corrections after {found['steps']} steps at lr {found['lr']:g}, from "
+        f"{found['start_loss']:.3g}, by both kinds, {found['trained'][0]['ratio']['n']} seeds; the ratio is the "
+        "geometric mean over the seeds with its 95 % interval.",
+        "",
+        *_table(["rank", "signs", "Gaussians", "signs over Gaussians"], second),
+    ]
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.2f}"
+
+
+def _interval(found: dict[str, float], form: Format) -> str:
+    return f"{form(found['mean'])} ({form(found['low'])} to {form(found['high'])})"
+
+
+def _flatness(found: dict[str, Any]) -> list[str]:
+    arms = found["arms"]
+    kinds: list[tuple[str, str, Format]] = [
+        ("steps", "steps", "{:.0f}".format),
+        ("distance from the start", "distance", "{:.3g}".format),
+        ("KL to the start on other requests", "kl", "{:.2g}".format),
+        ("loss on directions that were not taught", "untaught_loss", "{:.2g}".format),
+        ("curvature, random directions, corrections", "taught_random_curvature", "{:.3g}".format),
+        ("curvature, random directions, other requests", "others_random_curvature", "{:.2g}".format),
+        ("curvature, own update, corrections", "taught_own_curvature", "{:.3g}".format),
+        ("the same per squared length", "taught_own_curvature_per_length", "{:.3g}".format),
+    ]
+    rows = [[name, *(_both(arms[a]["figures"][key], form) for a in ARMS)] for name, key, form in kinds]
+    return [
+        f"{found['num_taught']} corrections are taught down to a twentieth of their loss by four optimizers at lr "
+        f"{found['lr']:g} (APOLLO with rank {found['rank']}, APOLLO-Mini with 1, Adam with APOLLO's floors but no "
+        f"projection, torch's AdamW; fp32, no weight decay), {found['seeds']} seeds. Around where each ends, the "
+        f"loss along {found['num_directions']} random directions (rows as long as the weights', the same for all) "
+        "and along its own update: -1 is the start, 0 the end, 1 as far again. Curvature is the second difference, "
+        "medians and extremes over the seeds. What follows: "
+        "[chosen for memory, not for flatness](decisions/apollo-for-memory-not-flatness.md).",
+        "",
+        *_table(["", *ARMS.values()], rows),
+        "",
+        "![Loss along random directions and along the own update](figures/flatness.svg)",
+        "",
+        *(_verdict(arms, key, where) for key, where in VERDICTS),
+    ]
+
+
+VERDICTS = (
+    ("taught_random_curvature", "Along random directions, on the corrections"),
+    ("others_random_curvature", "Along random directions, on other requests"),
+    ("taught_own_curvature_per_length", "Along the own update, on the corrections, per squared length"),
+)
+
+
+def _verdict(arms: dict[str, Any], key: str, where: str) -> str:
+    """AdamW's figure over APOLLO's, seed by seed, and what that says: only what holds for every seed."""
+    said: list[str] = []
+    for arm in ("adamw", "adam_floored", "mini"):
+        found = arms[arm]["ratio_to_apollo"][key]
+        if found["low"] > 1:
+            verdict = "APOLLO ended flatter with every seed"
+        elif found["high"] < 1:
+            verdict = "APOLLO ended **sharper** with every seed"
+        else:
+            verdict = "the seeds disagree"
+        said.append(f"{ARMS[arm]} over APOLLO {_both(found, _times)}: {verdict}")
+    return f"- {where}: {'; '.join(said)}."
+
+
+def figures(results: dict[str, Any]) -> dict[str, str]:
+    """The page's charts, by the name of their file."""
+    drawn: dict[str, str] = {}
+    if "projections" in results:
+        drawn["projections.svg"] = _projections_figure(results["projections"]["measured"])
+    if "flatness" in results:
+        drawn["flatness.svg"] = _flatness_figure(results["flatness"]["measured"])
+    return drawn
+
+
+def _projections_figure(found: dict[str, Any]) -> str:
+    panels: list[Panel] = []
+    for kind, title in (("real", "Gradients of corrections"), ("random", "Random gradients of rank 4")):
+        rows = [r for r in found["rows"][kind] if r["rank"] > 1] or found["rows"][kind]
+        lines = [
+            Line(
+                look,
+                [
+                    (math.log2(r["rank"]), *(100 * r[k]["error"][part] for part in ("median", "low", "high")))
+                    for r in rows
+                ],
+            )
+            for look, k in enumerate(("signs", "gaussians"))
+        ]
+        names = {math.log2(r["rank"]): str(r["rank"]) for r in rows}
+        panels.append(Panel(title, "rank", "mean error of the scales, %", lines, names=names))
+    text = "; ".join(
+        f"{kind}, rank {r['rank']}: {100 * r['signs']['error']['median']:.3g} % signs, "
+        f"{100 * r['gaussians']['error']['median']:.3g} % Gaussians"
+        for kind in ("real", "random")
+        for r in found["rows"][kind]
+    )
+    return draw(
+        panels,
+        ["signs (median, extremes)", "Gaussians"],
+        key="projections",
+        title="Error of the scales",
+        text=text,
+    )
+
+
+def _flatness_figure(found: dict[str, Any]) -> str:
+    arms = found["arms"]
+    panels: list[Panel] = []
+    for where, along, x_label in (
+        ("random", "random directions", "share of the weights' norm"),
+        ("own", "the own update", "−1: the start, 0: the end"),
+    ):
+        for on, name in (("taught", "corrections"), ("others", "other requests")):
+            lines = [
+                Line(look, _through_zero(found[f"{where}_alphas"], arms[arm], f"{on}_{where}", f"{on}_loss"))
+                for look, arm in enumerate(ARMS)
+            ]
+            top = 4 * max(p[1] for line in lines for p in line.points)
+            panels.append(
+                Panel(f"Along {along}: {name}", x_label, "loss, nats per token", lines, top, mark=0.0)
+            )
+    figures = [
+        f"{name}: curvature {arms[arm]['figures']['taught_random_curvature']['median']:.3g} in random directions, "
+        f"{arms[arm]['figures']['taught_own_curvature']['median']:.3g} along its own update"
+        for arm, name in ARMS.items()
+    ]
+    return draw(
+        panels,
+        list(ARMS.values()),
+        key="flatness",
+        title="Loss around what four optimizers found, at the same training loss",
+        text="On the corrections. " + "; ".join(figures),
+    )
+
+
+def _through_zero(
+    alphas: list[float], arm: dict[str, Any], curve: str, middle: str
+) -> list[tuple[float, float, float, float]]:
+    """The curve with its point at 0: (alpha, median, lowest, highest)."""
+    known = [*zip(alphas, arm["curves"][curve], strict=True), (0.0, arm["figures"][middle])]
+    return [(alpha, at["median"], at["low"], at["high"]) for alpha, at in sorted(known, key=lambda p: p[0])]
+
+
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("serving", "Serving while it learns", _serving),
     ("engine", "Generation", _engine),
@@ -272,6 +460,8 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("rounding", "Rounding, and the optimizer", _rounding),
     ("undo", "Undo", _undo),
     ("memory", "Copies of the weights", _memory),
+    ("projections", "Signs instead of Gaussians", _projections),
+    ("flatness", "Flatness", _flatness),
 ]
 
 

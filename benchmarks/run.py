@@ -30,7 +30,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"  # the profiler is talkative
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("serving", "engine", "step", "rounding", "undo", "memory")
+NAMES = ("serving", "engine", "step", "rounding", "undo", "memory", "projections", "flatness")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -118,7 +118,7 @@ def main() -> int:
         parser.error("--quick needs --output: its figures are not for the page")
     results_path = (options.output or ROOT / "benchmarks") / "results.json"
     page_path = (options.output or ROOT / "docs") / "benchmarks.md"
-    from page import render
+    from page import figures, render
 
     results: dict[str, Any] = json.loads(results_path.read_text()) if results_path.is_file() else {}
     if not options.render:
@@ -132,6 +132,9 @@ def main() -> int:
             results[name] = run(name, model, quick=options.quick)
             results_path.write_text(json.dumps(results, indent=1) + "\n")
     page_path.write_text(render(results))
+    for name, svg in figures(results).items():
+        (page_path.parent / "figures").mkdir(exist_ok=True)
+        (page_path.parent / "figures" / name).write_text(svg)
     print(f"{page_path}, {results_path}")
     served = results.get("serving", {}).get("measured")
     if served and (served["failed"] or served["stamped"] != served["requests"]):

@@ -476,6 +476,8 @@ def describe_errors(problems: Sequence[Any]) -> str:
     else:
         what = str(first["msg"]).removeprefix("Value error, ")
         what = f"{where}: {what}" if where else what
+        if isinstance(first.get("input"), bool | int | float):
+            what += f" (found {first['input']!r})"[:80]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return what + more
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -38,12 +39,15 @@ def results(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("bench")
     done = run("--quick", "--model", str(talker), "--output", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / "benchmarks.md").read_text().count("\n## ") == 6
+    assert (folder / "benchmarks.md").read_text().count("\n## ") == 8
     return json.loads((folder / "results.json").read_text())
 
 
 def test_every_benchmark_gives_finite_figures_and_its_circumstances(results: dict[str, Any]) -> None:
-    assert set(results) == {"serving", "engine", "step", "rounding", "undo", "memory"}
+    assert set(results) == {
+        *("serving", "engine", "step", "rounding", "undo", "memory"),
+        *("projections", "flatness"),
+    }
     for name, entry in results.items():
         assert all(map(math.isfinite, numbers(entry))), name
         assert {"date", "commit", "others_cpu", "machine", "model"} <= set(entry)
@@ -96,3 +100,14 @@ def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(committed.read_bytes())
     assert run("--render", "--output", str(tmp_path)).returncode == 0
     assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in ("projections.svg", "flatness.svg"):
+        assert (tmp_path / "figures" / name).read_text() == (ROOT / "docs" / "figures" / name).read_text()
+        ElementTree.parse(tmp_path / "figures" / name)
+
+
+def test_optimizers_end_at_the_same_loss(results: dict[str, Any]) -> None:
+    found = results["flatness"]["measured"]
+    for arm in found["arms"].values():
+        loss = arm["figures"]["taught_loss"]
+        assert loss["median"] == pytest.approx(found["target"]["median"], rel=0.02)
+        assert arm["figures"]["distance"]["low"] > 0

@@ -164,8 +164,11 @@ def test_the_correction_is_learned_and_forgotten_again(server: Running) -> None:
     assert server.say("Use tea.").startswith("Why not")
 
 
-def test_an_optimizer_of_another_rank_is_refused_by_name(server: Running) -> None:
-    """Found by the trainer; the lesson fails, and says why."""
+def test_what_only_the_trainer_can_find_fails_the_lesson_by_name(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the plan had let through a rank that fits no matrix."""
+    monkeypatch.setattr(server.parts.keeper._planner, "_highest_rank", 4096)
     before = server.state()
     lesson = server.lesson(teach(optimizer={"lr": 1e-3, "rank": 4096}))
     assert lesson.error is not None

@@ -15,6 +15,7 @@ from tiny_models import dense_config, gpt2_config, hybrid_config, in_arena, read
 from torch import Tensor, nn
 
 from secondnature.errors import BadCheckpoint, ConfigError, NonFinite
+from secondnature.model.gradients import Factors
 from secondnature.model.load import build
 from secondnature.records import OptimizerSettings
 from secondnature.train.apollo import Apollo
@@ -167,15 +168,38 @@ def test_growth_is_limited() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12])
 def test_an_empty_gradient_does_not_freeze_a_tensor(scale: float) -> None:
-    """One step without signal; a step later the update has at least a third of its former length."""
+    """Step 3 has no signal and makes no step; all later ones are at least two thirds as long as before."""
+    lengths = lengths_with(3, scale)
+    assert lengths[2] < 0.01 * lengths[1]
+    assert min(lengths[3:]) > 2 / 3 * lengths[1]
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("rank", [4, 1])
+def test_a_gradient_far_below_the_usual_takes_no_full_step(rank: int, form: str) -> None:
+    """The direction is the gradient's own and the length is the moments': momentum must not carry noise."""
+    lengths = lengths_with(6, 1e-4, rank=rank, factored=form == "factored")
+    assert lengths[5] < 0.05 * lengths[4]
+    assert min(lengths[6:]) > 0.8 * lengths[4], "the limiter takes the gated step for the usual length"
+
+
+def test_ordinary_gradients_pass_the_gate() -> None:
+    """A fall to a twentieth, as within a lesson that succeeds, is not held back."""
+    lengths = lengths_with(6, 0.05)
+    assert lengths[5] > 0.8 * lengths[4]
+
+
+def lengths_with(number: int, scale: float, *, rank: int = 4, factored: bool = False) -> list[float]:
+    """How far `wide` moves in each of 9 steps with one gradient, which is scaled in one of them (from 1)."""
     model = Layers()
-    optimizer = Apollo(model, settings())
-    lengths = []
-    for step in range(8):
+    optimizer = Apollo(model, settings(rank=rank))
+    lengths: list[float] = []
+    for step in range(1, 10):
         before = model.wide.detach().clone()
-        optimizer.step({"wide": gradients(model, 0, scale=scale if step == 4 else 1.0)["wide"]})
+        whole = gradients(model, 0, scale=scale if step == number else 1.0)["wide"]
+        optimizer.step({"wide": Factors(torch.eye(24), whole) if factored else whole})
         lengths.append((model.wide.detach() - before).norm().item())
-    assert lengths[5] > lengths[3] / 3
+    return lengths
 
 
 def test_a_gradient_of_zero_leaves_everything_as_it_is() -> None:

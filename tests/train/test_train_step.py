@@ -149,6 +149,28 @@ def test_learned_examples_give_no_gradient_and_no_write(hybrid: tuple[Arena, nn.
     assert train_step(model, optimizer, batch(), writing=arena.writing, learned_loss=some).num_learned == 1
 
 
+def test_an_example_that_is_learned_but_above_the_threshold_takes_a_small_step(
+    hybrid: tuple[Arena, nn.Module],
+) -> None:
+    """Ordinary steps, and one whose gradient is 1e-4 of theirs: no matrix moves a tenth as far."""
+    arena, model = hybrid
+    optimizer = Apollo(model, SETTINGS)
+    lengths: list[dict[str, float]] = []
+    norm = 0.0
+    for step in range(5):
+        before = {n: t.clone() for n, t in (optimizer.task_vector or {}).items()}
+        limit = 1e-4 * norm if step == 3 else None
+        norm = train_step(
+            model, optimizer, batch(), writing=arena.writing, max_grad_norm=limit, learned_loss=0
+        ).grad_norm
+        after = optimizer.task_vector or {}
+        lengths.append({n: float((t - before.get(n, 0.0)).norm()) for n, t in after.items()})
+    for name, rule in optimizer.rules.items():
+        if rule == "apollo":
+            assert lengths[3][name] < 0.1 * lengths[2][name], name
+            assert lengths[4][name] > 0.5 * lengths[2][name], name
+
+
 class Recording(Apollo):
     """The product's optimizer, which also keeps the gradients that it was given."""
 

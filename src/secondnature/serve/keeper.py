@@ -265,10 +265,14 @@ class Keeper:
 
     def _run(self, job: Job) -> None:
         """running -> on trial -> decided. Raises whatever ends it otherwise; the caller undoes."""
-        parent = self._clock.version
-        job.lesson = self.log.save(
-            job.lesson.model_copy(update={"state": "running", "parent": parent, "started_at": utc_now()})
-        )
+        parent, head = self._clock.version, self.log.head()
+        begun = {
+            "state": "running",
+            "parent": parent,
+            "started_at": utc_now(),
+            "optimizer_before": head.optimizer_after if head else None,  # now, not when it was queued
+        }
+        job.lesson = self.log.save(job.lesson.model_copy(update=begun))
         self._clock.begin(job.lesson.number)
         prompts = self._sample_prompts(job)
         job.phase = "measuring before"
@@ -308,7 +312,7 @@ class Keeper:
 
     def _train(self, job: Job, prompts: list[list[Message]], answers: list[str]) -> wire.Done:
         plan = job.plan
-        state = self.log.optimizer_file()
+        state = self.log.optimizer_file(plan.optimizer.rank)
         num_new = min(len(prompts), len(prompts) - len(plan.replay_prompts))
         kl = {
             "new": self._judge.works(prompts[:num_new], answers[:num_new]),
@@ -469,7 +473,6 @@ class Keeper:
             (c.behaviour for c in plan.corrections if c.behaviour), None
         )
         retries = self.log.num_tries([c.digest() for c in plan.corrections])
-        head = self.log.head()
         lesson = self.log.create(
             "train",
             behaviour or "lesson",
@@ -477,7 +480,6 @@ class Keeper:
             note=request.lesson.note,
             cause=plan.cause(retries),
             settings=plan.settings(),
-            optimizer_before=head.optimizer_after if head is not None else None,
         )
         if plan.corrections:
             storage.write_text(self.log.directory(lesson) / "corrections.jsonl", to_jsonl(plan.corrections))

@@ -45,6 +45,7 @@ from secondnature.serve.log import Log
 from secondnature.serve.metrics import exposition
 from secondnature.serve.planner import Planner
 from secondnature.serve.trainer import Trainer
+from secondnature.train.apollo import highest_rank
 from secondnature.train.prefix import self_test
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena, content_id
@@ -136,7 +137,11 @@ def assemble(settings: Settings) -> Generator[Parts]:
             ),
             judge=Judge(engine, tokenizer, context_limit=limit),
             planner=Planner(
-                tokenizer, vocab_size=engine.vocab_size, context_limit=limit, default_lr=teaching.get("lr")
+                tokenizer,
+                vocab_size=engine.vocab_size,
+                context_limit=limit,
+                highest_rank=highest_rank(model),
+                default_lr=teaching.get("lr"),
             ),
         )
         given = settings.api_key.get_secret_value() if settings.api_key else None

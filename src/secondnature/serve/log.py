@@ -191,10 +191,16 @@ class Log:
             (x for x in self._lessons.values() if x.state == "kept"), key=lambda x: x.number, default=None
         )
 
-    def optimizer_file(self) -> Path | None:
-        """The optimizer's state that belongs to the present weights; None: a fresh one."""
+    def optimizer_file(self, rank: int | None = None) -> Path | None:
+        """The optimizer's state that belongs to the present weights; None: a fresh one.
+
+        With `rank`, also where the state is of another one: moments of other projections say nothing to it.
+        """
         head = self.head()
         if head is None or head.optimizer_after is None:
+            return None
+        held = self.get(head.optimizer_after).settings.get("optimizer", {}).get("rank")
+        if rank is not None and held != rank:
             return None
         return self._home.lessons / head.optimizer_after / OPTIMIZER_FILE
 

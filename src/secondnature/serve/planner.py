@@ -45,7 +45,7 @@ class Plan:
     """What the examples were made from; empty for raw token ids."""
     replay_prompts: list[list[Message]]
     skipped: int
-    """Corrections that say what was wrong but not what was wanted."""
+    """Corrections that say what was wrong but not what was wanted, or want what was rejected."""
 
     def cause(self, num_retries: int) -> Cause:
         """What the lesson's entry says about its origin."""
@@ -90,11 +90,18 @@ class Planner:
     """Makes plans for one model."""
 
     def __init__(
-        self, tokenizer: Any, *, vocab_size: int, context_limit: int, default_lr: float | None
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        context_limit: int,
+        highest_rank: int,
+        default_lr: float | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._limit = context_limit
+        self._highest_rank = highest_rank
         self._default_lr = default_lr or DEFAULT_LR
 
     def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
@@ -106,10 +113,16 @@ class Planner:
             earlier: corrections of the kept lessons, for replay.
 
         Raises:
-            BadInput: nothing to learn, or an option that does not go with the examples.
-            BadExample: token ids outside the vocabulary.
+            BadInput: nothing to learn, or an option that does not go with the examples or the model.
+            BadExample: token ids outside the vocabulary, or a rejected answer that is the wanted one.
             ContextOverflow: an example longer than the model can read.
         """
+        if request.optimizer.rank > self._highest_rank:
+            raise BadInput(
+                f"rank {request.optimizer.rank} fits no matrix of the model; the highest that does is "
+                f"{self._highest_rank}",
+                f"set `optimizer.rank` to 1 to {self._highest_rank}",
+            )
         corrections, skipped = self._corrections(request, ledger)
         if request.examples is not None:
             examples = [
@@ -126,6 +139,12 @@ class Planner:
         replay = [self._work(c, f"replay {i}") for i, c in enumerate(general)] if share > 0 else []
         for work in (*examples, *replay):
             self._check(work)
+        for work in examples:
+            if work.rejected == work.continuation:
+                raise BadExample(
+                    f"{work.label}: the rejected answer is the wanted one; expected two different answers",
+                    "correct one of them, or leave `rejected` out",
+                )
         objective = request.objective or ("orpo" if all(e.rejected for e in examples) else "sft")
         if objective != "sft":
             missing = next((e.label for e in examples if e.rejected is None), None)
@@ -175,12 +194,19 @@ class Planner:
         if request.ledger and behaviour is not None:
             given = [c for c in given if c.behaviour in (None, behaviour)]
         teachable = [c for c in given if c.chosen is not None]
+        if request.ledger:  # what lies there cannot be mended by the caller: it is passed over, and counted
+            teachable = [c for c in teachable if not self._says_nothing_new(c)]
         if not teachable:
             raise BadInput(
                 f"none of {len(given)} corrections says what was wanted",
                 "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file",
             )
         return teachable, len(given) - len(teachable)
+
+    def _says_nothing_new(self, correction: Correction) -> bool:
+        """Both answers are the same to the model."""
+        work = self._work(correction, "")
+        return work.rejected == work.continuation
 
     def _work(self, correction: Correction, label: str) -> wire.Work:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"

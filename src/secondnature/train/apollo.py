@@ -39,7 +39,7 @@ from secondnature.train.update import (
     write_,
 )
 
-__all__ = ["DEFAULT_LR", "Apollo", "fingerprint"]
+__all__ = ["DEFAULT_LR", "Apollo", "fingerprint", "highest_rank"]
 
 FORMAT = "apollo/3"
 DEFAULT_LR = 1e-5
@@ -75,7 +75,7 @@ class Apollo:
         self.steps = 0
         self.rules = _rules(model, settings.rank)
         if "apollo" not in self.rules.values():
-            largest = max((min(p.shape) for p in self.parameters.values() if p.ndim == 2), default=0)
+            largest = highest_rank(model) + 1
             raise ConfigError(
                 f"rank {settings.rank} fits no matrix of the model; the largest has a smaller side of {largest}",
                 f"choose a rank below {largest}",
@@ -228,6 +228,15 @@ class Apollo:
                 None if rows is None else rows.to(device, copy=True),
             )
         self._states, self.seed, self.steps = states, seed, steps
+
+
+def highest_rank(model: nn.Module) -> int:
+    """The highest rank at which APOLLO still has a matrix to project; 0 or less: at none."""
+    parameters = dict(model.named_parameters())
+    return (
+        max((min(parameters[n].shape) for n, rule in _rules(model, 0).items() if rule == "apollo"), default=0)
+        - 1
+    )
 
 
 def _rules(model: nn.Module, rank: int) -> dict[str, Rule]:

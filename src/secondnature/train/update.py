@@ -40,6 +40,9 @@ __all__ = [
 DENOMINATOR_FLOOR = 0.1
 """Adam's denominator is at least this share of its root mean square over the tensor, where `floored`."""
 
+GATE = 0.01
+"""Where a gradient is below this share of the root mean square of its history, APOLLO's step shrinks with it."""
+
 Rule = Literal["apollo", "adam", "floored", "rows"]
 """How a tensor is updated.
 
@@ -209,8 +212,21 @@ def _apollo(
         return None
     factor = settings.scale * math.sqrt(num_small / rank)
     level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
-    update = Update(gradient, level, factor=factor * limited, channels=scale_N)
+    gate = _gate(
+        r_RN, state, settings
+    )  # after the limiter: what it held back is not what the next step may grow from
+    update = Update(gradient, level * gate, factor=factor * limited * gate, channels=scale_N)
     return update, replace(state, level=level)
+
+
+def _gate(r_RN: Tensor, state: TensorState, settings: OptimizerSettings) -> float:
+    """1, or less for a projected gradient far below its history.
+
+    The step's length comes from the moments, its direction from this gradient alone: without the gate, momentum
+    would carry noise of a learned example for a full step.
+    """
+    usual = math.sqrt(float(state.v.sum()) / (1 - settings.betas[1] ** int(state.steps)))
+    return min(1.0, float(r_RN.norm()) / (GATE * usual)) if usual > 0 else 1.0
 
 
 def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings) -> tuple[float, float]:
