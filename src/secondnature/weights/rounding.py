@@ -19,6 +19,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 """The integers that have a dtype's bits."""
 _OVERFLOW = 2.0**128
 """The least number that is too large for bf16 and fp32 after rounding down."""
+_LEAST_NORMAL, _INFINITY = 0x0080, 0x7F80
+"""Their bits in bf16."""
+
+Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 class RandomWords:
@@ -51,24 +56,23 @@ class RandomWords:
         """Of Philox-4x64: two 64-bit words."""
         self._philox = np.random.Philox(key=np.array(self.key, dtype=np.uint64))
 
-    def __call__(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    def __call__(self, count: int) -> Words:
         """The next `count` words."""
         return self._philox.random_raw(count)
 
 
 class _Scratch(threading.local):
-    """One chunk's temporaries, kept between tensors: fresh memory costs more than the arithmetic on it."""
+    """Temporaries by name, kept between tensors: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self) -> None:
-        self._kept: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
-    def __call__(self, size: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Two fp64 vectors, one in bf16 and one in fp32, of `size` or more."""
-        kept = self._kept.get(device)
-        if kept is None or kept[0].numel() < size:
-            dtypes = (torch.float64, torch.float64, torch.bfloat16, torch.float32)
-            kept = self._kept[device] = tuple(torch.empty(size, dtype=t, device=device) for t in dtypes)
-        return kept
+    def __call__(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A vector of `count` elements; whoever asks next for that name gets the same memory."""
+        kept = self._kept.get((name, device))
+        if kept is None or kept.numel() < count:
+            kept = self._kept[name, device] = torch.empty(count, dtype=dtype, device=device)
+        return kept[:count]
 
 
 _scratch = _Scratch()
@@ -99,10 +103,8 @@ class Writer:
         """Sum of squares of the written differences, if measured."""
         self._name = name
         self._measure = measure
-        self._words = RandomWords("round", seed, name, step)
-        num_rows, num_columns = self.rows_AB.shape
-        size = min(num_rows, chunk_rows(num_columns)) * num_columns
-        self._sum, self._noise, self._new, self._change = _scratch(size, target.device)
+        self._key = seed, name, step
+        self._words: RandomWords | None = None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of every chunk, in the order in which `add_` expects them."""
@@ -114,7 +116,17 @@ class Writer:
     def buffer(self, start: int, stop: int) -> Tensor:
         """Memory for these rows' changes, fp32; the next chunk, and the next tensor, overwrite it."""
         num_columns = self.rows_AB.shape[1]
-        return self._change[: (stop - start) * num_columns].view(stop - start, num_columns)
+        count = (stop - start) * num_columns
+        memory = _scratch("change", count, torch.float32, self.rows_AB.device)
+        return memory.view(stop - start, num_columns)
+
+    def is_plain(self, start: int, stop: int) -> bool:
+        """Whether these rows are fp32 without a -0.0 and far from overflow: there `+=` does what `add_` does.
+
+        What is added must be below 2^100 and fp32, too.
+        """
+        rows = self.rows_AB[start:stop].view(-1)
+        return rows.dtype is torch.float32 and not self._measure and _is_small(rows) and not _has_negative_0(rows)
 
     def add_(self, start: int, stop: int, change_AB: Tensor) -> None:
         """Add `change_AB` (fp32, stop - start rows) to the rows; elements whose change is zero keep their bits.
@@ -123,43 +135,102 @@ class Writer:
             NonFinite: the sum does not fit into the dtype; that chunk was not written.
         """
         target = self.rows_AB[start:stop].view(-1)
-        change = change_AB.reshape(-1)
+        change = change_AB.detach().reshape(-1)
         if target.dtype is torch.bfloat16:
-            exact, new = self._rounded(target, change)
+            words = self._draw(target.numel())
+            new = _rounded_in_fp32(target, change, words) if target.device.type == "cpu" else None
+            if new is None:
+                exact, new = _rounded_in_fp64(target, change, words)
+                self._check(exact)
+                if _has_negative_0(target):
+                    new = torch.where(change == 0, target, new)
+        elif self.is_plain(start, stop) and _is_small(change):
+            target.add_(change)
+            return
         else:
-            exact = new = target + change
+            new = target + change
+            self._check(new)
+            if _has_negative_0(target):
+                new = torch.where(change == 0, target, new)
+        if self._measure:
+            self.written += float((new.double() - target.double()).square_().sum())
+        target.copy_(new)
+
+    def _check(self, exact: Tensor) -> None:
         low, high = exact.aminmax()  # NaN if any is
         if not (float(low) > -_OVERFLOW and float(high) < _OVERFLOW):
             raise NonFinite(
                 f"tensor {self._name}: the updated weight is not finite", "lower the learning rate"
             )
-        # -0.0 + 0.0 is 0.0, and the bits of -0.0 are the least of all integers
-        integers = target.view(_BITS[target.dtype])
-        if int(integers.amin()) == torch.iinfo(integers.dtype).min:
-            new = torch.where(change == 0, target, new)
-        if self._measure:
-            self.written += float((new.double() - target.double()).square_().sum())
-        target.copy_(new)
 
-    def _rounded(self, old: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum in fp64 and bf16: random bits are added below its mantissa, everything below is cut off."""
-        count = old.numel()
-        exact, noise = self._sum[:count], self._noise[:count]
-        bits, noise_bits = exact.view(torch.int64), noise.view(torch.int64)
-        words = self._words(_HEADER_WORDS + 4 * -(-count // 16))
-        own = torch.from_numpy(words[_HEADER_WORDS:].view(np.uint16)[:count])
-        exact.copy_(old)
-        noise.copy_(change)
-        exact.add_(noise)
-        noise_bits.copy_(own)
-        noise_bits.bitwise_left_shift_(_SHARED_BITS)
-        noise_bits.bitwise_or_(int(words[0] >> np.uint64(64 - _SHARED_BITS)))
-        if bits.device.type == "cpu":  # twice as fast as torch's
-            np.add(bits.numpy(), noise_bits.numpy(), out=bits.numpy())
-        else:
-            bits.add_(noise_bits)
-        bits.bitwise_and_(-(1 << _LOST_BITS))
-        return exact, self._new[:count].copy_(exact)
+    def _draw(self, count: int) -> Words:
+        """The next chunk's words."""
+        if self._words is None:
+            self._words = RandomWords("round", *self._key)
+        return self._words(_HEADER_WORDS + 4 * -(-count // 16))
+
+
+def _is_small(values: Tensor) -> bool:
+    """Whether the sum of squares is finite: no NaN, and no element reaches 2^64."""
+    return math.isfinite(float(torch.dot(values, values)))
+
+
+def _has_negative_0(values: Tensor) -> bool:
+    """-0.0 + 0.0 is 0.0; the bits of -0.0 are the least of all integers."""
+    integers = values.view(_BITS[values.dtype])
+    return int(integers.amin()) == torch.iinfo(integers.dtype).min
+
+
+def _own_and_shared(words: Words, count: int) -> tuple[np.ndarray[Any, np.dtype[np.uint16]], int]:
+    """The upper 16 random bits of each element of a chunk, and the lower 29 of all."""
+    return words[_HEADER_WORDS:].view(np.uint16)[:count], int(words[0] >> np.uint64(64 - _SHARED_BITS))
+
+
+def _rounded_in_fp64(old: Tensor, change: Tensor, words: Words) -> tuple[Tensor, Tensor]:
+    """The sum in fp64 and bf16: random bits are added below its mantissa, everything below is cut off."""
+    count, device = old.numel(), old.device
+    exact, noise = (_scratch(name, count, torch.float64, device) for name in ("exact", "noise"))
+    bits, noise_bits = exact.view(torch.int64), noise.view(torch.int64)
+    own, shared = _own_and_shared(words, count)
+    exact.copy_(old)
+    noise.copy_(change)
+    exact.add_(noise)
+    noise_bits.copy_(torch.from_numpy(own))
+    noise_bits.bitwise_left_shift_(_SHARED_BITS).bitwise_or_(shared)
+    bits.add_(noise_bits).bitwise_and_(-(1 << _LOST_BITS))
+    return exact, _scratch("new", count, torch.bfloat16, device).copy_(exact)
+
+
+def _rounded_in_fp32(old: Tensor, change: Tensor, words: Words) -> Tensor | None:
+    """The same bits at a quarter of the cost, on a CPU; None where fp32 cannot give them, or to refuse overflow.
+
+    fp32 has just the 16 own random bits below bf16. Its sum is fp64's cut off, or one more in the last place, and
+    the shared bits carry one into that place or none: where the 16 bits below bf16 do not end up as all ones or
+    all zeros, neither matters. The others, two of 65,536, are done in fp64. So is a chunk with sums that are zero,
+    below bf16's normal numbers, or too large.
+    """
+    count, device = old.numel(), old.device
+    total = _scratch("sum", count, torch.float32, device)
+    low_bits, new_bits = (_scratch(name, count, torch.int16, device) for name in ("low", "high"))
+    own, shared = _own_and_shared(words, count)
+    total.copy_(old).add_(change)
+    bits = total.view(torch.int32)
+    wide, low, new = bits.numpy(), low_bits.numpy(), new_bits.numpy()
+    np.add(wide, own, out=wide)
+    low_bits.copy_(bits)  # cuts off
+    new_bits.copy_(bits.bitwise_right_shift_(16))
+    magnitude = np.bitwise_and(new, 0x7FFF, out=wide.view(np.int16)[:count])
+    if magnitude.min() <= _LEAST_NORMAL or magnitude.max() >= _INFINITY:
+        return None
+    np.add(low, 1, out=low)
+    ties = np.flatnonzero(low.view(np.uint16) <= 1)
+    if len(ties):
+        before = (old.view(torch.int16).numpy()[ties].astype(np.int32) << 16).view(np.float32)
+        exact = before.astype(np.float64) + change.numpy()[ties]
+        exact_bits = exact.view(np.int64) + ((own[ties].astype(np.int64) << _SHARED_BITS) | shared)
+        cut = (exact_bits & -(1 << _LOST_BITS)).view(np.float64)
+        new[ties] = cut.astype(np.float32).view(np.int32) >> 16
+    return new_bits.view(torch.bfloat16)
 
 
 def stochastic_round_(target: Tensor, update: Tensor, *, seed: int, name: str, step: int) -> float:
