@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secondnature.model.gradients import Factors, Gradient
 from secondnature.records import OptimizerSettings
-from secondnature.weights.rounding import RandomWords, Writer
+from secondnature.weights.rounding import RandomWords, Writer, scratch
 
 __all__ = [
     "Rule",
@@ -38,6 +38,14 @@ __all__ = [
 
 DENOMINATOR_FLOOR = 0.1
 """Adam's denominator is at least this share of its root mean square over the tensor, where `floored`."""
+
+_SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
+"""Of each byte's bits, the highest first."""
+_BLOCK = 1 << 17
+"""Elements of a gradient that are worked on while they are in the cache."""
+_BLOCK_ON_GPU = 1 << 24
+_LARGE = 2.0**99
+"""A change below it cannot make a weight overflow that is below 2^64."""
 
 Rule = Literal["apollo", "adam", "floored", "rows"]
 """How a tensor is updated.
@@ -92,9 +100,8 @@ def fresh_state(rule: Rule, shape: tuple[int, ...], rank: int, device: torch.dev
 def projection(seed: int, name: str, epoch: int, rank: int, size: int) -> Tensor:
     """The (rank, size) matrix of signs / sqrt(rank) of one tensor and epoch; the same on every machine."""
     words = RandomWords("project", seed, name, epoch)(-(-rank * size // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: rank * size]
-    signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1)
-    return signs.view(rank, size) / math.sqrt(rank)
+    signs = (_SIGNS / np.float32(math.sqrt(rank)))[words.astype("<u8").view(np.uint8)]
+    return torch.from_numpy(signs).view(-1)[: rank * size].view(rank, size)
 
 
 def plan_update(
@@ -116,23 +123,43 @@ def plan_update(
 
 
 def _adam(
-    old: TensorState, gradient: Tensor, settings: OptimizerSettings, *, floored: bool = False
+    old: TensorState,
+    gradient: Tensor,
+    settings: OptimizerSettings,
+    *,
+    floored: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[TensorState, Tensor]:
-    """Adam's moments after `gradient`, and its bias-corrected step. Kingma & Ba 2014, arXiv 1412.6980."""
+    """Adam's moments after `gradient`, and its bias-corrected step. Kingma & Ba 2014, arXiv 1412.6980.
+
+    `out` takes the step; it may be `gradient` itself.
+    """
     beta1, beta2 = settings.betas
     steps = old.steps + 1
-    m = torch.lerp(old.m, gradient, 1 - beta1)
-    v = (old.v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    # m / c1 / (sqrt(v / c2) + eps) = m / (sqrt(v * c1^2 / c2) + eps * c1)
     if steps.ndim:  # per-row counts broadcast over the columns
         count = steps.to(torch.float64).unsqueeze(1)
-        correction1, correction2 = (1 - beta1**count).float(), (1 - beta2**count).float()
-        spread, step = (v / correction2).sqrt_(), m / correction1
+        correction, square = (
+            (1 - beta1**count).float(),
+            ((1 - beta1**count) ** 2 / (1 - beta2**count)).float(),
+        )
     else:
-        correction1, correction2 = 1 - beta1 ** int(steps), 1 - beta2 ** int(steps)
-        spread, step = (v / correction2).sqrt_(), m / correction1
-    if floored:
-        spread.clamp_(min=DENOMINATOR_FLOOR * float(spread.norm()) / math.sqrt(spread.numel()))
-    return replace(old, m=m, v=v, steps=steps), step.div_(spread.add_(settings.eps))
+        correction = 1 - beta1 ** int(steps)
+        square = correction**2 / (1 - beta2 ** int(steps))
+    m, v = torch.empty_like(old.m), torch.empty_like(old.v)
+    step = torch.empty_like(old.m) if out is None else out
+    tensors = old.m, old.v, gradient, m, v, step
+    whole = steps.ndim or floored or old.m.is_cuda or not gradient.is_contiguous()
+    for old_m, old_v, g, new_m, new_v, done in (
+        [tensors] if whole else zip(*(t.view(-1).split(_BLOCK) for t in tensors), strict=True)
+    ):
+        torch.lerp(old_m, g, 1 - beta1, out=new_m)
+        torch.mul(old_v, beta2, out=new_v).addcmul_(g, g, value=1 - beta2)
+        torch.mul(new_v, square, out=done).sqrt_()
+        if floored:
+            done.clamp_(min=DENOMINATOR_FLOOR * float(done.norm()) / math.sqrt(done.numel()))
+        torch.div(new_m, done.add_(correction * settings.eps), out=done)
+    return replace(old, m=m, v=v, steps=steps), step
 
 
 def _adam_rows(gradient: Tensor, old: TensorState, settings: OptimizerSettings) -> tuple[Update, TensorState]:
@@ -162,24 +189,24 @@ def _apollo(
         small_SM, wide_SN = (right, left) if tall else (left, right)
         r_RN = (small_SM @ p_RM.T).T @ wide_SN
     else:
-        whole = gradient.float()
-        r_RN = (whole @ p_RM.T).T.contiguous() if tall else p_RM @ whole
-    state, s_RN = _adam(old, r_RN, settings)
-    if rank == 1:  # one scale for the tensor
-        stepped, raw = s_RN.norm().expand(num_channels), r_RN.norm().expand(num_channels)
-    else:
-        stepped, raw = s_RN.norm(dim=0), r_RN.norm(dim=0)
-    scale_N = torch.where(raw == 0, torch.zeros_like(raw), stepped / raw)
+        r_RN, norm_N = _project(gradient, p_RM, tall)
+    raw_N = _channel_norms(r_RN)
+    state, s_RN = _adam(old, r_RN, settings, out=r_RN)
+    scale_N = torch.where(raw_N == 0, torch.zeros_like(raw_N), _channel_norms(s_RN) / raw_N)
     if isinstance(gradient, Factors):
         scaled = Factors(small_SM, wide_SN * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
         norm = float(scaled.norm())
     else:
-        norm = math.sqrt(_scaled_square(whole, scale_N, tall))  # pyright: ignore[reportPossiblyUnboundVariable]
+        norm = float((norm_N * scale_N).norm())  # pyright: ignore[reportPossiblyUnboundVariable]
     if norm == 0:
         return None
     factor = settings.scale * math.sqrt(num_small / rank)
     level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
-    update = Update(gradient, level, factor=factor * limited, channels=scale_N)
+    factor *= limited
+    if rank == 1:
+        update = Update(gradient, level, factor=factor * float(scale_N))
+    else:
+        update = Update(gradient, level, factor=factor, channels=scale_N)
     return update, replace(state, level=level)
 
 
@@ -194,15 +221,51 @@ def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings)
     return (limit, limit / norm) if level > 0 and norm > limit else (norm, 1.0)
 
 
-def _scaled_square(whole_AB: Tensor, scale_N: Tensor, tall: bool) -> float:
-    """The squared norm of a matrix whose channels are scaled, without a scaled copy of it."""
-    if tall:
-        return float((torch.linalg.vector_norm(whole_AB, dim=1) * scale_N).square().sum())
-    total = 0.0
-    for part in whole_AB.split(max(1, (1 << 16) // whole_AB.shape[1])):
-        scaled = (part * scale_N).view(-1)
-        total += float(torch.dot(scaled, scaled))
-    return total
+def _project(whole_AB: Tensor, p_RM: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    """The projection (R, N) and the norms of the channels (N), or at rank 1 of the whole (1), in one pass."""
+    rank = len(p_RM)
+    r_RN = torch.zeros(rank, max(whole_AB.shape), device=whole_AB.device)
+    square_N = torch.zeros(1 if rank == 1 else max(whole_AB.shape), device=whole_AB.device)
+    # with fewer rows than that, the projection itself is read and written more often than the gradient is
+    for start, stop in _blocks(whole_AB, least=1 if tall else 4 * rank):
+        part = whole_AB[start:stop]
+        if part.dtype is not torch.float32:
+            part = scratch("part", part.numel(), torch.float32, part.device).view(part.shape).copy_(part)
+        if tall:
+            torch.mm(p_RM, part.T, out=r_RN[:, start:stop])
+        else:
+            r_RN.addmm_(p_RM[:, start:stop], part)
+        if rank == 1:
+            square_N += torch.dot(part.reshape(-1), part.reshape(-1))
+        elif tall:
+            torch.linalg.vector_norm(part, dim=1, out=square_N[start:stop]).square_()
+        else:
+            square_N += _column_squares(part)
+    return r_RN, square_N.sqrt_()
+
+
+def _channel_norms(r_RN: Tensor) -> Tensor:
+    """(N), or (1) at rank 1: there the tensor is one channel."""
+    if len(r_RN) == 1:
+        return r_RN.norm().view(1)
+    square_N = torch.zeros_like(r_RN[0])
+    for start, stop in _blocks(r_RN):
+        square_N += _column_squares(r_RN[start:stop])
+    return square_N.sqrt_()
+
+
+def _column_squares(part_AB: Tensor) -> Tensor:
+    """Sums of squares (B); torch's norm over the first dimension takes ten times as long."""
+    memory = scratch("squares", part_AB.numel(), torch.float32, part_AB.device)
+    return torch.mul(part_AB, part_AB, out=memory.view(part_AB.shape)).sum(0)
+
+
+def _blocks(matrix_AB: Tensor, least: int = 1) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks that fit a CPU's cache; `least` rows or more."""
+    num_rows, num_columns = matrix_AB.shape
+    step = max(least, (_BLOCK_ON_GPU if matrix_AB.is_cuda else _BLOCK) // num_columns)
+    for start in range(0, num_rows, step):
+        yield start, min(num_rows, start + step)
 
 
 def write_(
@@ -232,9 +295,14 @@ def write_(
     writer = Writer(part, seed=seed, name=name, step=step, measure=total is not None)
     sums = None if total is None else (total.view(-1, 1) if total.ndim != 2 else total)
     decay = lr * weight_decay if target.ndim >= 2 else 0.0
-    fill = _rows_of(update, -lr)
+    fill, add = _rows_of(update, -lr), None
+    if not decay and update.rows is None and lr * update.norm < _LARGE:
+        add = _addition_of(update, -lr)
     intended = 0.0
     for start, stop in writer.chunks():
+        added = add is not None and writer.let_add_(start, stop, add)
+        if added and sums is None:
+            continue
         change = writer.buffer(start, stop)
         fill(start, stop, change)
         if decay:
@@ -245,7 +313,8 @@ def write_(
                 sums[start:stop].add_(change)
             else:
                 sums.index_add_(0, update.rows[start:stop], change)
-        writer.add_(start, stop, change)
+        if not added:
+            writer.add_(start, stop, change)
     if update.rows is not None:
         target.index_copy_(0, update.rows, part)
     return writer.written - intended if total is not None else 0.0
@@ -286,8 +355,31 @@ def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], obje
     scale = None if update.channels is None else update.channels * factor
     rows = source if source.ndim == 2 else source.reshape(-1, 1)
     if scale is None:
-        return lambda start, stop, out: torch.mul(rows[start:stop], factor, out=out)
+        scale_AB, by_row = torch.tensor(factor, device=rows.device), False
+    else:
+        scale_AB, by_row = (scale.unsqueeze(1), True) if rows.shape[0] > rows.shape[1] else (scale, False)
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        here = scale_AB[start:stop] if by_row else scale_AB
+        if rows.dtype is out.dtype:
+            torch.mul(rows[start:stop], here, out=out)
+        else:
+            out.copy_(rows[start:stop]).mul_(here)
+
+    return fill
+
+
+def _addition_of(update: Update, factor: float) -> Callable[[int, int, Tensor], object] | None:
+    """A function that adds rows start..stop of `factor` * update to fp32 rows at once; None if there is none."""
+    source = update.source
+    if isinstance(source, Factors) or source.dtype is not torch.float32:
+        return None
+    factor *= update.factor
+    rows = source if source.ndim == 2 else source.reshape(-1, 1)
+    if update.channels is None:
+        return lambda start, stop, to: to.add_(rows[start:stop], alpha=factor)
+    scale = update.channels * factor
     if rows.shape[0] > rows.shape[1]:
         by_row = scale.unsqueeze(1)
-        return lambda start, stop, out: torch.mul(rows[start:stop], by_row[start:stop], out=out)
-    return lambda start, stop, out: torch.mul(rows[start:stop], scale, out=out)
+        return lambda start, stop, to: to.addcmul_(rows[start:stop], by_row[start:stop])
+    return lambda start, stop, to: to.addcmul_(rows[start:stop], scale)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from secondnature.errors import NonFinite, UnsupportedModel
 
-__all__ = ["CHUNK", "RandomWords", "Writer", "chunk_rows", "stochastic_round_"]
+__all__ = ["CHUNK", "RandomWords", "Writer", "chunk_rows", "scratch", "stochastic_round_"]
 
 CHUNK = 1 << 16
 """Elements rounded at a time, unless one row has more: the fp64 temporaries stay in the cache."""
+_PLAIN_CHUNKS = 2
+"""So many at a time where nothing is rounded."""
 _LOST_BITS = 52 - 7
 """Mantissa bits that fp64 has and bf16 has not."""
 _SHARED_BITS = _LOST_BITS - 16
@@ -75,7 +78,7 @@ class _Scratch(threading.local):
         return kept[:count]
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def chunk_rows(num_columns: int) -> int:
@@ -109,7 +112,7 @@ class Writer:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of every chunk, in the order in which `add_` expects them."""
         num_rows, num_columns = self.rows_AB.shape
-        step = chunk_rows(num_columns)
+        step = chunk_rows(num_columns) * (1 if self.rows_AB.dtype is torch.bfloat16 else _PLAIN_CHUNKS)
         for start in range(0, num_rows, step):
             yield start, min(num_rows, start + step)
 
@@ -117,16 +120,23 @@ class Writer:
         """Memory for these rows' changes, fp32; the next chunk, and the next tensor, overwrite it."""
         num_columns = self.rows_AB.shape[1]
         count = (stop - start) * num_columns
-        memory = _scratch("change", count, torch.float32, self.rows_AB.device)
+        memory = scratch("change", count, torch.float32, self.rows_AB.device)
         return memory.view(stop - start, num_columns)
 
-    def is_plain(self, start: int, stop: int) -> bool:
-        """Whether these rows are fp32 without a -0.0 and far from overflow: there `+=` does what `add_` does.
+    def let_add_(self, start: int, stop: int, add: Callable[[int, int, Tensor], object]) -> bool:
+        """Let `add(start, stop, rows)` add to the rows in place, where that is the same as `add_`; whether it was.
 
-        What is added must be below 2^100 and fp32, too.
+        It is for fp32 without -0.0 and far from overflow. What is added must be fp32 and below 2^100, too.
         """
-        rows = self.rows_AB[start:stop].view(-1)
-        return rows.dtype is torch.float32 and not self._measure and _is_small(rows) and not _has_negative_0(rows)
+        rows = self.rows_AB[start:stop]
+        flat = rows.view(-1)
+        if flat.dtype is not torch.float32 or not _is_small(flat) or _has_negative_0(flat):
+            return False
+        before = rows.double() if self._measure else None
+        add(start, stop, rows)
+        if before is not None:
+            self.written += float((rows.double() - before).square_().sum())
+        return True
 
     def add_(self, start: int, stop: int, change_AB: Tensor) -> None:
         """Add `change_AB` (fp32, stop - start rows) to the rows; elements whose change is zero keep their bits.
@@ -144,8 +154,7 @@ class Writer:
                 self._check(exact)
                 if _has_negative_0(target):
                     new = torch.where(change == 0, target, new)
-        elif self.is_plain(start, stop) and _is_small(change):
-            target.add_(change)
+        elif _is_small(change) and self.let_add_(start, stop, lambda _1, _2, to: to.view(-1).add_(change)):
             return
         else:
             new = target + change
@@ -189,7 +198,7 @@ def _own_and_shared(words: Words, count: int) -> tuple[np.ndarray[Any, np.dtype[
 def _rounded_in_fp64(old: Tensor, change: Tensor, words: Words) -> tuple[Tensor, Tensor]:
     """The sum in fp64 and bf16: random bits are added below its mantissa, everything below is cut off."""
     count, device = old.numel(), old.device
-    exact, noise = (_scratch(name, count, torch.float64, device) for name in ("exact", "noise"))
+    exact, noise = (scratch(name, count, torch.float64, device) for name in ("exact", "noise"))
     bits, noise_bits = exact.view(torch.int64), noise.view(torch.int64)
     own, shared = _own_and_shared(words, count)
     exact.copy_(old)
@@ -198,39 +207,37 @@ def _rounded_in_fp64(old: Tensor, change: Tensor, words: Words) -> tuple[Tensor,
     noise_bits.copy_(torch.from_numpy(own))
     noise_bits.bitwise_left_shift_(_SHARED_BITS).bitwise_or_(shared)
     bits.add_(noise_bits).bitwise_and_(-(1 << _LOST_BITS))
-    return exact, _scratch("new", count, torch.bfloat16, device).copy_(exact)
+    return exact, scratch("new", count, torch.bfloat16, device).copy_(exact)
 
 
 def _rounded_in_fp32(old: Tensor, change: Tensor, words: Words) -> Tensor | None:
-    """The same bits at a quarter of the cost, on a CPU; None where fp32 cannot give them, or to refuse overflow.
+    """The same bits at half the cost, on a CPU; None where fp32 cannot give them, or to refuse overflow.
 
-    fp32 has just the 16 own random bits below bf16. Its sum is fp64's cut off, or one more in the last place, and
-    the shared bits carry one into that place or none: where the 16 bits below bf16 do not end up as all ones or
-    all zeros, neither matters. The others, two of 65,536, are done in fp64. So is a chunk with sums that are zero,
-    below bf16's normal numbers, or too large.
+    fp32 has just the 16 own random bits below bf16. Half of bf16's last place is taken off them, so that torch's
+    rounding to nearest cuts off. The fp32 sum is fp64's cut off, or one more in the last place, and the shared bits
+    carry one into that place or none: both matter only where the 16 bits end up as all ones or all zeros, at two of
+    65,536 elements. These are done in fp64, and so are chunks with sums that are zero, below bf16's normal numbers,
+    or too large.
     """
     count, device = old.numel(), old.device
-    total = _scratch("sum", count, torch.float32, device)
-    low_bits, new_bits = (_scratch(name, count, torch.int16, device) for name in ("low", "high"))
     own, shared = _own_and_shared(words, count)
-    total.copy_(old).add_(change)
+    total = scratch("sum", count, torch.float32, device).copy_(old).add_(change)
     bits = total.view(torch.int32)
-    wide, low, new = bits.numpy(), low_bits.numpy(), new_bits.numpy()
-    np.add(wide, own, out=wide)
-    low_bits.copy_(bits)  # cuts off
-    new_bits.copy_(bits.bitwise_right_shift_(16))
-    magnitude = np.bitwise_and(new, 0x7FFF, out=wide.view(np.int16)[:count])
+    wide = bits.numpy()
+    np.add(wide, np.bitwise_xor(own, 0x8000).view(np.int16), out=wide)
+    new = scratch("new", count, torch.bfloat16, device).copy_(total)
+    new_bits = new.view(torch.int16).numpy()
+    narrow = scratch("low", count, torch.int16, device).copy_(bits).numpy()
+    np.add(narrow, 0x7FFF, out=narrow)  # all ones and all zeros are now -2 and -1
+    ties = np.flatnonzero(np.greater_equal(narrow.view(np.uint16), 0xFFFE))
+    magnitude = np.bitwise_and(new_bits, 0x7FFF, out=narrow)
     if magnitude.min() <= _LEAST_NORMAL or magnitude.max() >= _INFINITY:
         return None
-    np.add(low, 1, out=low)
-    ties = np.flatnonzero(low.view(np.uint16) <= 1)
-    if len(ties):
-        before = (old.view(torch.int16).numpy()[ties].astype(np.int32) << 16).view(np.float32)
-        exact = before.astype(np.float64) + change.numpy()[ties]
-        exact_bits = exact.view(np.int64) + ((own[ties].astype(np.int64) << _SHARED_BITS) | shared)
-        cut = (exact_bits & -(1 << _LOST_BITS)).view(np.float64)
-        new[ties] = cut.astype(np.float32).view(np.int32) >> 16
-    return new_bits.view(torch.bfloat16)
+    for i in ties.tolist():
+        (exact,) = struct.unpack("<Q", struct.pack("<d", old[i].item() + change[i].item()))
+        cut = exact + (int(own[i]) << _SHARED_BITS | shared) >> _LOST_BITS << _LOST_BITS
+        (new[i],) = struct.unpack("<d", struct.pack("<Q", cut))
+    return new
 
 
 def stochastic_round_(target: Tensor, update: Tensor, *, seed: int, name: str, step: int) -> float:
