@@ -41,6 +41,9 @@ DENOMINATOR_FLOOR = 0.1
 
 _SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
 """Of each byte's bits, the highest first."""
+_KEPT_NUMEL = 1 << 24
+"""Elements of projections that are kept between steps: 64 MB, for models of 100M parameters at rank 64."""
+_kept: dict[tuple[int, str, int, int], tuple[int, Tensor]] = {}
 _BLOCK = 1 << 17
 """Elements of a gradient that are worked on while they are in the cache."""
 _BLOCK_ON_GPU = 1 << 24
@@ -104,6 +107,17 @@ def projection(seed: int, name: str, epoch: int, rank: int, size: int) -> Tensor
     return torch.from_numpy(signs).view(-1)[: rank * size].view(rank, size)
 
 
+def _kept_projection(seed: int, name: str, epoch: int, rank: int, size: int) -> Tensor:
+    """`projection`, made once per epoch as long as there is room."""
+    key = seed, name, rank, size
+    kept = _kept.get(key)
+    if kept is None or kept[0] != epoch:
+        kept = epoch, projection(seed, name, epoch, rank, size)
+        if key in _kept or sum(p_RM.numel() for _, p_RM in _kept.values()) + rank * size <= _KEPT_NUMEL:
+            _kept[key] = kept
+    return kept[1]
+
+
 def plan_update(
     rule: Rule, gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
 ) -> tuple[Update, TensorState] | None:
@@ -149,7 +163,7 @@ def _adam(
     m, v = torch.empty_like(old.m), torch.empty_like(old.v)
     step = torch.empty_like(old.m) if out is None else out
     tensors = old.m, old.v, gradient, m, v, step
-    whole = steps.ndim or floored or old.m.is_cuda or not gradient.is_contiguous()
+    whole = floored or m.numel() <= _BLOCK or m.is_cuda or steps.ndim or not gradient.is_contiguous()
     for old_m, old_v, g, new_m, new_v, done in (
         [tensors] if whole else zip(*(t.view(-1).split(_BLOCK) for t in tensors), strict=True)
     ):
@@ -183,7 +197,7 @@ def _apollo(
     rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
     num_small, num_channels = sorted(gradient.shape)
     epoch = int(old.steps) // settings.proj_refresh
-    p_RM = projection(seed, name, epoch, rank, num_small).to(old.m.device)
+    p_RM = _kept_projection(seed, name, epoch, rank, num_small).to(old.m.device)
     if isinstance(gradient, Factors):
         left, right = (t.float() for t in gradient.matrices())
         small_SM, wide_SN = (right, left) if tall else (left, right)
@@ -192,12 +206,12 @@ def _apollo(
         r_RN, norm_N = _project(gradient, p_RM, tall)
     raw_N = _channel_norms(r_RN)
     state, s_RN = _adam(old, r_RN, settings, out=r_RN)
-    scale_N = torch.where(raw_N == 0, torch.zeros_like(raw_N), _channel_norms(s_RN) / raw_N)
+    scale_N = (_channel_norms(s_RN) / raw_N).masked_fill_(raw_N == 0, 0.0)
     if isinstance(gradient, Factors):
         scaled = Factors(small_SM, wide_SN * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
         norm = float(scaled.norm())
     else:
-        norm = float((norm_N * scale_N).norm())  # pyright: ignore[reportPossiblyUnboundVariable]
+        norm = float(torch.linalg.vector_norm(norm_N * scale_N))  # pyright: ignore[reportPossiblyUnboundVariable]
     if norm == 0:
         return None
     factor = settings.scale * math.sqrt(num_small / rank)
@@ -222,10 +236,10 @@ def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings)
 
 
 def _project(whole_AB: Tensor, p_RM: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-    """The projection (R, N) and the norms of the channels (N), or at rank 1 of the whole (1), in one pass."""
+    """The projection (R, N) and the norms of the channels (N), or at rank 1 of the whole (a scalar)."""
     rank = len(p_RM)
-    r_RN = torch.zeros(rank, max(whole_AB.shape), device=whole_AB.device)
-    square_N = torch.zeros(1 if rank == 1 else max(whole_AB.shape), device=whole_AB.device)
+    r_RN = whole_AB.new_empty((rank, max(whole_AB.shape)), dtype=torch.float32)
+    squares: list[Tensor] = []
     # with fewer rows than that, the projection itself is read and written more often than the gradient is
     for start, stop in _blocks(whole_AB, least=1 if tall else 4 * rank):
         part = whole_AB[start:stop]
@@ -234,24 +248,26 @@ def _project(whole_AB: Tensor, p_RM: Tensor, tall: bool) -> tuple[Tensor, Tensor
         if tall:
             torch.mm(p_RM, part.T, out=r_RN[:, start:stop])
         else:
-            r_RN.addmm_(p_RM[:, start:stop], part)
+            torch.addmm(r_RN, p_RM[:, start:stop], part, beta=1 if start else 0, out=r_RN)
         if rank == 1:
-            square_N += torch.dot(part.reshape(-1), part.reshape(-1))
+            flat = part.reshape(-1)
+            squares.append(torch.dot(flat, flat))
         elif tall:
-            torch.linalg.vector_norm(part, dim=1, out=square_N[start:stop]).square_()
+            squares.append(torch.linalg.vector_norm(part, dim=1))
         else:
-            square_N += _column_squares(part)
-    return r_RN, square_N.sqrt_()
+            squares.append(_column_squares(part))
+    if tall and rank > 1:
+        return r_RN, torch.cat(squares)
+    total = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    return r_RN, total.sqrt()
 
 
 def _channel_norms(r_RN: Tensor) -> Tensor:
-    """(N), or (1) at rank 1: there the tensor is one channel."""
+    """(N), or a scalar at rank 1: there the tensor is one channel."""
     if len(r_RN) == 1:
-        return r_RN.norm().view(1)
-    square_N = torch.zeros_like(r_RN[0])
-    for start, stop in _blocks(r_RN):
-        square_N += _column_squares(r_RN[start:stop])
-    return square_N.sqrt_()
+        return torch.linalg.vector_norm(r_RN)
+    squares = [_column_squares(r_RN[start:stop]) for start, stop in _blocks(r_RN)]
+    return (squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)).sqrt_()
 
 
 def _column_squares(part_AB: Tensor) -> Tensor:
