@@ -47,6 +47,7 @@ _kept: dict[tuple[int, str, int, int], tuple[int, Tensor]] = {}
 _BLOCK = 1 << 17
 """Elements of a gradient that are worked on while they are in the cache."""
 _BLOCK_ON_GPU = 1 << 24
+_CHECK_EVERY = 8
 _LARGE = 2.0**99
 """A change below it cannot make a weight overflow that is below 2^64."""
 
@@ -113,7 +114,7 @@ def _kept_projection(seed: int, name: str, epoch: int, rank: int, size: int) -> 
     kept = _kept.get(key)
     if kept is None or kept[0] != epoch:
         kept = epoch, projection(seed, name, epoch, rank, size)
-        if key in _kept or sum(p_RM.numel() for _, p_RM in _kept.values()) + rank * size <= _KEPT_NUMEL:
+        if key in _kept or sum(p_RM.numel() for _, p_RM in list(_kept.values())) + rank * size <= _KEPT_NUMEL:
             _kept[key] = kept
     return kept[1]
 
@@ -300,6 +301,9 @@ def write_(
     Decoupled weight decay acts on matrices, on the rows that have a step. With `total` (fp32, like `target`) the
     intended change is added there too, and the squared norm of what rounding added to it is returned; else 0.
 
+    Where an fp32 weight is added to in place, each part of it is looked at every eighth step only: what is added
+    is known to be finite, and a weight near 2^128 shows in the loss before it can overflow here.
+
     Raises:
         NonFinite: a sum does not fit into the dtype.
     """
@@ -315,8 +319,8 @@ def write_(
     if not decay and update.rows is None and lr * update.norm < _LARGE:
         add = _addition_of(update, -lr)
     intended = 0.0
-    for start, stop in writer.chunks():
-        added = add is not None and writer.let_add_(start, stop, add)
+    for i, (start, stop) in enumerate(writer.chunks()):
+        added = add is not None and writer.let_add_(start, stop, add, check=(i + step) % _CHECK_EVERY == 0)
         if added and sums is None:
             continue
         change = writer.buffer(start, stop)
@@ -388,7 +392,10 @@ def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], obje
 def _addition_of(update: Update, factor: float) -> Callable[[int, int, Tensor], object] | None:
     """A function that adds rows start..stop of `factor` * update to fp32 rows at once; None if there is none."""
     source = update.source
-    if isinstance(source, Factors) or source.dtype is not torch.float32:
+    if isinstance(source, Factors):
+        left, right = _scaled_factors(source, update, factor)
+        return lambda start, stop, to: to.addmm_(left[:, start:stop].T, right)
+    if source.dtype is not torch.float32:
         return None
     factor *= update.factor
     rows = source if source.ndim == 2 else source.reshape(-1, 1)
