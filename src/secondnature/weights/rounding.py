@@ -3,10 +3,10 @@
 bf16 keeps 8 significant bits: rounding to the nearest value throws away 91 % of an update at a learning rate of
 1e-5 and 99.5 % at 5e-7 (the embedded model, docs/benchmarks.md). Here the sum is rounded up or down with the
 probability that makes its expectation exact
-(stochastic rounding: Gupta et al. 2015, arXiv 1502.02551). The sum is formed in fp64, because fp32 itself would
-lose 5 % of an update of 5e-7 on a weight near 1. The random bits come from a counter-based generator (Philox,
-Salmon et al. 2011) keyed by names and numbers, not by call order: the same seed gives the same bits, in any
-process, after any restart, in exact integer arithmetic.
+(stochastic rounding: Gupta et al. 2015, arXiv 1502.02551). The sum is that of fp64, because fp32 itself would
+lose 5 % of an update of 5e-7 on a weight near 1; on a CPU most of it is done in fp32, with the same result. The
+random bits come from a counter-based generator (Philox, Salmon et al. 2011) keyed by names and numbers, not by
+call order: the same seed gives the same bits, in any process, after any restart, in exact integer arithmetic.
 
 Each element is rounded with 45 random bits, all that fp64 has below bf16. Its upper 16 are its own; the lower 29
 are drawn once per chunk: they decide only where the upper ones tie, about once in 65,536 elements, so every
@@ -114,7 +114,7 @@ class Writer:
         num_rows, num_columns = self.rows_AB.shape
         step = chunk_rows(num_columns)
         if self.rows_AB.dtype is torch.float32:
-            step = max(2 * step, _PLAIN_ROWS)
+            step = max(8 * step, _PLAIN_ROWS)
         for start in range(0, num_rows, step):
             yield start, min(num_rows, start + step)
 
