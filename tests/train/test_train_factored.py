@@ -180,7 +180,7 @@ def test_no_tensor_of_a_matrixs_size_is_made(
 ) -> None:
     """Planning and writing hold factors and chunks only; with the task vector they hold what it needs."""
     monkeypatch.setattr(rounding, "CHUNK", 256)
-    monkeypatch.setattr(rounding, "_scratch", rounding._Scratch())  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(rounding, "scratch", rounding._Scratch())  # pyright: ignore[reportPrivateUsage]
     _, model = in_arena(directories["dense"])
     smallest = 24 * 48
     optimizer = Apollo(model, OptimizerSettings(rank=8), track=False)

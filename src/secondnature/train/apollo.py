@@ -6,7 +6,7 @@ channel j by ||S_j|| / ||(P G)_j|| with S the Adam step of the projection (for R
 and by alpha = scale * sqrt(M / R), which makes it as long as Adam's. What is no such matrix takes Adam itself.
 
 Differences, each against a measured defect: projections are signs from a counter-based generator keyed by (seed,
-tensor name, epoch), regenerated and never stored; moments are fp32; the bias is corrected before the limiter, not
+tensor name, epoch), regenerated and never saved; moments are fp32; the bias is corrected before the limiter, not
 after it; the limiter's memory has a floor, and a gradient of zero leaves no trace, so neither can freeze a tensor.
 A step is planned for all tensors, checked, and only then written, with stochastic rounding (law 4). Here is the
 optimizer of a whole model; the arithmetic of one tensor, and the factored form, is in `update`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from secondnature.model.gradients import Factors, Gradient, Rows, dense
 from secondnature.records import OptimizerSettings
-from secondnature.weights.rounding import RandomWords, Writer
+from secondnature.weights.rounding import RandomWords, Writer, scratch
 
 __all__ = [
     "Rule",
@@ -42,6 +42,16 @@ DENOMINATOR_FLOOR = 0.1
 
 GATE = 0.01
 """Where a gradient is below this share of the root mean square of its history, APOLLO's step shrinks with it."""
+_SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
+"""Of each byte's bits, the highest first."""
+_KEPT_NUMEL = 1 << 24
+"""Elements of projections that are kept between steps: 64 MB, for models of 100M parameters at rank 64."""
+_kept: dict[tuple[int, str, int, int, str], tuple[int, Tensor]] = {}
+_BLOCK = 1 << 17
+"""Elements of a gradient that are worked on while they are in the cache."""
+_BLOCK_ON_GPU = 1 << 24
+_LARGE = 2.0**99
+"""A change below it cannot make a weight overflow that is below 2^64."""
 
 Rule = Literal["apollo", "adam", "floored", "rows"]
 """How a tensor is updated.
@@ -101,15 +111,25 @@ def projection(
 ) -> Tensor:
     """The (rank, size) matrix of signs / sqrt(rank) of one tensor and epoch; the same bits on every device."""
     words = RandomWords("project", seed, name, epoch)(-(-rank * size // 64)).astype("<u8")
-    length = float(np.float32(1) / np.float32(math.sqrt(rank)))
-    if device is not None and device.type != "cpu":  # 64 signs travel as one word
+    length = np.float32(1) / np.float32(math.sqrt(rank))
+    if device is None or device.type == "cpu":
+        signs = torch.from_numpy((_SIGNS * length)[words.view(np.uint8)])
+    else:  # 64 signs travel as one word
         held = torch.from_numpy(words.view(np.int64)).to(device)
         bits = (held.unsqueeze(1) >> torch.arange(64, device=device).view(8, 8).flip(1).view(1, 64)) & 1
-        signs = bits.view(-1)[: rank * size].float()
-    else:
-        bits = np.unpackbits(words.view(np.uint8))[: rank * size]
-        signs = torch.from_numpy(bits.astype(np.float32))
-    return signs.mul_(2 * length).sub_(length).view(rank, size)
+        signs = bits.float().mul_(2 * float(length)).sub_(float(length))
+    return signs.view(-1)[: rank * size].view(rank, size)
+
+
+def _kept_projection(seed: int, name: str, epoch: int, rank: int, size: int, device: torch.device) -> Tensor:
+    """`projection`, made once per epoch as long as there is room."""
+    key = seed, name, rank, size, str(device)
+    kept = _kept.get(key)
+    if kept is None or kept[0] != epoch:
+        kept = epoch, projection(seed, name, epoch, rank, size, device)
+        if key in _kept or sum(p_RM.numel() for _, p_RM in list(_kept.values())) + rank * size <= _KEPT_NUMEL:
+            _kept[key] = kept
+    return kept[1]
 
 
 def plan_update(
@@ -131,23 +151,43 @@ def plan_update(
 
 
 def _adam(
-    old: TensorState, gradient: Tensor, settings: OptimizerSettings, *, floored: bool = False
+    old: TensorState,
+    gradient: Tensor,
+    settings: OptimizerSettings,
+    *,
+    floored: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[TensorState, Tensor]:
-    """Adam's moments after `gradient`, and its bias-corrected step. Kingma & Ba 2014, arXiv 1412.6980."""
+    """Adam's moments after `gradient`, and its bias-corrected step. Kingma & Ba 2014, arXiv 1412.6980.
+
+    `out` takes the step; it may be `gradient` itself.
+    """
     beta1, beta2 = settings.betas
     steps = old.steps + 1
-    m = torch.lerp(old.m, gradient, 1 - beta1)
-    v = (old.v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    # m / c1 / (sqrt(v / c2) + eps) = m / (sqrt(v * c1^2 / c2) + eps * c1)
     if steps.ndim:  # per-row counts broadcast over the columns
         count = steps.to(torch.float64).unsqueeze(1)
-        correction1, correction2 = (1 - beta1**count).float(), (1 - beta2**count).float()
-        spread, step = (v / correction2).sqrt_(), m / correction1
+        correction, square = (
+            (1 - beta1**count).float(),
+            ((1 - beta1**count) ** 2 / (1 - beta2**count)).float(),
+        )
     else:
-        correction1, correction2 = 1 - beta1 ** int(steps), 1 - beta2 ** int(steps)
-        spread, step = (v / correction2).sqrt_(), m / correction1
-    if floored:
-        spread.clamp_(min=DENOMINATOR_FLOOR * float(spread.norm()) / math.sqrt(spread.numel()))
-    return replace(old, m=m, v=v, steps=steps), step.div_(spread.add_(settings.eps))
+        correction = 1 - beta1 ** int(steps)
+        square = correction**2 / (1 - beta2 ** int(steps))
+    m, v = torch.empty_like(old.m), torch.empty_like(old.v)
+    step = torch.empty_like(old.m) if out is None else out
+    tensors = old.m, old.v, gradient, m, v, step
+    whole = floored or m.numel() <= _BLOCK or m.is_cuda or steps.ndim or not gradient.is_contiguous()
+    for old_m, old_v, g, new_m, new_v, done in (
+        [tensors] if whole else zip(*(t.view(-1).split(_BLOCK) for t in tensors), strict=True)
+    ):
+        torch.lerp(old_m, g, 1 - beta1, out=new_m)
+        torch.mul(old_v, beta2, out=new_v).addcmul_(g, g, value=1 - beta2)
+        torch.mul(new_v, square, out=done).sqrt_()
+        if floored:
+            done.clamp_(min=DENOMINATOR_FLOOR * float(done.norm()) / math.sqrt(done.numel()))
+        torch.div(new_m, done.add_(correction * settings.eps), out=done)
+    return replace(old, m=m, v=v, steps=steps), step
 
 
 def _adam_rows(
@@ -189,44 +229,43 @@ def _apollo(
     rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
     num_small, num_channels = sorted(gradient.shape)
     epoch = int(old.steps) // settings.proj_refresh
-    p_RM = projection(seed, name, epoch, rank, num_small, old.m.device)
+    p_RM = _kept_projection(seed, name, epoch, rank, num_small, old.m.device)
     if isinstance(gradient, Factors):
         left, right = (t.float() for t in gradient.matrices())
         small_SM, wide_SN = (right, left) if tall else (left, right)
         r_RN = (small_SM @ p_RM.T).T @ wide_SN
     else:
-        whole = dense(gradient).float()
-        r_RN = (whole @ p_RM.T).T.contiguous() if tall else p_RM @ whole
-    state, s_RN = _adam(old, r_RN, settings)
-    if rank == 1:  # one scale for the tensor
-        stepped, raw = s_RN.norm().expand(num_channels), r_RN.norm().expand(num_channels)
-    else:
-        stepped, raw = s_RN.norm(dim=0), r_RN.norm(dim=0)
-    scale_N = torch.where(raw == 0, torch.zeros_like(raw), stepped / raw)
+        r_RN, norm_N = _project(dense(gradient), p_RM, tall)
+    raw_N = _channel_norms(r_RN)
+    state, s_RN = _adam(old, r_RN, settings, out=r_RN)
+    scale_N = (_channel_norms(s_RN) / raw_N).masked_fill_(raw_N == 0, 0.0)
     if isinstance(gradient, Factors):
         scaled = Factors(small_SM, wide_SN * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
         norm = float(scaled.norm())
     else:
-        norm = math.sqrt(_scaled_square(whole, scale_N, tall))  # pyright: ignore[reportPossiblyUnboundVariable]
+        norm = float(torch.linalg.vector_norm(norm_N * scale_N))  # pyright: ignore[reportPossiblyUnboundVariable]
     if norm == 0:
         return None
     factor = settings.scale * math.sqrt(num_small / rank)
     level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
-    gate = _gate(
-        r_RN, state, settings
-    )  # after the limiter: what it held back is not what the next step may grow from
-    update = Update(gradient, level * gate, factor=factor * limited * gate, channels=scale_N)
+    # the gate comes after the limiter: what it held back is not what the next step may grow from
+    gate = _gate(float(torch.linalg.vector_norm(raw_N)), state, settings)
+    factor *= limited * gate
+    if rank == 1:
+        update = Update(gradient, level * gate, factor=factor * float(scale_N))
+    else:
+        update = Update(gradient, level * gate, factor=factor, channels=scale_N)
     return update, replace(state, level=level)
 
 
-def _gate(r_RN: Tensor, state: TensorState, settings: OptimizerSettings) -> float:
-    """1, or less for a projected gradient far below its history.
+def _gate(norm: float, state: TensorState, settings: OptimizerSettings) -> float:
+    """1, or less where the projected gradient's norm is far below its history.
 
     The step's length comes from the moments, its direction from this gradient alone: without the gate, momentum
     would carry noise of a learned example for a full step.
     """
     usual = math.sqrt(float(state.v.sum()) / (1 - settings.betas[1] ** int(state.steps)))
-    return min(1.0, float(r_RN.norm()) / (GATE * usual)) if usual > 0 else 1.0
+    return min(1.0, norm / (GATE * usual)) if usual > 0 else 1.0
 
 
 def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings) -> tuple[float, float]:
@@ -240,15 +279,53 @@ def _limited(norm: float, level: float, numel: int, settings: OptimizerSettings)
     return (limit, limit / norm) if level > 0 and norm > limit else (norm, 1.0)
 
 
-def _scaled_square(whole_AB: Tensor, scale_N: Tensor, tall: bool) -> float:
-    """The squared norm of a matrix whose channels are scaled, without a scaled copy of it."""
-    if tall:
-        return float((torch.linalg.vector_norm(whole_AB, dim=1) * scale_N).square().sum())
-    total = 0.0
-    for part in whole_AB.split(max(1, (1 << 16) // whole_AB.shape[1])):
-        scaled = (part * scale_N).view(-1)
-        total += float(torch.dot(scaled, scaled))
-    return total
+def _project(whole_AB: Tensor, p_RM: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    """The projection (R, N) and the norms of the channels (N), or at rank 1 of the whole (a scalar)."""
+    rank = len(p_RM)
+    r_RN = whole_AB.new_empty((rank, max(whole_AB.shape)), dtype=torch.float32)
+    squares: list[Tensor] = []
+    # with fewer rows than that, the projection itself is read and written more often than the gradient is
+    for start, stop in _blocks(whole_AB, least=1 if tall else 4 * rank):
+        part = whole_AB[start:stop]
+        if part.dtype is not torch.float32:
+            part = scratch("part", part.numel(), torch.float32, part.device).view(part.shape).copy_(part)
+        if tall:
+            torch.mm(p_RM, part.T, out=r_RN[:, start:stop])
+        else:
+            torch.addmm(r_RN, p_RM[:, start:stop], part, beta=1 if start else 0, out=r_RN)
+        if rank == 1:
+            flat = part.reshape(-1)
+            squares.append(torch.dot(flat, flat))
+        elif tall:
+            squares.append(torch.linalg.vector_norm(part, dim=1))
+        else:
+            squares.append(_column_squares(part))
+    if tall and rank > 1:
+        return r_RN, torch.cat(squares)
+    total = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    return r_RN, total.sqrt()
+
+
+def _channel_norms(r_RN: Tensor) -> Tensor:
+    """(N), or a scalar at rank 1: there the tensor is one channel."""
+    if len(r_RN) == 1:
+        return torch.linalg.vector_norm(r_RN)
+    squares = [_column_squares(r_RN[start:stop]) for start, stop in _blocks(r_RN)]
+    return (squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)).sqrt_()
+
+
+def _column_squares(part_AB: Tensor) -> Tensor:
+    """Sums of squares (B); torch's norm over the first dimension takes ten times as long."""
+    memory = scratch("squares", part_AB.numel(), torch.float32, part_AB.device)
+    return torch.mul(part_AB, part_AB, out=memory.view(part_AB.shape)).sum(0)
+
+
+def _blocks(matrix_AB: Tensor, least: int = 1) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks that fit a CPU's cache; `least` rows or more."""
+    num_rows, num_columns = matrix_AB.shape
+    step = max(least, (_BLOCK_ON_GPU if matrix_AB.is_cuda else _BLOCK) // num_columns)
+    for start in range(0, num_rows, step):
+        yield start, min(num_rows, start + step)
 
 
 def write_(
@@ -278,9 +355,14 @@ def write_(
     writer = Writer(part, seed=seed, name=name, step=step, measure=total is not None)
     sums = None if total is None else (total.view(-1, 1) if total.ndim != 2 else total)
     decay = lr * weight_decay if target.ndim >= 2 else 0.0
-    fill = _rows_of(update, -lr)
+    fill, add = _rows_of(update, -lr), None
+    if not decay and update.rows is None and lr * update.norm < _LARGE:
+        add = _addition_of(update, -lr)
     intended = 0.0
     for start, stop in writer.chunks():
+        added = add is not None and writer.let_add_(start, stop, add)
+        if added and sums is None:
+            continue
         change = writer.buffer(start, stop)
         fill(start, stop, change)
         if decay:
@@ -291,7 +373,8 @@ def write_(
                 sums[start:stop].add_(change)
             else:
                 sums.index_add_(0, update.rows[start:stop], change)
-        writer.add_(start, stop, change)
+        if not added:
+            writer.add_(start, stop, change)
     if update.rows is not None:
         target.index_copy_(0, update.rows, part)
     return writer.written - intended if total is not None else 0.0
@@ -314,10 +397,12 @@ def _in_one_kernel(
     decay = lr * decay if target.ndim >= 2 else 0.0
     key = {"decay": decay, "seed": seed, "name": name, "step": step}
     if isinstance(source, Factors):
-        if not kernels.fits(target) or update.channels is None:
+        if not kernels.fits(target):
             return False
         left, right, scale = source.stored()
-        kernels.add_factored_(target, left, right, update.channels * (factor * scale), **key)
+        ones = torch.ones(max(target.shape), device=target.device)
+        channels = ones if update.channels is None else update.channels
+        kernels.add_factored_(target, left, right, channels * (factor * scale), **key)
         return True
     part = target if update.rows is None else target[update.rows]
     if not kernels.fits_dense(part):
@@ -353,8 +438,34 @@ def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], obje
     whole = dense(source)
     rows = whole if whole.ndim == 2 else whole.reshape(-1, 1)
     if scale is None:
-        return lambda start, stop, out: torch.mul(rows[start:stop], factor, out=out)
+        scale_AB, by_row = torch.tensor(factor, device=rows.device), False
+    else:
+        scale_AB, by_row = (scale.unsqueeze(1), True) if rows.shape[0] > rows.shape[1] else (scale, False)
+
+    def fill(start: int, stop: int, out: Tensor) -> None:
+        here = scale_AB[start:stop] if by_row else scale_AB
+        if rows.dtype is out.dtype:
+            torch.mul(rows[start:stop], here, out=out)
+        else:
+            out.copy_(rows[start:stop]).mul_(here)
+
+    return fill
+
+
+def _addition_of(update: Update, factor: float) -> Callable[[int, int, Tensor], object] | None:
+    """A function that adds rows start..stop of `factor` * update to fp32 rows at once; None if there is none."""
+    source = update.source
+    if isinstance(source, Factors):
+        left, right = _scaled_factors(source, update, factor)
+        return lambda start, stop, to: to.addmm_(left[:, start:stop].T, right)
+    if not isinstance(source, Tensor) or source.dtype is not torch.float32:
+        return None
+    factor *= update.factor
+    rows = source if source.ndim == 2 else source.reshape(-1, 1)
+    if update.channels is None:
+        return lambda start, stop, to: to.add_(rows[start:stop], alpha=factor)
+    scale = update.channels * factor
     if rows.shape[0] > rows.shape[1]:
         by_row = scale.unsqueeze(1)
-        return lambda start, stop, out: torch.mul(rows[start:stop], by_row[start:stop], out=out)
-    return lambda start, stop, out: torch.mul(rows[start:stop], scale, out=out)
+        return lambda start, stop, to: to.addcmul_(rows[start:stop], by_row[start:stop])
+    return lambda start, stop, to: to.addcmul_(rows[start:stop], scale)
