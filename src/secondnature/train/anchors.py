@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from secondnature.records import Example
+from secondnature.train.losses import divergence
 from secondnature.train.prefix import continuation_logits, freeze
 
-__all__ = ["HELD", "Anchor", "affordable", "drifts", "record"]
+__all__ = ["HELD", "MAX_BYTES", "Anchor", "affordable", "divergences", "drifts", "record"]
 
 HELD = 1e-6
 """An anchor whose KL is below this, nats per token, gives no gradient: it is rounding noise, and the optimizer
@@ -80,10 +81,21 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
             here = group[start : start + TOGETHER]
             last = [len(a.logps_TV) for a in here]
             logits = continuation_logits(model, prefix, [a.ids[1:] for a in here], last=last)
-            yield [_drift(anchor, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)]
+            yield [
+                divergence(anchor.logps_TV, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)
+            ]
 
 
-def _drift(anchor: Anchor, logits_TV: Tensor) -> Tensor:
-    now = torch.log_softmax(logits_TV.float(), dim=-1)
-    before = anchor.logps_TV.to(now.device)
-    return (before.exp() * (before - now)).sum(dim=-1).mean()
+@torch.no_grad()
+def divergences(model: nn.Module, anchors: Sequence[Anchor]) -> list[float]:
+    """KL(before || now) of each anchor, in order, nats per token; exactly 0 while nothing was written.
+
+    One at a time, as they were recorded.
+    """
+    found: list[float] = []
+    for anchor in anchors:
+        prefix = freeze(model, anchor.ids[:1])
+        last = [len(anchor.logps_TV)]
+        (logits_TV,) = continuation_logits(model, prefix, [anchor.ids[1:]], last=last)
+        found.append(max(0.0, float(divergence(anchor.logps_TV, logits_TV))))
+    return found
