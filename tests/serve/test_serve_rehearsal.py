@@ -1,4 +1,4 @@
-"""What the model itself gives to a lesson: answers for self-distillation, answers to replay, the KL of the lesson."""
+"""What the model itself gives to a lesson: answers to distil, answers to replay; and how far it was moved."""
 
 from __future__ import annotations
 
@@ -207,9 +207,9 @@ def test_a_prompt_must_leave_room_for_an_answer(server: Running) -> None:
     replay = {"share": 0.5, "prompts": ["Say tea.", "tea " * 300]}
     with pytest.raises(ContextOverflow, match="replay prompt 1"):
         server.client.train(teach(replay=replay))
+    body = teach().model_dump(mode="json", exclude_none=True)
+    body["replay"]["prompts"] = [{"prompt": [{"role": "assistant", "content": "tea!"}]}]
     with pytest.raises(BadInput, match="ends with the assistant"):
-        body = teach().model_dump(mode="json", exclude_none=True)
-        body["replay"]["prompts"] = [{"prompt": [{"role": "assistant", "content": "tea!"}]}]
         server.client.request("POST", "/v1/train", body=body)
 
 

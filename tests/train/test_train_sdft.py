@@ -1,4 +1,4 @@
-"""Self-distillation in a training step: the loss of a plain run, the teacher reached, nothing written where it fails."""
+"""Self-distillation in a training step: the loss of a plain run, the teacher reached, no write where it fails."""
 
 from __future__ import annotations
 
