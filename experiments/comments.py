@@ -42,7 +42,7 @@ Before every lesson: directions taken {right} of 120, wrong ones refused {other}
 """
 FOOT = """
 Shares of all seeds together, 95 % Clopper-Pearson interval over the probes, in round brackets each seed's share in
-per cent; steps and KL of each seed. KL(before || after), nats per token, on the model's own answers to the corrected
+per cent; steps and KL of each seed. KL(before || after), nats per token, on the model's own answers to the taught
 prompts.
 """
 Row = dict[str, Any]

@@ -213,11 +213,20 @@ def test_a_prompt_must_leave_room_for_an_answer(server: Running) -> None:
         server.client.request("POST", "/v1/train", body=body)
 
 
+def test_no_more_answers_are_sampled_than_the_steps_can_replay(server: Running) -> None:
+    """Two steps of four new examples with a share of a half: eight."""
+    plan = server.client.train(
+        teach(replay={"share": 0.5, "prompts": SAY * 5}, max_steps=2, dry_run=True)
+    ).plan
+    assert plan is not None
+    assert plan["num_replay"] == 8
+
+
 def test_a_kept_lesson_from_comments_is_replayed_by_its_prompts(tmp_path: Path, talker: Path) -> None:
     with running(tmp_path / "home", talker) as server:
         first = teach(corrections=comments(), objective="sdft", replay=NO_REPLAY, max_steps=1, keep=True)
         server.lesson(first, "kept")
-        second = teach(["jam"], replay={"share": 0.5}, dry_run=True)
+        second = teach(["jam"], replay={"share": 0.5}, max_steps=9, dry_run=True)
         plan = server.client.train(second).plan
         assert plan is not None
         assert (plan["num_replay"], plan["replay_prompts_match"]) == (3, "distribution")

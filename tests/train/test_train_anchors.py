@@ -134,6 +134,10 @@ def test_divergences_are_nothing_at_first_and_then_the_kl_of_each(
         wanted = F.kl_div(now.logps_TV, was.logps_TV, log_target=True, reduction="none").sum(-1).mean()
         assert value == pytest.approx(float(wanted), rel=1e-3, abs=1e-6)
         assert value > 1e-5
+    for tensor in arena.tensors.values():
+        tensor.fill_(torch.nan)
+    with pytest.raises(NonFinite, match="KL"):
+        divergences(model, anchors)
 
 
 def test_as_many_as_fit() -> None:

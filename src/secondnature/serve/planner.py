@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from secondnature import wire
+from secondnature.data.replay import num_replayed
 from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.model.load import encode_answer, encode_chat
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe
 from secondnature.serve.rehearsal import Distilled, Own, comment, teacher_messages
 
+T = TypeVar("T")
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
@@ -197,9 +199,11 @@ class Planner:
                 "send `development` probes with `prefers`, or use `max_steps`",
             )
         batch_size = min(request.batch_size, num_examples)
+        steps = _steps(request, math.ceil(num_examples / batch_size))
+        own = _spread(own, steps * num_replayed(batch_size, share))  # more would be sampled for nothing
         return Plan(
             objective=objective,
-            steps=_steps(request, math.ceil(num_examples / batch_size)),
+            steps=steps,
             batch_size=batch_size,
             seed=request.seed,
             examples=examples,
@@ -242,9 +246,8 @@ class Planner:
         ]
         new = new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
         replayed = [c.prompt for c in general] + prompts
-        count = min(len(replayed), MAX_KL_PROMPTS)
-        spread = [replayed[i * len(replayed) // count] for i in range(count)]
-        return new + [Sample("replay", encode_chat(self._tokenizer, p), p) for p in spread]
+        chosen = _spread(replayed, MAX_KL_PROMPTS)
+        return new + [Sample("replay", encode_chat(self._tokenizer, p), p) for p in chosen]
 
     def _corrections(
         self, request: wire.TrainRequest, ledger: list[Correction]
@@ -315,6 +318,12 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    """At most `count` of them, in order, from all over the list."""
+    count = min(len(items), count)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _steps(request: wire.TrainRequest, per_epoch: int) -> int:

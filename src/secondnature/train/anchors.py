@@ -13,12 +13,14 @@ Shapes: S tokens of a conversation, T of them the answer, V the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from secondnature.errors import NonFinite
 from secondnature.records import Example
 from secondnature.train.losses import divergence
 from secondnature.train.prefix import continuation_logits, freeze
@@ -91,11 +93,17 @@ def divergences(model: nn.Module, anchors: Sequence[Anchor]) -> list[float]:
     """KL(before || now) of each anchor, in order, nats per token; exactly 0 while nothing was written.
 
     One at a time, as they were recorded.
+
+    Raises:
+        NonFinite: a divergence is NaN or infinite: the weights are broken.
     """
     found: list[float] = []
     for anchor in anchors:
         prefix = freeze(model, anchor.ids[:1])
         last = [len(anchor.logps_TV)]
         (logits_TV,) = continuation_logits(model, prefix, [anchor.ids[1:]], last=last)
-        found.append(max(0.0, float(divergence(anchor.logps_TV, logits_TV))))
+        value = float(divergence(anchor.logps_TV, logits_TV))
+        if not math.isfinite(value):
+            raise NonFinite(f"KL(before || now) of an answer is {value}", "lower the learning rate")
+        found.append(max(0.0, value))
     return found
