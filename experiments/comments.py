@@ -44,6 +44,10 @@ FOOT = """
 Shares of all seeds together, 95 % Clopper-Pearson interval over the probes, in round brackets each seed's share in
 per cent; steps and KL of each seed. KL(before || after), nats per token, on the model's own answers to the taught
 prompts.
+
+**Reading.** Comments alone turn the behaviour around, with every seed, and no wrong direction is taken. They take
+four to six times the steps (one lesson made all 60) and teach it less evenly: where the answer can be written, write
+it. Written answers without the rejected one move the model least.
 """
 Row = dict[str, Any]
 
