@@ -46,8 +46,8 @@ per cent; steps and KL of each seed. KL(before || after), nats per token, on the
 prompts.
 
 **Reading.** Comments alone turn the behaviour around, with every seed, and no wrong direction is taken. They take
-four to six times the steps (one lesson made all 60) and teach it less evenly: where the answer can be written, write
-it. Written answers without the rejected one move the model least.
+four to six times the steps (one lesson made all 60) and teach it less evenly: where an answer can be written, do
+so. Written answers without the rejected one move the model least.
 """
 Row = dict[str, Any]
 
