@@ -42,6 +42,7 @@ Text = Annotated[Unicode, Field(max_length=200_000)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 LessonState = Literal["queued", "running", "on_trial", "kept", "undone", "failed", "cancelled"]
 Verdict = Literal["kept", "undone", "inconclusive"]
+KlSet = Literal["new", "replay"]
 
 OPEN_STATES: tuple[LessonState, ...] = ("queued", "running", "on_trial")
 """States in which a lesson still holds the weights, or waits for them."""
@@ -72,6 +73,32 @@ Conversation = Annotated[list[Message], Field(min_length=1, max_length=200)]
 def _as_messages(value: Any, role: Role) -> Any:
     """Plain text where the data-set formats allow it: a string is one message of that role."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _with_messages(data: Any) -> Any:
+    """A record whose `prompt` may be given as text."""
+    if isinstance(data, dict) and isinstance(data.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
+        return {**data, "prompt": _as_messages(data["prompt"], "user")}  # pyright: ignore[reportUnknownVariableType]
+    return data  # pyright: ignore[reportUnknownVariableType]
+
+
+class Prompt(Record):
+    """Something to ask: the user's turn last. A string stands for one message of the user."""
+
+    prompt: Conversation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"prompt": data}
+        return _with_messages(data)
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if self.prompt[-1].role == "assistant":
+            raise ValueError("`prompt` ends with the assistant; expected the user's turn last")
+        return self
 
 
 class Correction(Record):
@@ -187,9 +214,7 @@ class Probe(Record):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
-            return {**data, "prompt": _as_messages(data["prompt"], "user")}  # pyright: ignore[reportUnknownVariableType]
-        return data  # pyright: ignore[reportUnknownVariableType]
+        return _with_messages(data)
 
     def digest(self) -> str:
         """Content hash of the probe (16 hex digits)."""
@@ -301,6 +326,9 @@ class Lesson(Record):
     """The resolved settings of the job: every default spelled out."""
     steps: int = 0
     loss: float | None = None
+    kl: dict[KlSet, float] = {}
+    """KL(before || after) on the lesson's own prompts (`new`) and on replayed ones, nats per token: what is
+    forgotten grows with that on `new` (arXiv 2509.04259). See `KlMetric`."""
     moved: list[Moved] = []
     delta_sha256: str | None = None
     """Checksum of the delta's file."""
@@ -432,12 +460,19 @@ class LookMetric(Record):
 
 
 class KlMetric(Record):
-    """A line of metrics.jsonl: KL(before || after) of the next-token distributions, nats per token."""
+    """A line of metrics.jsonl: KL(before || after) of the next-token distributions, nats per token.
+
+    Exact over the vocabulary, at the positions of the answers that the model gave before the lesson (greedy).
+    """
 
     kind: Literal["kl"] = "kl"
-    on: Literal["new", "replay"]
+    on: KlSet
     mean: float
+    """Over the prompts."""
     per_prompt: list[float] = []
+    """Mean over the prompt's positions."""
+    num_tokens: int = 0
+    """Positions that were compared, of all prompts together."""
 
 
 class SampleAnswer(Record):
@@ -453,9 +488,7 @@ class SampleAnswer(Record):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("prompt"), str):  # pyright: ignore[reportUnknownMemberType]
-            return {**data, "prompt": _as_messages(data["prompt"], "user")}  # pyright: ignore[reportUnknownVariableType]
-        return data  # pyright: ignore[reportUnknownVariableType]
+        return _with_messages(data)
 
 
 def digest(value: Any) -> str:

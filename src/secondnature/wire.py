@@ -23,12 +23,14 @@ from secondnature.records import (
     Evidence,
     Example,
     GateSettings,
+    KlSet,
     Lesson,
     LessonState,
     Message,
     Name,
     OptimizerSettings,
     Probe,
+    Prompt,
     Text,
     TokenIds,
     Unicode,
@@ -43,7 +45,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Objective = Literal["sft", "orpo", "dpo", "dpop"]
+Objective = Literal["sft", "orpo", "dpo", "dpop", "sdft"]
 ReplayMatch = Literal["answer", "distribution"]
 Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
 BIG = 2**62
@@ -144,16 +146,30 @@ class ReplaySettings(Body):
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
     """Share of replayed examples in a batch."""
-    match: ReplayMatch = "answer"
+    match: ReplayMatch | None = None
     """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
     model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
-    made, unless `until_margin` or `until_passed` is reached."""
+    made, unless `until_margin` or `until_passed` is reached. Default: `answer` for `examples` and lessons,
+    `distribution` for the model's own answers to `prompts`."""
     weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 1.0
     """Of the KL, beside the loss of the new examples. Used with `distribution` only."""
     examples: Annotated[list[Correction], Field(max_length=10_000)] = []
     """General examples of the user (`chosen` is the wanted answer)."""
+    prompts: Annotated[list[Prompt], Field(max_length=10_000)] = []
+    """General prompts: the model's own answers to them, sampled before the first write, are replayed."""
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.0
+    """Of those answers; 0: greedy."""
     lessons: bool = True
-    """Also replay the corrections of earlier kept lessons."""
+    """Also replay the corrections of earlier kept lessons; those without a written answer as `prompts`."""
+
+
+class SdftSettings(Body):
+    """Self-distillation: the model with the user's comment in its context teaches the model without it."""
+
+    samples: Annotated[int, Field(ge=1, le=32)] = 4
+    """Answers sampled per correction, before the first write."""
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
+    """Of the samples; 0: greedy, all of a correction alike."""
 
 
 class LessonInfo(Body):
@@ -170,7 +186,9 @@ class TrainRequest(Body):
     corrections: Annotated[list[Correction], Field(min_length=1, max_length=10_000)] | None = None
     ledger: bool = False
     objective: Objective | None = None
-    """Default: `orpo` where every example has a rejected answer, else `sft`."""
+    """Default: `orpo` where every example has a rejected answer, else `sft`. `sdft` learns from `feedback`, without
+    a written answer."""
+    sdft: SdftSettings = SdftSettings()
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Passes over the examples. Default 1, or as many as `max_steps` asks for."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -214,6 +232,10 @@ class TrainRequest(Body):
             missing = [i for i, e in enumerate(self.examples) if e.rejected_ids is None]
             if missing:
                 raise ValueError(f"`{self.objective}` needs rejected_ids; missing in example {missing[0]}")
+        if self.objective == "sdft" and self.examples is not None:
+            raise ValueError(
+                "`sdft` learns from what the user said; token-id `examples` have no `feedback`: send `corrections`"
+            )
         if self.until_passed is not None and not any(p.side == "right" for p in self.development):
             raise ValueError("`until_passed` needs `development` probes of the side `right`")
         for i, probe in enumerate(self.development):
@@ -247,6 +269,8 @@ class JobStatus(Body):
     losses: list[float] = []
     tokens_per_s: float | None = None
     eta_s: float | None = None
+    kl: dict[KlSet, float] = {}
+    """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
     weights_version: str
     evidence: Evidence | None = None
     error: ErrorInfo | None = None
@@ -326,6 +350,10 @@ class Work(msgspec.Struct, tag="work", frozen=True):
     weight: float = 1.0
     label: str = ""
     """How an error names it: `correction 3`, `replay 12`."""
+    teacher: list[int] | None = None
+    """SDFT: the context in which the teacher reads the continuation."""
+    hold: bool = False
+    """Replay by distribution: held to what the model said before, not trained on."""
 
 
 class Look(msgspec.Struct, tag="look", frozen=True):
@@ -349,7 +377,6 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     examples: list[Work]
     replay: list[Work]
     replay_share: float
-    replay_match: ReplayMatch
     replay_weight: float
     learned_loss: float
     optimizer: dict[str, Any]
@@ -394,6 +421,7 @@ class Done(msgspec.Struct, tag="done", frozen=True):
     job: str
     steps: int
     loss: float
+    kl: dict[str, float]
     moved: list[dict[str, Any]]
     stopped_by: str
 

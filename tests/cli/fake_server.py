@@ -132,7 +132,13 @@ class Fake:
             return self.change(lesson, state="failed", error=error)
         state = "kept" if self.ends == "kept" else "undone"
         return self.change(
-            lesson, state=state, verdict=self.ends, steps=steps, version=AFTER, ended_at=utc_now()
+            lesson,
+            state=state,
+            verdict=self.ends,
+            steps=steps,
+            kl={"new": 0.75, "replay": 0.002},
+            version=AFTER,
+            ended_at=utc_now(),
         )
 
     def evidence(self, lesson: Lesson) -> Evidence | None:

@@ -25,6 +25,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a list": (b"[1]\n", "line 1"),
     "deep": (b"[" * 200_000, "line 1"),
     "no answer": (b'{"prompt": "a", "feedback": "bad"}\n', "none with a wanted answer"),
+    "neither answer nor comment": (b'{"prompt": "a", "rating": -1}\n', "none with a wanted answer"),
     "two behaviours": (
         b'{"prompt": "a", "completion": "b", "behaviour": "x"}\n'
         b'{"prompt": "a", "completion": "b", "behaviour": "y"}\n',
@@ -70,6 +71,14 @@ def test_a_broken_corrections_file_is_refused(
             "no `prefers`",
         ),
         ("replay.jsonl", "{", "replay.jsonl, line 1"),
+        ("replay_prompts.jsonl", '{"prompt": "a"}\n{"promt": "b"}', "replay_prompts.jsonl, line 2"),
+        (
+            "replay_prompts.jsonl",
+            '[{"role": "user", "content": "a"}]',
+            "replay_prompts.jsonl, line 1",
+        ),
+        ("lesson.toml", "[sdft]\nsamples = 0", "sdft.samples"),
+        ("lesson.toml", "objective = 'sdtf'", "objective"),
         ("lesson.toml", "max_stepz = 3", "unknown field `max_stepz`"),
         ("lesson.toml", "max_steps = 0", "max_steps"),
         ("lesson.toml", "[optimizer]\nlr = -1", "optimizer.lr"),
@@ -166,3 +175,30 @@ def test_an_unknown_setting_is_said(
     monkeypatch.setenv("SECONDNATURE_HOEM", "x")
     assert main(["lessons", "log"]) == 64
     assert "did you mean `home`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "no prompts found"),
+        (b" \n\n", "no prompts found"),
+        (b"\xff\xfe", "general.txt"),
+        (None, "general.txt"),
+    ],
+)
+def test_a_broken_list_of_prompts_is_refused(
+    data: bytes | None, expected: str, fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.jsonl").write_bytes(GOOD)
+    if data is not None:
+        Path("general.txt").write_bytes(data)
+    words = ["learn", "c.jsonl", "--keep", "--home", str(home), "--replay-prompts", "general.txt"]
+    refused(words, expected, fake, capsys)
+
+
+def test_sdft_without_a_comment_is_refused(
+    fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.jsonl").write_bytes(b'{"prompt": "a", "rating": -1}\n')
+    words = ["learn", "c.jsonl", "--keep", "--objective", "sdft", "--home", str(home)]
+    refused(words, "none says what was wrong (`feedback`)", fake, capsys)

@@ -25,6 +25,8 @@ def test_learn_ends_with_the_code_of_the_verdict(
     out, err = capsys.readouterr()
     undo = f"secondnature lessons revert 0001-listening --home {home}"
     assert (undo in out) == (ends == "kept")
+    moved = "moved:  KL(before ‖ after) 0.75 on new prompts, 0.002 on replay prompts, nats per token"
+    assert (moved in out) == (ends != "failed")
     assert ("the weights are as before" in out) == (ends != "kept")
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
@@ -80,6 +82,41 @@ def test_learn_from_the_ledger_takes_its_behaviour(
     assert main(command) == 0
     assert fake.requests[0].ledger
     assert fake.requests[0].lesson.behaviour == "listening"
+
+
+def test_learn_sdft_takes_comments_without_an_answer(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from secondnature.records import Correction
+
+    fake.ledger.append(
+        Correction.model_validate({"prompt": "a", "feedback": "No.", "behaviour": "listening"})
+    )
+    command = ["learn", "--home", str(home), "--probes", str(lesson_dir / "probes.jsonl")]
+    assert main(command) == 64
+    assert "--objective sdft" in capsys.readouterr().err
+    assert main([*command, "--objective", "sdft"]) == 0
+    (lesson_dir / "lesson.toml").write_text("objective = 'sdft'\n[sdft]\nsamples = 2\ntemperature = 0.5\n")
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == 0
+    flag, file = fake.requests
+    assert (flag.objective, flag.ledger, flag.sdft.samples) == ("sdft", True, 4)
+    assert (file.objective, file.sdft.samples, file.sdft.temperature) == ("sdft", 2, 0.5)
+
+
+def test_learn_reads_replay_prompts_from_text_and_jsonl(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, lines = lesson_dir / "general.txt", lesson_dir / "replay_prompts.jsonl"
+    text.write_text("What is new?\n\n  Who are you? \n")
+    lines.write_text('{"prompt": "Hi"}\n"Hello"\n{"prompt": [{"role": "user", "content": "Bye"}]}\n')
+    (lesson_dir / "lesson.toml").write_text("[replay]\ntemperature = 0.5\n")
+    command = ["learn", str(lesson_dir), "--home", str(home)]
+    assert main(command) == 0
+    assert main([*command, "--replay-prompts", str(text)]) == 0
+    found = [[p.prompt[-1].content for p in r.replay.prompts] for r in fake.requests]
+    assert found == [["Hi", "Hello", "Bye"], ["What is new?", "Who are you?"]]
+    assert {r.replay.temperature for r in fake.requests} == {0.5}
+    assert "3 replay prompts" in capsys.readouterr().err
 
 
 def test_learn_without_probes_stays_on_trial_and_says_how_to_decide(

@@ -169,6 +169,7 @@ def lesson(id_: str, **changes: Any) -> Lesson:
         },
         "steps": 14,
         "loss": 0.59,
+        "kl": {"new": 0.75, "replay": 0.002},
         "moved": moved(),
         "delta_sha256": "5d" * 32,
         "verdict": "kept",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from secondnature.errors import NonFinite
 from secondnature.model.upcast import collect
 from secondnature.records import Example, OptimizerSettings
-from secondnature.train.anchors import Anchor, affordable, drifts, record
+from secondnature.train.anchors import Anchor, affordable, divergences, drifts, record
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import train_step
 from secondnature.weights.arena import Arena
@@ -118,6 +118,26 @@ def test_a_broken_anchor_is_refused_before_the_write(tiny: tuple[Arena, nn.Modul
     with pytest.raises(NonFinite, match="replay"):
         train_step(model, Apollo(model, OptimizerSettings(rank=8)), lesson(), anchors=broken)
     assert all(torch.equal(t, before[n]) for n, t in arena.tensors.items())
+
+
+def test_divergences_are_nothing_at_first_and_then_the_kl_of_each(
+    tiny: tuple[Arena, nn.Module, Path],
+) -> None:
+    arena, model, _ = tiny
+    anchors = record(model, replay())
+    assert divergences(model, anchors) == [0.0] * 4
+    for tensor in arena.tensors.values():
+        tensor.mul_(1.05)
+    found = divergences(model, anchors)
+    after = record(model, replay())
+    for value, was, now in zip(found, anchors, after, strict=True):
+        wanted = F.kl_div(now.logps_TV, was.logps_TV, log_target=True, reduction="none").sum(-1).mean()
+        assert value == pytest.approx(float(wanted), rel=1e-3, abs=1e-6)
+        assert value > 1e-5
+    for tensor in arena.tensors.values():
+        tensor.fill_(torch.nan)
+    with pytest.raises(NonFinite, match="KL"):
+        divergences(model, anchors)
 
 
 def test_as_many_as_fit() -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from secondnature.train.losses import (
     Reference,
+    divergence,
     dpo,
     dpop,
     example_loss,
     log_odds,
     orpo,
+    sdft,
     sequence_logprob,
     sft,
 )
@@ -72,9 +74,45 @@ def test_dpop_punishes_a_falling_chosen_answer_only(reference: Reference) -> Non
 
 def test_an_example_without_a_rejected_answer_is_sft() -> None:
     """Replay among pairs."""
-    for objective in ("sft", "orpo", "dpo", "dpop"):
+    for objective in ("sft", "orpo", "dpo", "dpop", "sdft"):
         assert example_loss(objective, tensor(CHOSEN), None, None).item() == sft(tensor(CHOSEN)).item()
     pair = (tensor(CHOSEN), tensor(REJECTED))
     assert example_loss("orpo", *pair, None).item() == orpo(*pair).item()
     assert example_loss("dpo", *pair, REFERENCE).item() == dpo(*pair, REFERENCE).item()
     assert example_loss("dpop", *pair, REFERENCE).item() == dpop(*pair, REFERENCE).item()
+
+
+TEACHER = [[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]
+STUDENT = [[0.1, 0.6, 0.3], [0.25, 0.5, 0.25]]
+
+
+def kl(p: list[list[float]], q: list[list[float]]) -> float:
+    rows = [sum(a * math.log(a / b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
+    return sum(rows) / len(rows)
+
+
+def test_self_distillation_is_the_reverse_kl_and_replay_the_forward_one() -> None:
+    """Logits may be shifted per position: only the distributions count."""
+    logits = torch.tensor(STUDENT).log() + torch.tensor([[3.0], [-2.0]])
+    teacher = torch.tensor(TEACHER).log()
+    assert sdft(teacher, logits).item() == pytest.approx(kl(STUDENT, TEACHER), rel=1e-5)
+    assert divergence(teacher, logits).item() == pytest.approx(kl(TEACHER, STUDENT), rel=1e-5)
+    assert sdft(teacher, teacher + 1.0).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_self_distillation_moves_an_answer_that_is_wrong_towards_the_teacher() -> None:
+    """Nearly certain of the wrong token, the student still learns which one stands there instead.
+
+    The gradient by a logit is s (log(s / t) - KL): below 0 for the teacher's token, above 0 for the student's own.
+    """
+    student = torch.tensor([[1 - 2e-3, 1e-3, 1e-3]])
+    teacher = torch.tensor([[1e-3, 1 - 2e-3, 1e-3]]).log()
+    logits = student.log().requires_grad_()
+    sdft(teacher, logits).backward()
+    gradient = logits.grad
+    assert gradient is not None
+    wanted = student * (student.log() - teacher - kl(student.tolist(), teacher.exp().tolist()))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
+    own, taught, other = gradient[0].tolist()
+    assert taught < other < own
+    assert taught < 0 < own

@@ -39,6 +39,16 @@ LessonArgument = Annotated[str, typer.Argument(metavar="ID", help="As in `lesson
 ProbesOption = Annotated[Path | None, typer.Option("--probes", help="JSONL of held-out checks.")]
 
 
+class Objective(StrEnum):
+    """What a training step minimises."""
+
+    sft = "sft"
+    orpo = "orpo"
+    dpo = "dpo"
+    dpop = "dpop"
+    sdft = "sdft"
+
+
 class Engine(StrEnum):
     """What generates the answers."""
 
@@ -134,7 +144,13 @@ def learn(
         Path | None, typer.Option("--development", help="JSONL of probes to look at while training.")
     ] = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="JSONL of answers not to forget.")] = None,
+    replay_prompts: Annotated[
+        Path | None, typer.Option("--replay-prompts", help="Prompts whose answers shall stay as they are.")
+    ] = None,
     behaviour: Annotated[str | None, typer.Option("--behaviour", help="Which probes must improve.")] = None,
+    objective: Annotated[
+        Objective | None, typer.Option("--objective", help="sdft: learn from what was said about the answer.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Steps at most.")] = None,
     until_margin: Annotated[
         float | None, typer.Option("--until-margin", help="Stop at this margin, nats.")
@@ -161,7 +177,18 @@ def learn(
     from secondnature.cli.sources import LearnFlags
 
     flags = LearnFlags(
-        probes, development, replay, behaviour, max_steps, until_margin, lr, batch_size, seed, keep
+        probes,
+        development,
+        replay,
+        replay_prompts,
+        behaviour,
+        objective.value if objective else None,
+        max_steps,
+        until_margin,
+        lr,
+        batch_size,
+        seed,
+        keep,
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)

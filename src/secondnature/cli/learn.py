@@ -86,6 +86,10 @@ def conclude(
         from secondnature.report.table import before_after_table
 
         out.say(before_after_table(evidence))
+    if lesson.kl:
+        from secondnature.report.words import kl
+
+        out.say(f"moved:  {kl(lesson.kl)}")
     if lesson.error is not None:
         out.say(f"{lesson.state}: {lesson.error.type}: {lesson.error.message}", style="bold red")
         if lesson.error.hint:
@@ -196,6 +200,7 @@ def _announce(sources: Sources, request: TrainRequest, num_ledger: int, server: 
     parts += [f"{len(sources.probes)} probes"] if sources.probes else ["no probes"]
     parts += [f"{len(sources.development)} development probes"] if sources.development else []
     parts += [f"{len(sources.replay)} replay examples"] if sources.replay else []
+    parts += [f"{len(sources.replay_prompts)} replay prompts"] if sources.replay_prompts else []
     return ", ".join(parts) + f"; weights {server.health.weights_version}"
 
 

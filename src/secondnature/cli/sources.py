@@ -1,7 +1,7 @@
 """What `learn` reads, all of it before anything is sent: corrections, probes, replay, settings (process D).
 
 A directory is a complete lesson: corrections.jsonl and, where they exist, probes.jsonl, development.jsonl,
-replay.jsonl and lesson.toml. Flags win over lesson.toml; an unknown key there is an error.
+replay.jsonl, replay_prompts.jsonl and lesson.toml. Flags win over lesson.toml; an unknown key there is an error.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from secondnature.records import (
     Name,
     OptimizerSettings,
     Probe,
+    Prompt,
     Record,
     describe,
     read_jsonl,
 )
-from secondnature.wire import Objective, ReplayMatch, TrainRequest
+from secondnature.wire import Objective, ReplayMatch, SdftSettings, TrainRequest
 
 R = TypeVar("R", bound=BaseModel)
 SETTINGS_FILE = "lesson.toml"
 
 
 class ReplayShare(Record):
-    """`[replay]` of lesson.toml; the examples themselves lie in replay.jsonl."""
+    """`[replay]` of lesson.toml; the examples lie in replay.jsonl, the prompts in replay_prompts.jsonl."""
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     """Share of replayed examples in a batch."""
@@ -39,6 +40,8 @@ class ReplayShare(Record):
     """`answer` or `distribution`."""
     weight: float | None = None
     """Of the KL, with `distribution`."""
+    temperature: float | None = None
+    """Of the model's own answers to replay_prompts.jsonl."""
     lessons: bool | None = None
     """Also replay the corrections of earlier kept lessons."""
 
@@ -50,6 +53,7 @@ class LessonFile(Record):
     """Which probes must improve."""
     note: str | None = None
     objective: Objective | None = None
+    sdft: SdftSettings | None = None
     epochs: int | None = None
     batch_size: int | None = None
     max_steps: int | None = None
@@ -70,7 +74,9 @@ class LearnFlags:
     probes: Path | None = None
     development: Path | None = None
     replay: Path | None = None
+    replay_prompts: Path | None = None
     behaviour: str | None = None
+    objective: Objective | None = None
     max_steps: int | None = None
     until_margin: float | None = None
     lr: float | None = None
@@ -87,6 +93,7 @@ class Sources:
     probes: list[Probe] = field(default_factory=list[Probe])
     development: list[Probe] = field(default_factory=list[Probe])
     replay: list[Correction] = field(default_factory=list[Correction])
+    replay_prompts: list[Prompt] = field(default_factory=list[Prompt])
     settings: LessonFile = field(default_factory=LessonFile)
 
     def request(self, flags: LearnFlags, ledger: list[Correction] | None = None) -> TrainRequest:
@@ -96,26 +103,39 @@ class Sources:
             BadInput: nothing to learn from, no or several behaviours, or values that do not go together.
         """
         taught = self.corrections if self.corrections is not None else (ledger or [])
-        if not any(c.chosen for c in taught):
-            where = "the ledger" if self.corrections is None else "the corrections"
+        settings = self.settings
+        objective = flags.objective or settings.objective
+        where = "the ledger" if self.corrections is None else "the corrections"
+        if objective == "sdft" and not any(c.feedback or c.chosen for c in taught):
+            raise BadInput(
+                f"{where}: {len(taught)} records, none says what was wrong (`feedback`)",
+                "record one with `/why WHAT WAS WRONG` in `secondnature chat`, or give a file",
+            )
+        if objective != "sdft" and not any(c.chosen for c in taught):
+            told = any(c.feedback for c in taught)
             raise BadInput(
                 f"{where}: {len(taught)} records, none with a wanted answer (`chosen`)",
-                "record one with `/no WHAT I WANTED` in `secondnature chat`, or give a file",
+                "--objective sdft learns from what was said about the answers"
+                if told
+                else "record one with `/no WHAT I WANTED` in `secondnature chat`, or give a file",
             )
-        settings = self.settings
         behaviour = flags.behaviour or settings.behaviour or _only_behaviour(taught, self.probes)
         _check_probes(self.probes, behaviour)
         body: dict[str, Any] = settings.model_dump(
             exclude={"behaviour", "note", "replay", "optimizer", "gate"}, exclude_none=True
         )
-        for key in ("max_steps", "until_margin", "batch_size", "seed"):
+        for key in ("objective", "max_steps", "until_margin", "batch_size", "seed"):
             if getattr(flags, key) is not None:
                 body[key] = getattr(flags, key)
         body["optimizer"] = settings.optimizer or OptimizerSettings()
         if flags.lr is not None:
             body["optimizer"] = {**body["optimizer"].model_dump(), "lr": flags.lr}
         replay = settings.replay or ReplayShare()
-        body["replay"] = {**replay.model_dump(exclude_none=True), "examples": self.replay}
+        body["replay"] = {
+            **replay.model_dump(exclude_none=True),
+            "examples": self.replay,
+            "prompts": self.replay_prompts,
+        }
         body["gate"] = settings.gate or GateSettings()
         body["lesson"] = {"behaviour": behaviour, "note": settings.note or ""}
         source = {"ledger": True} if self.corrections is None else {"corrections": self.corrections}
@@ -168,8 +188,25 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
         probes=[] if flags.keep else read(flags.probes, "probes.jsonl", Probe),
         development=read(flags.development, "development.jsonl", Probe),
         replay=read(flags.replay, "replay.jsonl", Correction),
+        replay_prompts=_read_lines(flags.replay_prompts)
+        if flags.replay_prompts is not None and flags.replay_prompts.suffix == ".txt"
+        else read(flags.replay_prompts, "replay_prompts.jsonl", Prompt),
         settings=LessonFile() if beside is None else _read_settings(beside / SETTINGS_FILE),
     )
+
+
+def _read_lines(path: Path) -> list[Prompt]:
+    """A prompt per line of a text file. Raises BadRecord: missing, not UTF-8, or nothing in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = [Prompt.model_validate(line.strip()) for line in text.split("\n") if line.strip()]
+    except ValidationError as e:
+        raise BadRecord(f"{path}: {describe(e)}", "a .txt file has one prompt per line") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadRecord(f"{path}: {e}", "check the path; a .txt file has one prompt per line") from None
+    if not found:
+        raise BadRecord(f"{path}: no prompts found; expected one per line", "is it the right file?")
+    return found
 
 
 def _read_settings(path: Path) -> LessonFile:

@@ -26,6 +26,11 @@ def _passes(count: int, seed: int, salt: int) -> Iterator[int]:
         epoch += 1
 
 
+def num_replayed(num_fresh: int, share: float) -> int:
+    """Examples that are replayed beside `num_fresh` new ones; at least one, unless the share is 0."""
+    return max(round(num_fresh * share / (1 - share)), 1) if share > 0 else 0
+
+
 def batches(
     num_new: int, num_replay: int, *, batch_size: int, steps: int, share: float, seed: int
 ) -> Iterator[tuple[list[int], list[int]]]:
@@ -42,7 +47,6 @@ def batches(
     fresh = _passes(num_new, seed, _SALT_NEW)
     old = _passes(num_replay, seed, _SALT_REPLAY) if num_replay else iter(())
     size = min(batch_size, num_new)
-    num_old = round(size * share / (1 - share)) if num_replay and share > 0 else 0
-    num_old = max(num_old, 1) if num_replay and share > 0 else 0
+    num_old = num_replayed(size, share) if num_replay else 0
     for _ in range(steps):
         yield [next(fresh) for _ in range(size)], [next(old) for _ in range(num_old)]

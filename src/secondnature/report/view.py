@@ -413,6 +413,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         ("taken back by", lesson.reverted_by or ""),
         ("delta sha256", lesson.delta_sha256 or ""),
         ("loss at the end", words.number(lesson.loss) if lesson.loss is not None else ""),
+        ("moved", words.kl(lesson.kl) if lesson.kl else ""),
     ]
     if lesson.error is not None:
         rows.append(("error", f"{lesson.error.type}: {lesson.error.message} {lesson.error.hint}".strip()))

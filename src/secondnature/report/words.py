@@ -6,10 +6,11 @@ A verdict is a word and a mark, never a colour alone. `tone` only chooses the co
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Evidence, Lesson
+from secondnature.records import Comparison, Evidence, KlSet, Lesson
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
@@ -99,6 +100,13 @@ def undo(lesson: Lesson) -> tuple[str, list[str]]:
         return "The lesson has not ended; cancelling its job undoes it.", []
     version = f" {lesson.parent}" if lesson.parent else ""
     return f"Nothing is left to undo: the weights are again version{version}, to the byte.", []
+
+
+def kl(means: Mapping[KlSet, float]) -> str:
+    """How far a lesson moved the answers: `KL(before ‖ after) 0.31 on new prompts, ... nats per token`."""
+    names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
+    said = ", ".join(f"{number(means[on])} {name}" for on, name in names.items() if on in means)
+    return f"KL(before ‖ after) {said}, nats per token"
 
 
 def percent(share: float, n: int | None = None) -> str:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from secondnature import wire
 from secondnature.errors import Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
 from secondnature.model.load import encode_answer, encode_chat
@@ -63,18 +62,33 @@ class Judge:
             self._cache.popitem(last=False)
         return found
 
-    def answers(self, prompts: Sequence[list[Message]], attend: Callable[[], None]) -> list[str]:
-        """The greedy answer to each prompt."""
-        return [r.text for r in self._generate([encode_chat(self._tokenizer, p) for p in prompts], attend)]
-
-    def works(self, prompts: Sequence[list[Message]], answers: Sequence[str]) -> list[wire.Work]:
-        """Prompts with these answers, as token ids; empty answers are left out."""
-        works: list[wire.Work] = []
-        for prompt, text in zip(prompts, answers, strict=True):
-            if text:
-                answer = Message(role="assistant", content=text)
-                works.append(wire.Work(*encode_answer(self._tokenizer, prompt, answer)))
-        return works
+    def answers(
+        self,
+        contexts: Sequence[list[int]],
+        attend: Callable[[], None],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: Sequence[int] | None = None,
+    ) -> list[GenerationResult]:
+        """One answer to each context (token ids), at most `MAX_ANSWER_TOKENS` long; the first is drawn with `seed`,
+        the next with `seed + 1`. `max_tokens`: what else bounds each.
+        """
+        found: list[GenerationResult] = []
+        bounds = max_tokens or [self._limit] * len(contexts)
+        requests = [
+            GenerationRequest(
+                ids,
+                max_tokens=min(MAX_ANSWER_TOKENS, self._limit - len(ids), bound),
+                temperature=temperature,
+                seed=seed + i,
+                background=True,
+            )
+            for i, (ids, bound) in enumerate(zip(contexts, bounds, strict=True))
+        ]
+        for start in range(0, len(requests), AT_ONCE):
+            found += self._wait(requests[start : start + AT_ONCE], attend)
+        return found
 
     # ------------------------------------------------------------------------------------------------
 
@@ -85,7 +99,7 @@ class Judge:
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
         pairs = [p.check.prefers or p.margin for p in probes]
         spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
-        results = dict(zip(spoken, self._generate([prompts[i] for i in spoken], attend), strict=True))
+        results = dict(zip(spoken, self.answers([prompts[i] for i in spoken], attend), strict=True))
         margins = self._margins(probes, prompts, pairs, attend)
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
         attend()
@@ -110,20 +124,6 @@ class Judge:
         for k, i in enumerate(chosen):
             found[i] = totals[2 * k] - totals[2 * k + 1]
         return found
-
-    def _generate(self, prompts: list[list[int]], attend: Callable[[], None]) -> list[GenerationResult]:
-        return self._wait(
-            [
-                GenerationRequest(
-                    ids,
-                    max_tokens=min(MAX_ANSWER_TOKENS, self._limit - len(ids)),
-                    temperature=0.0,
-                    background=True,
-                )
-                for ids in prompts
-            ],
-            attend,
-        )
 
     def _submit(self, request: GenerationRequest, attend: Callable[[], None]) -> GenerationHandle:
         """Probes give way: where users fill the queue, wait."""

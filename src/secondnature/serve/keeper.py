@@ -41,7 +41,6 @@ from secondnature.records import (
     Evidence,
     Lesson,
     LessonState,
-    Message,
     Moved,
     Outcome,
     SampleAnswer,
@@ -49,9 +48,11 @@ from secondnature.records import (
     utc_now,
 )
 from secondnature.serve.clock import Clock
+from secondnature.serve.generation import GenerationResult
 from secondnature.serve.judge import Judge
 from secondnature.serve.log import DELTA_FILE, OPTIMIZER_FILE, Log
 from secondnature.serve.planner import Plan, Planner
+from secondnature.serve.rehearsal import Rehearsal
 from secondnature.serve.trainer import Trainer
 from secondnature.weights.arena import Arena, content_id
 from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
@@ -90,6 +91,7 @@ class Keeper:
         trainer: Trainer,
         judge: Judge,
         planner: Planner,
+        rehearsal: Rehearsal,
     ) -> None:
         self._settings = settings
         self.log = log
@@ -99,6 +101,7 @@ class Keeper:
         self.trainer = trainer
         self._judge = judge
         self._planner = planner
+        self._rehearsal = rehearsal
         self._waiting: deque[Job] = deque()
         self._jobs: dict[str, Job] = {}
         self._current: Job | None = None
@@ -152,6 +155,7 @@ class Keeper:
                     step=lesson.steps,
                     steps=lesson.steps,
                     loss=lesson.loss,
+                    kl=lesson.kl,
                     weights_version=self._clock.read().version,
                     evidence=self.log.detail(lesson.id).evidence,
                     error=lesson.error,
@@ -274,12 +278,14 @@ class Keeper:
         }
         job.lesson = self.log.save(job.lesson.model_copy(update=begun))
         self._clock.begin(job.lesson.number)
-        prompts = self._sample_prompts(job)
         job.phase = "measuring before"
         before = self._ask(job, parent)
-        answers_before = self._judge.answers(prompts, lambda: self._attend(job))
+        answers_before = self._answers(job)
+        if job.plan.own or job.plan.distilled:
+            job.phase = "sampling answers"
+        examples, replay = self._rehearse(job)
         job.phase = "training"
-        done = self._train(job, prompts, answers_before)
+        done = self._train(job, examples, replay, answers_before)
         # ------------------------------------------------------------------------------------ on trial
         weights = {n: t.clone() for n, t in self._arena.tensors.items()}
         lesson = self.log.write_delta(job.lesson, self.log.truth(), weights)
@@ -292,6 +298,7 @@ class Keeper:
                     "state": "on_trial",
                     "steps": done.steps,
                     "loss": done.loss,
+                    "kl": done.kl,
                     "moved": [Moved.model_validate(m) for m in done.moved],
                     "trial_until": until,
                     "optimizer_after": lesson.id,
@@ -300,8 +307,7 @@ class Keeper:
             )
         )
         job.phase = "measuring after"
-        answers_after = self._judge.answers(prompts, lambda: self._attend(job))
-        self._write_answers(job, prompts, answers_before, answers_after)
+        self._write_answers(job, answers_before, self._answers(job))
         if job.request.probes:
             after = self._ask(job, lesson.version)
             self._decide(job, before, after)
@@ -310,14 +316,40 @@ class Keeper:
         else:
             self._await_decision(job)
 
-    def _train(self, job: Job, prompts: list[list[Message]], answers: list[str]) -> wire.Done:
+    def _answers(self, job: Job) -> list[GenerationResult]:
+        """The greedy answers to the sample prompts, by the weights as they are."""
+        return self._judge.answers([s.context for s in job.plan.samples], lambda: self._attend(job))
+
+    def _rehearse(self, job: Job) -> tuple[list[wire.Work], list[wire.Work]]:
+        """The examples and the replay of a lesson, with what the model itself has to say for them."""
+        plan = job.plan
+        examples, replay = list(plan.examples), list(plan.replay)
+        if plan.distilled:
+            examples += self._rehearsal.distil(
+                plan.distilled, plan.sdft, lambda: self._attend(job), seed=plan.seed
+            )
+        if plan.own:
+            replay += self._rehearsal.own(
+                plan.own,
+                lambda: self._attend(job),
+                temperature=plan.own_temperature,
+                seed=plan.seed,
+                hold=plan.hold_own,
+            )
+        return examples, replay
+
+    def _train(
+        self,
+        job: Job,
+        examples: list[wire.Work],
+        replay: list[wire.Work],
+        answers: list[GenerationResult],
+    ) -> wire.Done:
         plan = job.plan
         state = self.log.optimizer_file(plan.optimizer.rank)
-        num_new = min(len(prompts), len(prompts) - len(plan.replay_prompts))
-        kl = {
-            "new": self._judge.works(prompts[:num_new], answers[:num_new]),
-            "replay": self._judge.works(prompts[num_new:], answers[num_new:]),
-        }
+        kl: dict[str, list[wire.Work]] = {"new": [], "replay": []}
+        for sample, answer in zip(plan.samples, answers, strict=True):
+            kl[sample.on].append(wire.Work(sample.context, answer.token_ids))
         message = wire.Train(
             job=job.lesson.job,
             lesson=job.lesson.id,
@@ -325,10 +357,9 @@ class Keeper:
             steps=plan.steps,
             batch_size=plan.batch_size,
             seed=plan.seed,
-            examples=plan.examples,
-            replay=plan.replay,
+            examples=examples,
+            replay=replay,
             replay_share=plan.replay_share,
-            replay_match=plan.replay_match,
             replay_weight=plan.replay_weight,
             learned_loss=plan.learned_loss,
             optimizer=plan.optimizer.model_dump(mode="json"),
@@ -556,17 +587,13 @@ class Keeper:
             return []
         return self._judge.outcomes(job.request.probes, version, lambda: self._attend(job))
 
-    def _sample_prompts(self, job: Job) -> list[list[Message]]:
-        """Prompts answered before and after: those of the corrections, then some of the replay."""
-        return [c.prompt for c in job.plan.corrections[:16]] + job.plan.replay_prompts
-
-    def _write_answers(
-        self, job: Job, prompts: list[list[Message]], before: list[str], after: list[str]
-    ) -> None:
-        wanted = {i: c.chosen[0].content for i, c in enumerate(job.plan.corrections[:16]) if c.chosen}
+    def _write_answers(self, job: Job, before: list[GenerationResult], after: list[GenerationResult]) -> None:
         answers = [
-            SampleAnswer(prompt=p, before=b, after=a, wanted=wanted.get(i), behaviour=job.lesson.behaviour)
-            for i, (p, b, a) in enumerate(zip(prompts, before, after, strict=True))
+            SampleAnswer(
+                prompt=s.prompt, before=b.text, after=a.text, wanted=s.wanted, behaviour=job.lesson.behaviour
+            )
+            for s, b, a in zip(job.plan.samples, before, after, strict=True)
+            if s.prompt is not None
         ]
         storage.write_text(self.log.directory(job.lesson) / "answers.jsonl", to_jsonl(answers))
 
@@ -585,6 +612,7 @@ class Keeper:
             losses=list(job.losses),
             tokens_per_s=job.tokens_per_s,
             eta_s=eta,
+            kl=job.lesson.kl,
             weights_version=self._clock.read().version,
             evidence=job.evidence,
             error=job.lesson.error,

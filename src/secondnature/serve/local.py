@@ -44,6 +44,7 @@ from secondnature.serve.keeper import Keeper
 from secondnature.serve.log import Log
 from secondnature.serve.metrics import exposition
 from secondnature.serve.planner import Planner
+from secondnature.serve.rehearsal import Rehearsal
 from secondnature.serve.trainer import Trainer
 from secondnature.train.apollo import highest_rank
 from secondnature.train.prefix import self_test
@@ -125,6 +126,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         )
         stack.callback(engine.close)
         ledger = Ledger(home.ledger_path)
+        judge = Judge(engine, tokenizer, context_limit=limit)
         teaching = _card(directory).get("teaching", {})
         keeper = Keeper(
             settings=settings,
@@ -135,7 +137,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             trainer=Trainer(
                 arena, directory, threads=settings.train_threads, log_path=home.path / "trainer.log"
             ),
-            judge=Judge(engine, tokenizer, context_limit=limit),
+            judge=judge,
             planner=Planner(
                 tokenizer,
                 vocab_size=engine.vocab_size,
@@ -143,6 +145,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
                 highest_rank=highest_rank(model),
                 default_lr=teaching.get("lr"),
             ),
+            rehearsal=Rehearsal(judge, tokenizer, context_limit=limit),
         )
         given = settings.api_key.get_secret_value() if settings.api_key else None
         parts = Parts(settings, home, arena, clock, engine, keeper, home.key(given), FastAPI())

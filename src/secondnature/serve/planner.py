@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from secondnature import wire
+from secondnature.data.replay import num_replayed
 from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.model.load import encode_answer, encode_chat
-from secondnature.records import Cause, Correction, Message, OptimizerSettings, Probe
+from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe
+from secondnature.serve.rehearsal import Distilled, Own, comment, teacher_messages
 
+T = TypeVar("T")
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
 MAX_KL_PROMPTS = 16
 """Prompts per set on which KL(base || tuned) is measured."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt that is answered before and after the lesson: for the reader, and for the KL between the two."""
+
+    on: KlSet
+    context: list[int]
+    prompt: list[Message] | None = None
+    """None: a raw example, whose text is not shown."""
+    wanted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,14 @@ class Plan:
     seed: int
     examples: list[wire.Work]
     replay: list[wire.Work]
+    distilled: list[Distilled]
+    """With `sdft`, instead of `examples`: the answers are sampled when the lesson begins."""
+    sdft: wire.SdftSettings
+    own: list[Own]
+    """Replay whose answers are sampled when the lesson begins."""
+    own_temperature: float
+    hold_own: bool
+    """The answers to `own` are held by distribution."""
     replay_share: float
     replay_match: wire.ReplayMatch
     replay_weight: float
@@ -43,16 +65,22 @@ class Plan:
     look_every: int
     corrections: list[Correction]
     """What the examples were made from; empty for raw token ids."""
-    replay_prompts: list[list[Message]]
+    samples: list[Sample]
+    """Prompts that are answered before and after the lesson."""
     skipped: int
-    """Corrections that say what was wrong but not what was wanted, or want what was rejected."""
+    """Corrections from which this objective learns nothing."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the lesson, sampled ones included."""
+        return len(self.examples) + len(self.distilled) * self.sdft.samples
 
     def cause(self, num_retries: int) -> Cause:
         """What the lesson's entry says about its origin."""
         return Cause(
             corrections=[c.digest() for c in self.corrections],
-            num_examples=len(self.examples),
-            num_replay=len(self.replay),
+            num_examples=self.num_examples,
+            num_replay=len(self.replay) + len(self.own),
             num_retries=num_retries,
         )
 
@@ -60,11 +88,20 @@ class Plan:
         """The resolved settings, as they are written into the lesson."""
         return {
             "objective": self.objective,
+            **({"sdft": self.sdft.model_dump(mode="json")} if self.distilled else {}),
             "steps": self.steps,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "replay_share": self.replay_share,
             "replay_match": self.replay_match,
+            **(
+                {
+                    "replay_prompts_match": "distribution" if self.hold_own else "answer",
+                    "replay_temperature": self.own_temperature,
+                }
+                if self.own
+                else {}
+            ),
             "replay_weight": self.replay_weight,
             "learned_loss": self.learned_loss,
             "until_margin": self.until_margin,
@@ -77,12 +114,15 @@ class Plan:
         """What a dry run answers."""
         return {
             **self.settings(),
-            "num_examples": len(self.examples),
-            "num_replay": len(self.replay),
+            "num_examples": self.num_examples,
+            "num_replay": len(self.replay) + len(self.own),
             "num_development": len(self.development),
             "num_skipped": self.skipped,
             "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
-            "longest_example_tokens": max(len(e.context) + len(e.continuation) for e in self.examples),
+            "longest_example_tokens": max(
+                [len(e.context) + len(e.continuation) for e in self.examples]
+                + [len(d.context) for d in self.distilled]
+            ),
         }
 
 
@@ -124,21 +164,37 @@ class Planner:
                 f"set `optimizer.rank` to 1 to {self._highest_rank}",
             )
         corrections, skipped = self._corrections(request, ledger)
+        distilled: list[Distilled] = []
         if request.examples is not None:
             examples = [
                 wire.Work(e.context_ids, e.continuation_ids, e.rejected_ids, e.weight, f"example {i}")
                 for i, e in enumerate(request.examples)
             ]
+        elif request.objective == "sdft":
+            examples = []
+            distilled = [self._distilled(c, f"correction {i}") for i, c in enumerate(corrections)]
         else:
             examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
         mine = {c.digest() for c in corrections}
+        match = request.replay.match or "answer"
+        hold_own = (request.replay.match or "distribution") == "distribution"
         general = [c for c in request.replay.examples if c.chosen is not None]
+        prompts = [p.prompt for p in request.replay.prompts]
         if request.replay.lessons:
-            general += [c for c in earlier if c.chosen is not None and c.digest() not in mine]
+            others = [c for c in earlier if c.digest() not in mine]
+            general += [c for c in others if c.chosen is not None]
+            prompts += [c.prompt for c in others if c.chosen is None]
         share = request.replay.share
-        replay = [self._work(c, f"replay {i}") for i, c in enumerate(general)] if share > 0 else []
+        replay: list[wire.Work] = []
+        own: list[Own] = []
+        if share > 0:
+            hold = match == "distribution"
+            replay = [self._work(c, f"replay {i}", hold=hold) for i, c in enumerate(general)]
+            own = [Own(encode_chat(self._tokenizer, p), f"replay prompt {i}") for i, p in enumerate(prompts)]
         for work in (*examples, *replay):
             self._check(work)
+        for asked in own:  # with room for an answer of one token
+            self._check(wire.Work(asked.context, [0], label=asked.label))
         for work in examples:
             if work.rejected == work.continuation:
                 raise BadExample(
@@ -146,28 +202,38 @@ class Planner:
                     "correct one of them, or leave `rejected` out",
                 )
         objective = request.objective or ("orpo" if all(e.rejected for e in examples) else "sft")
-        if objective != "sft":
+        num_examples = len(examples) + len(distilled) * request.sdft.samples
+        if objective not in ("sft", "sdft"):
             missing = next((e.label for e in examples if e.rejected is None), None)
             if missing is not None:
                 raise BadInput(
                     f"{missing} has no rejected answer; `{objective}` needs one", "use `sft`, or add it"
                 )
         development = [self._look(p, i) for i, p in enumerate(request.development)]
-        if request.until_margin is not None and not development and any(e.rejected is None for e in examples):
+        alone = bool(distilled) or any(e.rejected is None for e in examples)
+        if request.until_margin is not None and not development and alone:
             raise BadInput(
-                "`until_margin` has nothing to look at: no development probes, and an example lacks `rejected`",
+                "`until_margin` has nothing to look at: no development probes, and an example lacks `rejected` "
+                "(or, with `sdft`, is not written yet)",
                 "send `development` probes with `prefers`, or use `max_steps`",
             )
-        batch_size = min(request.batch_size, len(examples))
+        batch_size = min(request.batch_size, num_examples)
+        steps = _steps(request, math.ceil(num_examples / batch_size))
+        own = _spread(own, steps * num_replayed(batch_size, share))  # more would be sampled for nothing
         return Plan(
             objective=objective,
-            steps=_steps(request, math.ceil(len(examples) / batch_size)),
+            steps=steps,
             batch_size=batch_size,
             seed=request.seed,
             examples=examples,
             replay=replay,
-            replay_share=share if replay else 0.0,
-            replay_match=request.replay.match,
+            distilled=distilled,
+            sdft=request.sdft,
+            own=own,
+            own_temperature=request.replay.temperature,
+            hold_own=hold_own,
+            replay_share=share if replay or own else 0.0,
+            replay_match=match,
             replay_weight=request.replay.weight,
             learned_loss=request.learned_loss,
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
@@ -176,9 +242,31 @@ class Planner:
             until_passed=request.until_passed,
             look_every=request.look_every,
             corrections=corrections,
-            replay_prompts=[c.prompt for c in general[:MAX_KL_PROMPTS]],
+            samples=self._samples(corrections, examples, general, prompts),
             skipped=skipped,
         )
+
+    def _samples(
+        self,
+        corrections: list[Correction],
+        examples: list[wire.Work],
+        general: list[Correction],
+        prompts: list[list[Message]],
+    ) -> list[Sample]:
+        """Some of the prompts taught, in order, and some of those replayed, spread over all of them."""
+        new = [
+            Sample(
+                "new",
+                encode_chat(self._tokenizer, c.prompt),
+                c.prompt,
+                c.chosen[0].content if c.chosen else None,
+            )
+            for c in corrections[:MAX_KL_PROMPTS]
+        ]
+        new = new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
+        replayed = [c.prompt for c in general] + prompts
+        chosen = _spread(replayed, MAX_KL_PROMPTS)
+        return new + [Sample("replay", encode_chat(self._tokenizer, p), p) for p in chosen]
 
     def _corrections(
         self, request: wire.TrainRequest, ledger: list[Correction]
@@ -193,13 +281,23 @@ class Planner:
         behaviour = request.lesson.behaviour
         if request.ledger and behaviour is not None:
             given = [c for c in given if c.behaviour in (None, behaviour)]
+        if request.objective == "sdft":
+            teachable = [c for c in given if comment(c) is not None]
+            if not teachable:
+                raise BadInput(
+                    f"none of {len(given)} corrections says what was wrong; `sdft` learns from `feedback`",
+                    "say it: `/why` in the chat, `text` in POST /v1/feedback, `feedback` in a file",
+                )
+            return teachable, len(given) - len(teachable)
         teachable = [c for c in given if c.chosen is not None]
         if request.ledger:  # what lies there cannot be mended by the caller: it is passed over, and counted
             teachable = [c for c in teachable if not self._says_nothing_new(c)]
         if not teachable:
+            told = any(c.feedback for c in given)
             raise BadInput(
                 f"none of {len(given)} corrections says what was wanted",
-                "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file",
+                "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file"
+                + ("; or learn from what was said about it: `objective: sdft`" if told else ""),
             )
         return teachable, len(given) - len(teachable)
 
@@ -208,13 +306,20 @@ class Planner:
         work = self._work(correction, "")
         return work.rejected == work.continuation
 
-    def _work(self, correction: Correction, label: str) -> wire.Work:
+    def _distilled(self, correction: Correction, label: str) -> Distilled:
+        """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
+        found = Distilled(correction, encode_chat(self._tokenizer, correction.prompt), label)
+        teacher = encode_chat(self._tokenizer, teacher_messages(correction, ""))
+        self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
+        return found
+
+    def _work(self, correction: Correction, label: str, *, hold: bool = False) -> wire.Work:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
         context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
         rejected = None
         if correction.rejected is not None:
             _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
-        return wire.Work(context, continuation, rejected, 1.0, label)
+        return wire.Work(context, continuation, rejected, label=label, hold=hold)
 
     def _look(self, probe: Probe, index: int) -> wire.Look:
         assert probe.check.prefers is not None, "checked by the request"
@@ -239,6 +344,12 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    """At most `count` of them, in order, from all over the list."""
+    count = min(len(items), count)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _steps(request: wire.TrainRequest, per_epoch: int) -> int:

@@ -13,16 +13,19 @@ Shapes: S tokens of a conversation, T of them the answer, V the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from secondnature.errors import NonFinite
 from secondnature.records import Example
+from secondnature.train.losses import divergence
 from secondnature.train.prefix import continuation_logits, freeze
 
-__all__ = ["HELD", "Anchor", "affordable", "drifts", "record"]
+__all__ = ["HELD", "MAX_BYTES", "Anchor", "affordable", "divergences", "drifts", "record"]
 
 HELD = 1e-6
 """An anchor whose KL is below this, nats per token, gives no gradient: it is rounding noise, and the optimizer
@@ -80,10 +83,27 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
             here = group[start : start + TOGETHER]
             last = [len(a.logps_TV) for a in here]
             logits = continuation_logits(model, prefix, [a.ids[1:] for a in here], last=last)
-            yield [_drift(anchor, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)]
+            yield [
+                divergence(anchor.logps_TV, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)
+            ]
 
 
-def _drift(anchor: Anchor, logits_TV: Tensor) -> Tensor:
-    now = torch.log_softmax(logits_TV.float(), dim=-1)
-    before = anchor.logps_TV.to(now.device)
-    return (before.exp() * (before - now)).sum(dim=-1).mean()
+@torch.no_grad()
+def divergences(model: nn.Module, anchors: Sequence[Anchor]) -> list[float]:
+    """KL(before || now) of each anchor, in order, nats per token; exactly 0 while nothing was written.
+
+    One at a time, as they were recorded.
+
+    Raises:
+        NonFinite: a divergence is NaN or infinite: the weights are broken.
+    """
+    found: list[float] = []
+    for anchor in anchors:
+        prefix = freeze(model, anchor.ids[:1])
+        last = [len(anchor.logps_TV)]
+        (logits_TV,) = continuation_logits(model, prefix, [anchor.ids[1:]], last=last)
+        value = float(divergence(anchor.logps_TV, logits_TV))
+        if not math.isfinite(value):
+            raise NonFinite(f"KL(before || now) of an answer is {value}", "lower the learning rate")
+        found.append(max(0.0, value))
+    return found

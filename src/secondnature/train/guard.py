@@ -19,9 +19,15 @@ from secondnature.model.load import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
 
-__all__ = ["check_examples", "check_loss", "check_norms", "check_tensors", "limit_norm_"]
+__all__ = ["check_examples", "check_loss", "check_norms", "check_tensors", "limit_norm_", "vocab_size"]
 
 HINT = "lower the learning rate, or drop the example"
+
+
+def vocab_size(model: nn.Module) -> int:
+    """How many token ids the model knows."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True).vocab_size
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], objective: Objective) -> None:
@@ -31,17 +37,17 @@ def check_examples(model: nn.Module, examples: Sequence[Example], objective: Obj
         BadExample: an id outside the vocabulary, or no rejected answer for an objective that compares.
         ContextOverflow: context and continuation are longer than the model can read.
     """
+    known = vocab_size(model)
     config: Any = model.config
-    vocab_size: int = config.get_text_config(decoder=True).vocab_size
     limit = context_limit(config)
-    if objective != "sft" and all(e.rejected_ids is None for e in examples):
+    if objective not in ("sft", "sdft") and all(e.rejected_ids is None for e in examples):
         raise BadExample(f"`{objective}` needs rejected_ids; no example has any", "send them, or use sft")
     for i, example in enumerate(examples):
         rejected = example.rejected_ids or []
         highest = max(*example.context_ids, *example.continuation_ids, *rejected)
-        if highest >= vocab_size:
+        if highest >= known:
             raise BadExample(
-                f"example {i}: token id {highest}; the vocabulary has {vocab_size}", "wrong tokenizer?"
+                f"example {i}: token id {highest}; the vocabulary has {known}", "wrong tokenizer?"
             )
         length = len(example.context_ids) + max(len(example.continuation_ids), len(rejected))
         if length > limit:

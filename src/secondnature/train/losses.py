@@ -16,16 +16,18 @@ from torch.nn import functional as F
 __all__ = [
     "Objective",
     "Reference",
+    "divergence",
     "dpo",
     "dpop",
     "example_loss",
     "log_odds",
     "orpo",
+    "sdft",
     "sequence_logprob",
     "sft",
 ]
 
-Objective = Literal["sft", "orpo", "dpo", "dpop"]
+Objective = Literal["sft", "orpo", "dpo", "dpop", "sdft"]
 
 ORPO_LAMBDA = 0.1
 """Weight of the odds-ratio term; the paper's value for Mistral 7B."""
@@ -91,6 +93,31 @@ def dpop(
     rejected_gain = rejected_T.sum() - reference.rejected
     fallen = torch.clamp(-chosen_gain, min=0)
     return -F.logsigmoid(beta * (chosen_gain - rejected_gain - weight * fallen))
+
+
+def divergence(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """KL(reference || model), mean over the T positions, nats per token; the gradient is the model's alone.
+
+    `reference_TV`: log-probabilities, fixed. `logits_TV`: the model's logits at the same positions, which differ
+    from log-probabilities by a constant per position at most.
+    """
+    now = torch.log_softmax(logits_TV.float(), dim=-1)
+    reference = reference_TV.to(now.device)
+    return (reference.exp() * (reference - now)).sum(dim=-1).mean()
+
+
+def sdft(teacher_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """KL(model || teacher), mean over the T positions of an answer, nats per token: self-distillation.
+
+    `teacher_TV`: log-probabilities of the same weights with the user's comment in their context, from before the
+    first write. `logits_TV`: the model's, without the comment. Whole distributions are compared, so that an answer
+    which is wrong from its first token still says what stands there instead. Reverse, as on-policy distillation
+    has it: the model settles on one thing the teacher would say, where the forward KL asks for all of them, the
+    teacher's slips too. Shenfeld et al. 2026, arXiv 2601.19897; comments as context: Hübotter et al. 2026,
+    arXiv 2601.20802.
+    """
+    now = torch.log_softmax(logits_TV.float(), dim=-1)
+    return (now.exp() * (now - teacher_TV.to(now.device))).sum(dim=-1).mean()
 
 
 def example_loss(

@@ -26,15 +26,18 @@ from secondnature.records import Example
 from secondnature.train.anchors import HELD, Anchor, drifts
 from secondnature.train.apollo import Apollo
 from secondnature.train.forest import MAX_BYTES, MAX_TOKENS, forwards, portions
-from secondnature.train.guard import check_examples, check_loss, check_tensors, limit_norm_
-from secondnature.train.losses import Objective, Reference, example_loss, sequence_logprob
-from secondnature.train.prefix import Prefix, continuation_logps, freeze
+from secondnature.train.guard import check_examples, check_loss, check_tensors, limit_norm_, vocab_size
+from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
+from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
 
 __all__ = ["StepResult", "log_probs", "references", "train_step"]
 
 LEARNED_LOSS = 1e-3
 """Examples below this loss are passed over: the optimizer normalises, and would turn their tiny gradients into full
 steps."""
+
+MAX_LOGITS = 2**26
+"""In one forward of SDFT, whose loss needs whole distributions (256 MB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def train_step(
     *,
     writing: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     references: Sequence[Reference | None] | None = None,
+    teachers: Sequence[Tensor | None] | None = None,
     max_grad_norm: float | None = None,
     learned_loss: float = LEARNED_LOSS,
     anchors: Sequence[Anchor] = (),
@@ -79,11 +83,12 @@ def train_step(
 
     With `anchors` their mean drift, times `anchor_weight`, is added to the loss that the gradient is of.
 
-    Examples without a rejected answer are SFT in every objective. `references`: for DPO and DPOP, from
-    `references()` before the first step. `learned_loss` 0 switches the passing-over off. `max_tokens` of answers go
-    through one forward, `max_bytes` of frozen contexts are kept at a time (see `forest`); both bound the memory
-    and leave the result as it is, to rounding. `recompute` keeps the layers' inputs instead of all activations, for
-    one more forward of the answers; the result is the same.
+    Examples without a rejected answer are SFT in every objective, unless they have a teacher. `references`: for
+    DPO and DPOP, from `references()` before the first step. `teachers`: for SDFT, per example the log-probabilities
+    (T, V) that the teacher gives along its continuation, from before the first step. `learned_loss` 0 switches the
+    passing-over off. `max_tokens` of answers go through one forward, `max_bytes` of frozen contexts are kept at a
+    time (see `forest`); both bound the memory and leave the result as it is, to rounding. `recompute` keeps the
+    layers' inputs instead of all activations, for one more forward of the answers; the result is the same.
 
     Raises:
         BadExample, ContextOverflow: an example does not fit the model.
@@ -99,19 +104,32 @@ def train_step(
 
     def score(prefix: Prefix, chosen: Sequence[int]) -> dict[int, Tensor]:
         """The weighted losses of some examples of one context, with gradients; notes what they are."""
-        found = iter(_logps(model, prefix, answers, chosen))
+        distilled = [i for i in chosen if teachers is not None and teachers[i] is not None]
+        compared = [i for i in chosen if i not in distilled]
         weighted: dict[int, Tensor] = {}
-        for i in chosen:
-            wanted, *others = [next(found) for _ in answers[i]]
-            rejected = others[0] if others else None
-            loss = example_loss(objective, wanted, rejected, references[i] if references else None)
+
+        def take(i: int, loss: Tensor) -> None:
             check_loss(loss, i)
             losses[i] = float(loss.detach())
+            weighted[i] = loss * (batch[i].weight / total_weight)
+
+        if distilled:
+            logits = continuation_logits(model, prefix, [answers[i][0] for i in distilled])
+            for i, logits_TV in zip(distilled, logits, strict=True):
+                teacher = teachers[i] if teachers is not None else None
+                assert teacher is not None, "chosen above"
+                take(i, sdft(teacher, logits_TV))
+        found = iter(_logps(model, prefix, answers, compared) if compared else [])
+        for i in compared:
+            wanted, *others = [next(found) for _ in answers[i]]
+            rejected = others[0] if others else None
+            take(i, example_loss(objective, wanted, rejected, references[i] if references else None))
             if rejected is not None:
                 margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
-            weighted[i] = loss * (batch[i].weight / total_weight)
         return weighted
 
+    if objective == "sdft":
+        max_tokens = min(max_tokens, max(1, MAX_LOGITS // vocab_size(model)))
     with contextlib.ExitStack() as stack:
         gradients = stack.enter_context(collect(model, factored=optimizer.factored))
         copy_share = 1 / stack.enter_context(recomputed(model)) if recompute else 1.0
@@ -153,7 +171,7 @@ def train_step(
 
 def _answers(example: Example, objective: Objective) -> list[list[int]]:
     """The continuations that an example's loss reads: chosen, and rejected if the objective compares."""
-    if example.rejected_ids is None or objective == "sft":
+    if example.rejected_ids is None or objective in ("sft", "sdft"):
         return [example.continuation_ids]
     return [example.continuation_ids, example.rejected_ids]
 

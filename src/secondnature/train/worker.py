@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -41,8 +40,9 @@ from secondnature.errors import (
 )
 from secondnature.model.load import build
 from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
-from secondnature.train.anchors import Anchor, affordable, record
+from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
 from secondnature.train.apollo import Apollo
+from secondnature.train.guard import vocab_size
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test
 from secondnature.train.step import StepResult, references, train_step
@@ -54,6 +54,8 @@ NICE = 5
 POLL_MS = 500
 LOOK_BATCH = 16
 """Sequences scored at once when looking: bounds the memory of their logits."""
+MAX_KL_TOKENS = 64
+"""Positions of an answer at which the lesson's KL is measured, from its first token on."""
 
 
 def _example(work: wire.Work) -> Example:
@@ -126,14 +128,6 @@ def look_at(model: nn.Module, looks: Sequence[wire.Look]) -> list[Seen]:
     return [Seen(totals[2 * i] - totals[2 * i + 1], greedy[2 * i]) for i in range(len(looks))]
 
 
-def kl_divergences(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
-    """KL(before || after) per prompt, mean over its positions, nats per token."""
-    return [
-        float((p.exp() * (p - q)).sum(dim=-1).mean().clamp_min(0.0))
-        for p, q in zip(before, after, strict=True)
-    ]
-
-
 class Lesson:
     """One job, from its message to its last write."""
 
@@ -153,29 +147,34 @@ class Lesson:
     def run(self, report: Callable[[dict[str, object]], None], check: Callable[[], None]) -> wire.Done:
         """All steps. `report` sends a metric; `check` raises Cancelled when somebody asked for it."""
         job = self.job
-        anchors = self._anchors()
-        works = job.examples + (job.replay if anchors is None else [])
+        kl = {on: self._before(found) for on, found in job.kl.items()}
+        anchors = self._recorded([w for w in job.replay if w.hold], "replay examples")
+        pool = [w for w in job.replay if not w.hold]
+        new = job.examples
+        teachers = self._teachers()
+        if teachers is not None:
+            new = new[: len(teachers)]
+        works = new + pool
         examples = [_example(w) for w in works]
-        base = {on: next_token_logps(self.model, found) for on, found in job.kl.items()}
         refs: list[Reference | None] | None = None
         if job.objective in ("dpo", "dpop"):
             refs = references(self.model, examples)
         self._look(0, report)
         stopped_by, step, loss, pace = "max_steps", 0, math.nan, time.monotonic()
         dealt = batches(
-            len(job.examples),
-            len(job.replay if anchors is None else anchors),
+            len(new),
+            len(pool) + len(anchors),
             batch_size=job.batch_size,
             steps=job.steps,
             share=job.replay_share,
             seed=job.seed,
         )
-        for step, (new, old) in enumerate(dealt, start=1):
+        for step, (fresh, old) in enumerate(dealt, start=1):
             check()
             self._cool(step)
-            chosen = new + ([len(job.examples) + i for i in old] if anchors is None else [])
-            held = [anchors[i] for i in old] if anchors else []
-            result = self._step(chosen, examples, works, refs, held)
+            chosen = fresh + [len(new) + i for i in old if i < len(pool)]
+            held = [anchors[i - len(pool)] for i in old if i >= len(pool)]
+            result = self._step(chosen, examples, works, refs, teachers, held)
             now = time.monotonic()
             loss = result.loss
             rate = result.num_tokens / max(now - pace, 1e-9)
@@ -185,41 +184,59 @@ class Lesson:
             )
             report(metric.model_dump(exclude={"drift"} if result.drift is None else None))
             if step % job.look_every == 0 or step == job.steps:
-                reason = self._look(step, report, [m for m in result.margins[: len(new)] if m is not None])
+                reason = self._look(step, report, [m for m in result.margins[: len(fresh)] if m is not None])
                 if reason:
                     stopped_by = reason
                     break
-            learned = len(new) == len(job.examples) and max(result.losses[: len(new)]) < job.learned_loss
+            learned = len(fresh) == len(new) and max(result.losses[: len(fresh)]) < job.learned_loss
             if learned and not anchors:  # with anchors, the steps that remain heal what the first ones did
                 stopped_by = "learned"  # none of them has a gradient left: more steps would only disturb
                 break
         check()
-        for on, before in base.items():
-            per_prompt = kl_divergences(before, next_token_logps(self.model, job.kl[on]))
-            if per_prompt:
-                mean = sum(per_prompt) / len(per_prompt)
-                report(
-                    KlMetric.model_validate({"on": on, "mean": mean, "per_prompt": per_prompt}).model_dump()
-                )
+        means = {on: self._after(on, before, report) for on, before in kl.items() if before}
         save_optimizer(self.optimizer, Path(job.optimizer_out))
         moved = [m.model_dump() for m in self.optimizer.moved()]
-        return wire.Done(job.job, step, loss, moved, stopped_by)
+        return wire.Done(job.job, step, loss, means, moved, stopped_by)
 
-    def _anchors(self) -> list[Anchor] | None:
-        """What replay by distribution is held to, before the first write; None: replay is trained on."""
-        if self.job.replay_match != "distribution" or not self.job.replay:
-            return None
-        examples = [_example(w) for w in self.job.replay]
-        config: Any = self.model.config
-        count = affordable(examples, config.get_text_config(decoder=True).vocab_size)
+    def _recorded(self, works: Sequence[wire.Work], what: str) -> list[Anchor]:
+        """The distributions along these continuations before the first write: as many as fit in memory."""
+        examples = [_example(w) for w in works]
+        count = affordable(examples, vocab_size(self.model))
         if count < len(examples):
             LOG.warning(
-                "lesson %s: the first %d of %d replay examples fit in memory",
-                self.job.lesson,
-                count,
-                len(examples),
+                "lesson %s: the first %d of %d %s fit in memory", self.job.lesson, count, len(works), what
             )
         return record(self.model, examples[:count])
+
+    def _teachers(self) -> list[torch.Tensor] | None:
+        """SDFT: what the model says along each example's answer with the correction in its context."""
+        if self.job.objective != "sdft":
+            return None
+        read = [wire.Work(w.teacher or w.context, w.continuation) for w in self.job.examples]
+        found = [anchor.logps_TV for anchor in self._recorded(read, "sampled answers")]
+        if not found:
+            longest = max(len(w.continuation) for w in read)
+            raise TrainingError(
+                f"the distributions along one answer of {longest} tokens do not fit in {MAX_BYTES:,} bytes",
+                "`sdft` keeps one number per token and entry of the vocabulary: write the answers, and use `sft`",
+            )
+        return found
+
+    def _before(self, works: Sequence[wire.Work]) -> list[Anchor]:
+        """The distributions that the KL of the lesson is measured against: the first positions of each answer."""
+        examples = [
+            _example(wire.Work(w.context, w.continuation[:MAX_KL_TOKENS])) for w in works if w.continuation
+        ]
+        return record(self.model, examples[: affordable(examples, vocab_size(self.model), MAX_BYTES // 2)])
+
+    def _after(self, on: str, before: Sequence[Anchor], report: Callable[[dict[str, object]], None]) -> float:
+        """KL(before || now) on one set of prompts; reported as a metric, and its mean given back."""
+        per_prompt = divergences(self.model, before)
+        mean = _mean(per_prompt)
+        num_tokens = sum(len(anchor.logps_TV) for anchor in before)
+        metric = {"on": on, "mean": mean, "per_prompt": per_prompt, "num_tokens": num_tokens}
+        report(KlMetric.model_validate(metric).model_dump())
+        return mean
 
     def _cool(self, step: int) -> None:
         """The learning rate of this step: it falls in a straight line over the last `cooldown` of the steps."""
@@ -233,6 +250,7 @@ class Lesson:
         examples: list[Example],
         works: list[wire.Work],
         refs: list[Reference | None] | None,
+        teachers: list[torch.Tensor] | None,
         anchors: Sequence[Anchor],
     ) -> StepResult:
         try:
@@ -243,6 +261,9 @@ class Lesson:
                 self.job.objective,  # pyright: ignore[reportArgumentType]  (checked by the server)
                 writing=self.arena.writing,
                 references=None if refs is None else [refs[i] for i in chosen],
+                teachers=None
+                if teachers is None
+                else [teachers[i] if i < len(teachers) else None for i in chosen],
                 learned_loss=self.job.learned_loss,
                 anchors=anchors,
                 anchor_weight=self.job.replay_weight,
