@@ -48,7 +48,7 @@ def _whole_loss(model: Any, batch: Sequence[Example]) -> Tensor:
     return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
-def _plain_step(model: nn.Module, optimizer: Apollo, batch: Sequence[Example], rows: int) -> None:
+def plain_step(model: nn.Module, optimizer: Apollo, batch: Sequence[Example], rows: int) -> None:
     """The usual loop: `rows` examples at a time, gradients summed, one optimizer step."""
     with collect(model) as gradients:
         for start in range(0, len(batch), rows):
@@ -90,8 +90,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         batch = [long_example(tokenizer, num_context, num_answer, start=i) for i in range(BATCH)]
         contenders: dict[str, Callable[[], object]] = {
             "frozen": partial(train_step, model, optimizer, batch, "sft", learned_loss=0.0),
-            "whole": partial(_plain_step, model, optimizer, batch, 1),
-            "whole_batched": partial(_plain_step, model, optimizer, batch, BATCH),
+            "whole": partial(plain_step, model, optimizer, batch, 1),
+            "whole_batched": partial(plain_step, model, optimizer, batch, BATCH),
         }
         seconds = alternate({k: partial(timed, work) for k, work in contenders.items()}, settings.repeats)
         peaks = {k: peak_bytes(work) for k, work in contenders.items()}

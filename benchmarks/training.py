@@ -222,7 +222,7 @@ def _point(
         else:
             default_dense.turn(default.gradients, ["adamw"])  # makes AdamW's state
         peaks["trl_default"] = lambda: default_dense.peak_bytes(default.gradients)
-    times = turns(contenders, settings.repeats, warm=count == 1)
+    times = turns(contenders, settings.repeats, warm=point == POINTS[0])
     memory = {name: peak() for name, peak in peaks.items()}
     way, limit = _limit(times["parts"])
     found = {
