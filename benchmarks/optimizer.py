@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import peers
 import torch
 from common import THREADS, Settings, ratio, say, spread, timed, total, turns
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ HIDDEN, INNER, LAYERS = 640, 1728, 10
 RANKS = (OptimizerSettings().rank, 64, 256)
 """The default here, a common choice, the public package's default."""
 RATE = 1e-9
+HAS_APOLLO = importlib.util.find_spec("apollo_torch") is not None
 
 
 class Block(nn.Module):
@@ -185,7 +186,7 @@ def _contenders(work: Work, ranks: Iterable[int], settings: Settings) -> dict[st
     for rank in ranks:
         found[f"factored_{rank}"] = Factored(_new_model(settings), work, rank)
         dense(f"dense_{rank}", lambda m, r=rank: ApolloOptimizer(m.named_parameters(), lr=RATE, rank=r))
-        if peers.HAS_APOLLO:
+        if HAS_APOLLO:
             dense(f"public_{rank}", partial(_public, rank=rank))
     return found
 
@@ -210,7 +211,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "factored_over_adamw": ratio(whole[f"factored_{rank}"], whole["adamw_fused"]),
             "state_over_bound": factored.largest_share(),
         }
-        if peers.HAS_APOLLO:
+        if HAS_APOLLO:
             row["factored_over_public"] = ratio(whole[f"factored_{rank}"], whole[f"public_{rank}"])
             row["dense_over_public"] = ratio(times[f"dense_{rank}"]["step"], times[f"public_{rank}"]["step"])
         rows.append(row)

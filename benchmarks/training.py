@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import models
-import peers
 import torch
+import trl_peer
 from common import THREADS, Settings, peak_bytes, ratio, say, spread, timed, total, turns
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -210,10 +210,10 @@ def _point(
         "ours_bf16": lambda: peak_bytes(partial(narrow.step, batch)),
         "plain": lambda: plain.peak_bytes(plain_gradients),
     }
-    if peers.HAS_TRL:
-        trl = peers.TrlStep(models.stock(directory), batch, "sft", folder / "trl")
+    if trl_peer.HAS_TRL:
+        trl = trl_peer.TrlStep(models.stock(directory), batch, "sft", folder / "trl")
         dense = _Dense(trl.model)
-        default = peers.TrlStep(models.stock(directory), batch, "sft", folder / "default", defaults=True)
+        default = trl_peer.TrlStep(models.stock(directory), batch, "sft", folder / "default", defaults=True)
         default_dense = _Dense(default.model)
         contenders["trl"] = lambda: dense.turn(trl.gradients, ["adamw", "apollo"])
         peaks["trl"] = lambda: dense.peak_bytes(trl.gradients)
@@ -256,10 +256,10 @@ def _pair(
     step = partial(ours.step, batch, "dpo", references(ours.model, batch))
     contenders: dict[str, Callable[[], Mapping[str, float]]] = {"ours": lambda: {"step": timed(step)}}
     peaks: dict[str, Callable[[], float]] = {"ours": lambda: peak_bytes(step)}
-    if peers.HAS_TRL:
-        trl = peers.TrlStep(models.stock(directory), batch, "dpo", folder / "trl")
+    if trl_peer.HAS_TRL:
+        trl = trl_peer.TrlStep(models.stock(directory), batch, "dpo", folder / "trl")
         dense = _Dense(trl.model)
-        default = peers.TrlStep(models.stock(directory), batch, "dpo", folder / "default", defaults=True)
+        default = trl_peer.TrlStep(models.stock(directory), batch, "dpo", folder / "default", defaults=True)
         default_dense = _Dense(default.model)
         contenders["trl"] = lambda: dense.turn(trl.gradients, ["adamw", "apollo"])
         contenders["trl_default"] = lambda: default_dense.turn(default.gradients, ["adamw"])

@@ -26,8 +26,6 @@ from secondnature.model.load import read_tokenizer
 from secondnature.records import Example
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
-HAS_APOLLO = importlib.util.find_spec("apollo_torch") is not None
-MISSING = "TRL and apollo-torch are measured in an environment of their own: `make bench` makes it"
 
 
 class TrlStep:
