@@ -141,7 +141,7 @@ def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int) -> di
 def turns(
     contenders: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, *, warm: bool = True
 ) -> dict[str, dict[str, list[float]]]:
-    """As `alternate`, for contenders that measure several things at once; without the untimed turn if not `warm`."""
+    """As `alternate`, for contenders that measure several things at once; `warm`: with an untimed turn first."""
     if warm:
         for contender in contenders.values():
             contender()

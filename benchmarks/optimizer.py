@@ -215,7 +215,18 @@ def measure(settings: Settings) -> dict[str, Any]:
             row["factored_over_public"] = ratio(whole[f"factored_{rank}"], whole[f"public_{rank}"])
             row["dense_over_public"] = ratio(times[f"dense_{rank}"]["step"], times[f"public_{rank}"]["step"])
         rows.append(row)
-        say(", ".join([f"rank {rank}", *(f"{k} {v['median']:.2f}" for k, v in row.items() if "over_" in k and isinstance(v, dict))]))
+        say(
+            ", ".join(
+                [
+                    f"rank {rank}",
+                    *(
+                        f"{k} {v['median']:.2f}"
+                        for k, v in row.items()
+                        if "over_" in k and isinstance(v, dict)
+                    ),
+                ]
+            )
+        )
     shapes = sorted({tuple(p.shape) for p in model.parameters() if p.ndim == 2})
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

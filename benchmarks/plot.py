@@ -33,7 +33,10 @@ def svg(panels: Sequence[Panel], *, title: str) -> str:
     """The charts side by side, as the text of a file."""
     width = WIDTH * len(panels)
     body = "".join(_panel(panel, i * WIDTH) for i, panel in enumerate(panels))
-    style = "text{font:11px sans-serif;fill:#868e96}.title{font-weight:600;font-size:12px}line{stroke:#868e96;stroke-opacity:.3}"
+    style = (
+        "text{font:11px sans-serif;fill:#868e96}.title{font-weight:600;font-size:12px}"
+        "line{stroke:#868e96;stroke-opacity:.3}"
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" '
         f'height="{HEIGHT}" role="img"><title>{escape(title)}</title><style>{style}</style>{body}</svg>\n'

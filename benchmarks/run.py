@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -30,8 +31,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"  # the profiler is talkative
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("serving", "engine", "step", "rounding", "undo", "memory")
+NAMES = ("serving", "engine", "step", "training", "optimizer", "growth", "rounding", "undo", "memory")
+PEERS = {"training": "trl", "optimizer": "apollo_torch"}
+"""Modules without which a benchmark has nobody to compare with."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _packages() -> list[str]:
+    """What the figures depend on, peers where they are installed."""
+    peers = [name.replace("_", "-") for name in PEERS.values() if importlib.util.find_spec(name)]
+    return ["secondnature", "torch", "transformers", "numpy", *peers]
 
 
 def machine() -> dict[str, Any]:
@@ -41,7 +50,7 @@ def machine() -> dict[str, Any]:
     flags = re.search(r"^flags\s*: (.*)$", cpu, re.M)
     known = flags[1].split() if flags else []
     memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)
-    versions = {n: importlib.metadata.version(n) for n in ("secondnature", "torch", "transformers", "numpy")}
+    versions = {n: importlib.metadata.version(n) for n in _packages()}
     return {
         "cpu": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -118,7 +127,7 @@ def main() -> int:
         parser.error("--quick needs --output: its figures are not for the page")
     results_path = (options.output or ROOT / "benchmarks") / "results.json"
     page_path = (options.output or ROOT / "docs") / "benchmarks.md"
-    from page import render
+    from page import figures, render
 
     results: dict[str, Any] = json.loads(results_path.read_text()) if results_path.is_file() else {}
     if not options.render:
@@ -127,11 +136,18 @@ def main() -> int:
         model = (options.model or embedded.path()).resolve()
         if not (model / "config.json").is_file():
             parser.error(f"{model}: no model there (no config.json)")
+        missing = [n for n in options.only if n in PEERS and not importlib.util.find_spec(PEERS[n])]
+        if missing and not options.quick:
+            parser.error(f"{', '.join(missing)}: peers are not installed here; run `make bench`")
         results_path.parent.mkdir(parents=True, exist_ok=True)
         for name in options.only:
             results[name] = run(name, model, quick=options.quick)
             results_path.write_text(json.dumps(results, indent=1) + "\n")
     page_path.write_text(render(results))
+    for name, picture in figures(results).items():
+        place = page_path.parent / "benchmarks" / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(picture)
     print(f"{page_path}, {results_path}")
     served = results.get("serving", {}).get("measured")
     if served and (served["failed"] or served["stamped"] != served["requests"]):

@@ -48,7 +48,9 @@ TINY_RATE = 1e-9
 Times = dict[str, dict[str, list[float]]]
 
 
-def answers(size: models.Size, context: int, answer: int, count: int, *, pairs: bool = False) -> list[Example]:
+def answers(
+    size: models.Size, context: int, answer: int, count: int, *, pairs: bool = False
+) -> list[Example]:
     """`count` answers (pairs of answers) to one context, all of random tokens."""
     ids = partial(models.random_ids, size.vocabulary)
     context_ids = ids(context, seed=1)

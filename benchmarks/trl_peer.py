@@ -42,8 +42,8 @@ class TrlStep:
     def __init__(
         self, model: Any, batch: Sequence[Example], objective: str, folder: Path, *, defaults: bool = False
     ) -> None:
-        import datasets
-        import trl
+        import datasets  # pyright: ignore[reportMissingImports]
+        import trl  # pyright: ignore[reportMissingImports]
 
         datasets.disable_progress_bars()
         common: dict[str, Any] = {

@@ -30,7 +30,9 @@ from secondnature.train.prefix import continuation_logps, freeze
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    trl = pytest.importorskip("trl", reason="TRL is not installed here; `make test-peers` makes its environment")
+    trl = pytest.importorskip(
+        "trl", reason="TRL is not installed here; `make test-peers` makes its environment"
+    )
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -62,9 +64,9 @@ class Logits(nn.Module):
 
 def with_fused_head(model: Logits) -> Logits:
     """TRL's own head, put on as its trainers do."""
-    from trl.trainer.utils import add_fused_lm_head
+    from trl.trainer.utils import add_fused_lm_head  # pyright: ignore[reportMissingImports]
 
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))  # pyright: ignore
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     return model
 
 
@@ -153,7 +155,7 @@ def test_sft_is_the_trainers_loss(tiny: Path, tmp_path: Path) -> None:
 
 def dpo_inputs(batch: Sequence[Example]) -> dict[str, Tensor]:
     """A batch as TRL's collator makes it."""
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.dpo_trainer import DataCollatorForPreference  # pyright: ignore[reportMissingImports]
 
     collate = DataCollatorForPreference(pad_token_id=0)
     rows = [
@@ -220,9 +222,9 @@ def answer_sums(logits: Tensor, batch: Sequence[Example]) -> list[Tensor]:
 
 def test_orpo_is_the_trainers_loss(tmp_path: Path, tiny: Path) -> None:
     """Its likelihood term reads the prompt too; with a prompt of one token both read the same."""
-    from datasets import Dataset
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from models import stock
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # pyright: ignore[reportMissingImports]
 
     texts = {"prompt": ["Hello"], "chosen": [" you"], "rejected": [" me"]}
     trainer: Any = ORPOTrainer(
