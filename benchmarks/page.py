@@ -391,7 +391,8 @@ def _optimizer(found: dict[str, Any]) -> list[str]:
         f"The matrices of {found['parameters'] / 1e6:.1f} million parameters ({shapes}; norms, no embedding), "
         f"fp32, gradients of {found['tokens']} tokens. The factored form takes the factors as they are; for the "
         "others the dense gradient is formed first. Projections are drawn anew at every step here (timed) "
-        "and every 200 by the public package (not timed). State: moments, and what else is kept, projections among it.",
+        "and every 200 by the public package (not timed). State: moments, and what else is kept, projections "
+        "among it.",
         "",
         *_table(["", "forming the gradient", "step", "together", "state"], rows),
         "",

@@ -32,6 +32,8 @@ os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("serving", "engine", "step", "training", "optimizer", "growth", "rounding", "undo", "memory")
+RANDOM = ("training", "optimizer", "growth")
+"""Benchmarks that make models of the size they want."""
 PEERS = {"training": "trl", "optimizer": "apollo_torch"}
 """Modules without which a benchmark has nobody to compare with."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -106,7 +108,7 @@ def run(name: str, model: Path, *, quick: bool) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "others_cpu": round(max(0.0, others), 4),
         "machine": machine(),
-        "model": "embedded" if model.name == "weights" else model.name,
+        "model": "random" if name in RANDOM else "embedded" if model.name == "weights" else model.name,
         "measured": _short(measured),
     }
 

@@ -95,7 +95,9 @@ class TrlStep:
             self.inputs = next(iter(self.trainer.get_train_dataloader()))
         self.trainer.current_gradient_accumulation_steps = 1
         if defaults:
-            model.gradient_checkpointing_enable()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.gradient_checkpointing_enable()
         self.model: nn.Module = self.trainer.accelerator.prepare_model(model)  # autocast, as `train` does
 
     def gradients(self) -> torch.Tensor:
