@@ -314,8 +314,8 @@ def _training(found: dict[str, Any]) -> list[str]:
         "Numbers of peers say how many times as long as ours they take; on CPUs TRL's head scores the context's "
         "positions too. The limit is the sum of what no such step can avoid, "
         "each part timed alone in the same turns: reading the context without gradients, forward and backward "
-        "of the answers, the update; beside it, the same limit with fused AdamW as the update. A share above "
-        "100% says that the parts, timed alone, find colder caches than the whole.",
+        "of the answers, the update; beside it, the same limit with fused AdamW as the update. Parts are timed "
+        "apart from the whole, so that a share can come out a little above 100%.",
         "",
         *_table(
             [
