@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # on a busy machine
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, str(ROOT / "benchmarks" / "run.py")]
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*RUN, *options], capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run([*RUN, *options], capture_output=True, text=True, timeout=560, check=False)
 
 
 def numbers(found: Any) -> Iterator[float]:
