@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench check fuzz mutants clean
+.PHONY: help demo test test-peers lint bench check fuzz mutants clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,8 +31,19 @@ lint: $(STAMP)  ## ruff, pyright, import-linter
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## every figure of docs/benchmarks.md, measured here
-	$(BIN)/python benchmarks/run.py
+# Those that we are measured against live apart: nothing of theirs is needed, or found, by the package.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev,bench]'
+	@touch $@
+
+bench: $(PEERS)/.installed  ## every figure of docs/benchmarks.md, measured here beside TRL and others: 35 minutes
+	$(PEERS)/bin/python benchmarks/run.py
+
+test-peers: $(PEERS)/.installed  ## losses and gradients against TRL's own, the optimizer against the public APOLLO
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/peers
 
 mutants: $(STAMP)  ## break each law and see the tests turn red
 	$(BIN)/python tests/mutants/run.py
@@ -43,5 +55,5 @@ fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
 check: lint test mutants  ## all gates
 
 clean:  ## remove what the commands made
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
+	rm -rf $(VENV) $(PEERS) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from secondnature.model.load import build, context_limit, encode_answer, encode_chat, read_tokenizer
 from secondnature.records import Correction, Example, Message
@@ -135,6 +136,39 @@ def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int) -> di
         for name, contender in contenders.items():
             found[name].append(contender())
     return found
+
+
+def turns(
+    contenders: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, *, warm: bool = True
+) -> dict[str, dict[str, list[float]]]:
+    """As `alternate`, for contenders that measure several things at once; `warm`: with an untimed turn first."""
+    if warm:
+        for contender in contenders.values():
+            contender()
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            for key, value in contender().items():
+                found[name].setdefault(key, []).append(value)
+    return found
+
+
+def peak_bytes(work: Callable[[], object]) -> float:
+    """The highest sum of torch's allocations on the CPU during `work`, above its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    kineto: Any = trace.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return float(peak)
+
+
+def total(*parts: Sequence[float]) -> list[float]:
+    """Turn by turn the sum of what was timed apart."""
+    return [sum(turn) for turn in zip(*parts, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -45,6 +45,8 @@ class Panel:
     mark: float | None = None
     """An x that a dashed line marks."""
     names: dict[float, str] = field(default_factory=dict[float, str])
+    log: bool = False
+    """Both axes logarithmic."""
 
 
 def draw(
@@ -70,24 +72,30 @@ def draw(
 def _panel(panel: Panel, left: float, top: float, key: str) -> str:
     xs = [p[0] for line in panel.lines for p in line.points]
     ys = [y for line in panel.lines for p in line.points for y in p[1:]]
+    number = (lambda t: f"{t:g}".replace("-", "−")) if not panel.log else _short
     x_low, x_high = min(xs), max(xs)
-    y_ticks = ticks(min(0.0, *ys), min(panel.top or math.inf, max(ys)), 5)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    if panel.log:
+        shown = sorted(set(xs))
+        names = {t: _short(t) for t in shown[:: math.ceil(len(shown) / 8)]}
+        y_low, y_high = _log_range(ys)
+        y_ticks = _log_ticks(y_low, y_high)
+    else:
+        names = panel.names or {t: number(t) for t in ticks(x_low, x_high, 6) if x_low <= t <= x_high}
+        y_ticks = ticks(min(0.0, *ys), min(panel.top or math.inf, max(ys)), 5)
+        y_low, y_high = y_ticks[0], y_ticks[-1]
+    scale = math.log if panel.log else float
     x0, x1, y0, y1 = left + LEFT, left + PANEL_WIDTH - RIGHT, top + PANEL_HEIGHT - BOTTOM, top + TOP
 
     def px(x: float) -> float:
-        return x0 + (x - x_low) / (x_high - x_low) * (x1 - x0)
+        return x0 + (scale(x) - scale(x_low)) / (scale(x_high) - scale(x_low)) * (x1 - x0)
 
     def py(y: float) -> float:
-        return y0 - (y - y_low) / (y_high - y_low) * (y0 - y1)
+        return y0 - (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low)) * (y0 - y1)
 
     parts = [label(x0, top + 14, panel.title, "head", "start")]
     for t in y_ticks:
         parts.append(f'<line class="grid" x1="{x0:g}" y1="{py(t):.1f}" x2="{x1:g}" y2="{py(t):.1f}"/>')
-        parts.append(label(x0 - 6, py(t) + 4, f"{t:g}".replace("-", "−"), "tick", "end"))
-    names = panel.names or {
-        t: f"{t:g}".replace("-", "−") for t in ticks(x_low, x_high, 6) if x_low <= t <= x_high
-    }
+        parts.append(label(x0 - 6, py(t) + 4, number(t), "tick", "end"))
     parts.extend(label(px(t), y0 + 16, name) for t, name in names.items())
     if panel.mark is not None:
         parts.append(
@@ -111,6 +119,26 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         parts.append(_curve([(px(p[0]), py(p[1])) for p in line.points], line.look))
         parts.extend(_marker(px(p[0]), py(p[1]), line.look) for p in line.points)
     return "".join(parts) + "</g>"
+
+
+def _log_range(values: Sequence[float]) -> tuple[float, float]:
+    """Of a logarithmic axis: a factor of ten at least."""
+    low, high = min(values), max(values)
+    return (low, high) if high >= 10 * low else (low / math.sqrt(10), high * math.sqrt(10))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within the range; powers alone where there would be more than seven."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    return found if len(found) <= 7 else [t for t in found if f"{t:e}".startswith("1")]
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / min(size, 1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _curve(points: Sequence[tuple[float, float]], look: int) -> str:

@@ -268,6 +268,195 @@ def _memory(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+PEERS = {
+    "trl_adamw": "TRL, fp32, AdamW",
+    "trl_apollo": "TRL, fp32, APOLLO",
+    "trl_default_adamw": "TRL, its defaults, AdamW",
+    "plain_adamw": "plain loop, AdamW",
+}
+"""What whole steps are compared with."""
+HOLDERS = {
+    "trl": "TRL, fp32",
+    "trl_default": "TRL, its defaults",
+    "plain": "plain loop",
+    "ours_bf16": "ours, bf16 weights",
+}
+
+
+def _optional(found: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    return form(found[key]) if key in found else ""
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    rows, parts, memory = found["rows"], [], []
+    times: list[list[str]] = []
+    for row in rows:
+        point = f"{row['context']} + {row['answer']}, {row['answers']}"
+        seconds = row["seconds"]
+        over = [_optional(row["over_ours"], k, lambda v: _both(v, _times)) for k in PEERS]
+        share = _both(row["share_of_limit"], _percent)
+        cheapest = _percent(row["share_with_adamw"]["median"])
+        times.append([point, _ms(seconds["ours"]["step"]["median"]), share, cheapest, *over])
+        spreads = seconds["parts"]
+        keys = ("prefill", "pass", "update", "stock_prefill", "stock_pass", "stock_update", "adamw_update")
+        cells = [_ms(spreads[k]["median"]) for k in keys]
+        bf16 = _ms(seconds["ours_bf16"]["step"]["median"])
+        parts.append([point, *cells, _ms(row["limit"]["median"]), row["limit_way"], bf16])
+        shares = [
+            _optional(row["peak_bytes"], k, _mb)
+            + _optional(row["memory_ratio"], k, lambda v: f" ({_times(v)})")
+            for k in HOLDERS
+        ]
+        memory.append([point, _mb(row["peak_bytes"]["ours"]), *shares])
+    lines = [
+        f"A step on one context with one or several answers: random hybrid of {found['parameters'] / 1e6:.1f} "
+        f"million parameters, fp32 for everybody, APOLLO of rank {found['rank']} here. TRL is timed at its own "
+        "`training_step`, then the optimizer; its defaults are bf16 autocast and gradient checkpointing. "
+        "Numbers of peers say how many times as long as ours they take; on CPUs TRL's head scores the context's "
+        "positions too. The limit is the sum of what no such step can avoid, "
+        "each part timed alone in the same turns: reading the context without gradients, forward and backward "
+        "of the answers, the update; beside it, the same limit with fused AdamW as the update. Parts are timed "
+        "apart from the whole, so that a share can come out a little above 100%.",
+        "",
+        *_table(
+            [
+                "context + answer tokens, answers",
+                "ours",
+                "of the limit's speed",
+                "with AdamW's update",
+                *PEERS.values(),
+            ],
+            times,
+        ),
+        "",
+        "The limit's parts, in ours and in the plain way (transformers' forward, dense gradients, dense update); "
+        "the faster way counts. Last: ours on weights in bf16, as a server holds them (computed in fp32, rounded "
+        "stochastically).",
+        "",
+        *_table(
+            [
+                *("", "reading the context", "forward, backward", "update"),
+                *("plain: reading", "plain: forward, backward", "plain: update", "AdamW's update"),
+                *("limit", "way", "ours, bf16 weights"),
+            ],
+            parts,
+        ),
+        "",
+        "Peak of what torch allocates during a step, above its start, and in brackets what ours takes of it. "
+        "Weights and optimizer state are there before.",
+        "",
+        *_table(["", "ours", *HOLDERS.values()], memory),
+    ]
+    pairs: list[list[str]] = []
+    chosen = [k for k in PEERS if k != "plain_adamw"]
+    for row in found["pairs"]:
+        over = [_optional(row["over_ours"], k, lambda v: _both(v, _times)) for k in chosen]
+        held = [_optional(row["memory_ratio"], k, _times) for k in ("trl", "trl_default")]
+        mine = _ms(row["seconds"]["ours"]["step"]["median"])
+        pairs.append([f"{row['context']} + 2 × {row['answer']}", mine, *over, *held])
+    return [
+        *lines,
+        "",
+        "The same for a DPO pair; the reference log-probabilities are known to both before the step. The last two: "
+        "our peak memory over theirs.",
+        "",
+        *_table(
+            ["context + answers", "ours", *(PEERS[k] for k in chosen), "memory, fp32", "memory, defaults"],
+            pairs,
+        ),
+    ]
+
+
+def _optimizer(found: dict[str, Any]) -> list[str]:
+    names = {
+        "sgd_fused": "SGD fused (reads and writes, no state)",
+        "adamw_fused": "AdamW fused",
+        "adamw_foreach": "AdamW foreach",
+    }
+    for rank in found["ranks"]:
+        mini = " (Mini)" if rank == 1 else ""
+        names[f"factored_{rank}"] = f"ours, factored, rank {rank}{mini}"
+        names[f"dense_{rank}"] = f"ours, dense, rank {rank}{mini}"
+        names[f"public_{rank}"] = f"public APOLLO, rank {rank}{mini}"
+    rows: list[list[str]] = []
+    for key, name in names.items():
+        if key not in found["seconds"]:
+            continue
+        state, seconds = found["state_bytes"][key], found["seconds"][key]
+        kept = _mb(state["moments"]) + (f" + {_mb(state['other'])}" if state["other"] > 1e5 else "")
+        rows.append(
+            [
+                name,
+                _optional(seconds, "form", lambda v: _ms(v["median"])),
+                _both(seconds["step"], _ms),
+                _ms(found["with_gradient"][key]["median"]),
+                kept if sum(state.values()) else "none",
+            ]
+        )
+    ratios: list[list[str]] = []
+    keys = ("factored_over_public", "dense_over_public", "factored_over_adamw", "dense_over_adamw")
+    for row in found["rows"]:
+        cells = [_optional(row, key, lambda v: _both(v, _times)) for key in keys]
+        ratios.append([str(row["rank"]), *cells, _percent(row["state_over_bound"])])
+    shapes = ", ".join(f"{n} of {a} × {b}" for a, b, n in found["shapes"])
+    return [
+        f"The matrices of {found['parameters'] / 1e6:.1f} million parameters ({shapes}; norms, no embedding), "
+        f"fp32, gradients of {found['tokens']} tokens. The factored form takes the factors as they are; for the "
+        "others the dense gradient is formed first. Projections are drawn anew at every step here (timed) "
+        "and every 200 by the public package (not timed). State: moments, and what else is kept, projections "
+        "among it.",
+        "",
+        *_table(["", "forming the gradient", "step", "together", "state"], rows),
+        "",
+        "Ours over theirs: the factored step against forming the gradient and stepping, the dense step "
+        "against the step alone. State: of a matrix, relative to 2 · rank · longer side floats, at most.",
+        "",
+        *_table(
+            [
+                *("rank", "factored vs public APOLLO", "dense vs public APOLLO"),
+                *("factored vs AdamW fused", "dense vs AdamW fused", "state"),
+            ],
+            ratios,
+        ),
+    ]
+
+
+GROWTHS = {
+    "context": ("growth-context.svg", "with the context", "context tokens"),
+    "answers": ("growth-answers.svg", "with the answers to one context", "answers"),
+    "model": ("growth-model.svg", "with the model", "parameters"),
+}
+STEPS = {"ours": "context frozen", "whole": "whole rows"}
+
+
+def _growth(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"One step, answers of {found['answer']} tokens, {found['repeats']} turns each, on double-logarithmic "
+        "axes: with the context frozen, and over whole rows (labels of the context -100), the latter where it is "
+        "affordable.",
+    ]
+    for key, (file, title, _) in GROWTHS.items():
+        series = found[key]
+        power = series["exponent"]
+        lines += [
+            "",
+            f"![Time and memory {title}](figures/{file})",
+            "",
+            f"{title[0].upper()}{title[1:]}: over the upper half of the points, time grows with the power "
+            f"{power['seconds']:.2f}, memory with {power['peak_bytes']:.2f}.",
+            "",
+        ]
+        rows: list[list[str]] = []
+        for row in series["rows"]:
+            about = f"{row['parameters'] / 1e6:.1f}M" if key == "model" else str(row[series["over"]])
+            cells = [_optional(row["seconds"], k, lambda v: _both(v, _ms)) for k in STEPS]
+            held = [_optional(row["peak_bytes"], k, _mb) for k in STEPS]
+            rows.append([about, *cells, *held])
+        names = [f"{what}, {how}" for what in ("time", "memory") for how in STEPS.values()]
+        lines += _table([GROWTHS[key][2], *names], rows)
+    return lines
+
+
 ARMS = {
     "apollo": "APOLLO",
     "mini": "APOLLO-Mini",
@@ -381,7 +570,38 @@ def figures(results: dict[str, Any]) -> dict[str, str]:
         drawn["projections.svg"] = _projections_figure(results["projections"]["measured"])
     if "flatness" in results:
         drawn["flatness.svg"] = _flatness_figure(results["flatness"]["measured"])
+    if "growth" in results:
+        for key, (file, title, over) in GROWTHS.items():
+            drawn[file] = _growth_figure(results["growth"]["measured"][key], key, title, over)
     return drawn
+
+
+def _growth_figure(series: dict[str, Any], key: str, title: str, over: str) -> str:
+    panels: list[Panel] = []
+    for figure, name in (("seconds", "seconds"), ("peak_bytes", "bytes at the peak")):
+        lines: list[Line] = []
+        for look, step in enumerate(STEPS):
+            points: list[tuple[float, float, float, float]] = []
+            for row in series["rows"]:
+                if step in row[figure]:
+                    at = row[figure][step]
+                    spread = (at["median"], at["low"], at["high"]) if figure == "seconds" else (at, at, at)
+                    points.append((float(row[series["over"]]), *spread))
+            if points:
+                lines.append(Line(look, points))
+        panels.append(Panel(name[0].upper() + name[1:], over, name, lines, log=True))
+    said = [
+        f"{row[series['over']]}: "
+        + ", ".join(f"{s['median']:.3g} s {STEPS[k]}" for k, s in row["seconds"].items())
+        for row in series["rows"]
+    ]
+    return draw(
+        panels,
+        list(STEPS.values()),
+        key=f"growth-{key}",
+        title=f"Time and memory {title}",
+        text="; ".join(said),
+    )
 
 
 def _projections_figure(found: dict[str, Any]) -> str:
@@ -457,6 +677,9 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("serving", "Serving while it learns", _serving),
     ("engine", "Generation", _engine),
     ("step", "One training step", _step),
+    ("training", "One training step beside TRL", _training),
+    ("optimizer", "The optimizer beside its peers", _optimizer),
+    ("growth", "How a training step grows", _growth),
     ("rounding", "Rounding, and the optimizer", _rounding),
     ("undo", "Undo", _undo),
     ("memory", "Copies of the weights", _memory),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -30,8 +31,21 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"  # the profiler is talkative
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("serving", "engine", "step", "rounding", "undo", "memory", "projections", "flatness")
+NAMES = (
+    *("serving", "engine", "step", "training", "optimizer", "growth", "rounding", "undo", "memory"),
+    *("projections", "flatness"),
+)
+RANDOM = ("training", "optimizer", "growth")
+"""Benchmarks that make models of the size they want."""
+PEERS = {"training": "trl", "optimizer": "apollo_torch"}
+"""Modules without which a benchmark has nobody to compare with."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _packages() -> list[str]:
+    """What the figures depend on, peers where they are installed."""
+    peers = [name.replace("_", "-") for name in PEERS.values() if importlib.util.find_spec(name)]
+    return ["secondnature", "torch", "transformers", "numpy", *peers]
 
 
 def machine() -> dict[str, Any]:
@@ -41,7 +55,7 @@ def machine() -> dict[str, Any]:
     flags = re.search(r"^flags\s*: (.*)$", cpu, re.M)
     known = flags[1].split() if flags else []
     memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)
-    versions = {n: importlib.metadata.version(n) for n in ("secondnature", "torch", "transformers", "numpy")}
+    versions = {n: importlib.metadata.version(n) for n in _packages()}
     return {
         "cpu": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -97,7 +111,7 @@ def run(name: str, model: Path, *, quick: bool) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "others_cpu": round(max(0.0, others), 4),
         "machine": machine(),
-        "model": "embedded" if model.name == "weights" else model.name,
+        "model": "random" if name in RANDOM else "embedded" if model.name == "weights" else model.name,
         "measured": _short(measured),
     }
 
@@ -127,6 +141,9 @@ def main() -> int:
         model = (options.model or embedded.path()).resolve()
         if not (model / "config.json").is_file():
             parser.error(f"{model}: no model there (no config.json)")
+        missing = [n for n in options.only if n in PEERS and not importlib.util.find_spec(PEERS[n])]
+        if missing and not options.quick:
+            parser.error(f"{', '.join(missing)}: peers are not installed here; run `make bench`")
         results_path.parent.mkdir(parents=True, exist_ok=True)
         for name in options.only:
             results[name] = run(name, model, quick=options.quick)

@@ -21,13 +21,13 @@ from common import (
     fits,
     load,
     long_example,
+    peak_bytes,
     ratio,
     say,
     spread,
     timed,
 )
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from secondnature.model.upcast import collect
 from secondnature.records import Example, OptimizerSettings
@@ -48,26 +48,13 @@ def _whole_loss(model: Any, batch: Sequence[Example]) -> Tensor:
     return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
-def _plain_step(model: nn.Module, optimizer: Apollo, batch: Sequence[Example], rows: int) -> None:
+def plain_step(model: nn.Module, optimizer: Apollo, batch: Sequence[Example], rows: int) -> None:
     """The usual loop: `rows` examples at a time, gradients summed, one optimizer step."""
     with collect(model) as gradients:
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
             (_whole_loss(model, part) * (len(part) / len(batch))).backward()
     optimizer.step(gradients)
-
-
-def _peak_bytes(work: Callable[[], object]) -> float:
-    """The highest sum of torch's allocations during `work`, above its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
-    kineto: Any = trace.profiler
-    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return float(peak)
 
 
 def _cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -103,11 +90,11 @@ def measure(settings: Settings) -> dict[str, Any]:
         batch = [long_example(tokenizer, num_context, num_answer, start=i) for i in range(BATCH)]
         contenders: dict[str, Callable[[], object]] = {
             "frozen": partial(train_step, model, optimizer, batch, "sft", learned_loss=0.0),
-            "whole": partial(_plain_step, model, optimizer, batch, 1),
-            "whole_batched": partial(_plain_step, model, optimizer, batch, BATCH),
+            "whole": partial(plain_step, model, optimizer, batch, 1),
+            "whole_batched": partial(plain_step, model, optimizer, batch, BATCH),
         }
         seconds = alternate({k: partial(timed, work) for k, work in contenders.items()}, settings.repeats)
-        peaks = {k: _peak_bytes(work) for k, work in contenders.items()}
+        peaks = {k: peak_bytes(work) for k, work in contenders.items()}
         rows.append(
             {
                 "context": num_context,

@@ -1,0 +1,8 @@
+"""TRL as the benchmarks run it (benchmarks/trl_peer.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
