@@ -280,6 +280,7 @@ HOLDERS = {
     "trl_default": "TRL, its defaults",
     "plain": "plain loop",
     "ours_bf16": "ours, bf16 weights",
+    "ours_recomputed": "ours, recomputing (of TRL's defaults)",
 }
 
 
@@ -298,13 +299,14 @@ def _training(found: dict[str, Any]) -> list[str]:
         cheapest = _percent(row["share_with_adamw"]["median"])
         times.append([point, _ms(seconds["ours"]["step"]["median"]), share, cheapest, *over])
         spreads = seconds["parts"]
+        again = _ms(row["seconds"]["ours_recomputed"]["step"]["median"])
         keys = ("prefill", "pass", "update", "stock_prefill", "stock_pass", "stock_update", "adamw_update")
         cells = [_ms(spreads[k]["median"]) for k in keys]
         bf16 = _ms(seconds["ours_bf16"]["step"]["median"])
-        parts.append([point, *cells, _ms(row["limit"]["median"]), row["limit_way"], bf16])
+        parts.append([point, *cells, _ms(row["limit"]["median"]), row["limit_way"], bf16, again])
+        ratios = row["memory_ratio"] | {"ours_recomputed": row["recomputed_ratio"].get("trl_default")}
         shares = [
-            _optional(row["peak_bytes"], k, _mb)
-            + _optional(row["memory_ratio"], k, lambda v: f" ({_times(v)})")
+            _optional(row["peak_bytes"], k, _mb) + (f" ({_times(ratios[k])})" if ratios.get(k) else "")
             for k in HOLDERS
         ]
         memory.append([point, _mb(row["peak_bytes"]["ours"]), *shares])
@@ -331,13 +333,13 @@ def _training(found: dict[str, Any]) -> list[str]:
         "",
         "The limit's parts, in ours and in the plain way (transformers' forward, dense gradients, dense update); "
         "the faster way counts. Last: ours on weights in bf16, as a server holds them (computed in fp32, rounded "
-        "stochastically).",
+        "stochastically), and ours with the layers recomputed in backward.",
         "",
         *_table(
             [
                 *("", "reading the context", "forward, backward", "update"),
                 *("plain: reading", "plain: forward, backward", "plain: update", "AdamW's update"),
-                *("limit", "way", "ours, bf16 weights"),
+                *("limit", "way", "ours, bf16 weights", "ours, recomputing"),
             ],
             parts,
         ),

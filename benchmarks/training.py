@@ -3,7 +3,8 @@
 One random 28M-parameter hybrid, the same fp32 weights, examples and thread for all; k answers to one context are k
 rows of TRL's batch. Every turn times each of:
 
-ours           `train_step` with APOLLO on an fp32 arena; `ours_bf16`: on a bf16 one, as a server holds it
+ours           `train_step` with APOLLO on an fp32 arena; `ours_bf16`: on a bf16 one, as a server holds it;
+               `ours_recomputed`: with the layers recomputed in backward, as TRL's defaults do
 trl            SFTTrainer's (DPOTrainer's) own `training_step` in fp32 without gradient checkpointing, its fastest;
                then AdamW (fused), and APOLLO in its dense form, on the same gradients, each timed alone
 trl_default    the same with TRL's defaults: bf16 autocast and gradient checkpointing, its smallest
@@ -72,8 +73,11 @@ class Ours:
         self.arena, self.model = models.in_arena(directory, dtype)
         self.optimizer = Apollo(self.model, OptimizerSettings(lr=TINY_RATE), track=False)
 
-    def step(self, batch: Sequence[Example], objective: Any = "sft", before: Any = None) -> None:
-        train_step(self.model, self.optimizer, batch, objective, references=before, learned_loss=0.0)
+    def step(
+        self, batch: Sequence[Example], objective: Any = "sft", before: Any = None, *, recompute: bool = False
+    ) -> None:
+        options: dict[str, Any] = {"references": before, "learned_loss": 0.0, "recompute": recompute}
+        train_step(self.model, self.optimizer, batch, objective, **options)
 
 
 class _Dense:
@@ -213,11 +217,13 @@ def _point(
         "ours": lambda: {"step": timed(partial(ours.step, batch))},
         "parts": parts.turn,
         "ours_bf16": lambda: {"step": timed(partial(narrow.step, batch))},
+        "ours_recomputed": lambda: {"step": timed(partial(ours.step, batch, recompute=True))},
         "plain": lambda: plain.turn(plain_gradients, ["adamw"]),
     }
     peaks: dict[str, Callable[[], float]] = {
         "ours": lambda: peak_bytes(partial(ours.step, batch)),
         "ours_bf16": lambda: peak_bytes(partial(narrow.step, batch)),
+        "ours_recomputed": lambda: peak_bytes(partial(ours.step, batch, recompute=True)),
         "plain": lambda: plain.peak_bytes(plain_gradients),
     }
     if trl_peer.HAS_TRL:
@@ -246,7 +252,10 @@ def _point(
         "share_of_limit": ratio(limit, times["ours"]["step"]),
         "share_with_adamw": ratio(cheapest, times["ours"]["step"]),
         "peak_bytes": memory,
-        "memory_ratio": {k: memory["ours"] / v for k, v in memory.items() if k != "ours"},
+        "memory_ratio": {k: memory["ours"] / v for k, v in memory.items() if not k.startswith("ours")},
+        "recomputed_ratio": {
+            k: memory["ours_recomputed"] / v for k, v in memory.items() if k.startswith("trl")
+        },
     }
     say(
         f"C {context}, T {answer}, k {count}: ours {found['seconds']['ours']['step']['median']:.2f} s, "
