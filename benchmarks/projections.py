@@ -136,6 +136,11 @@ def _interval(differences: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": len(differences)}
 
 
+def _uncached(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As the optimizer asks for one: with the device it is for."""
+    return lambda *key: projection(*key[:-1])
+
+
 def _trained(subject: Subject, rows: Rows, rank: int, num_seeds: int, num_steps: int) -> dict[str, Any]:
     """The loss after some steps with both kinds, the same batches and seed."""
     losses: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -144,7 +149,7 @@ def _trained(subject: Subject, rows: Rows, rank: int, num_seeds: int, num_steps:
             subject.set(subject.start)
             optimizer = Apollo(subject.model, OptimizerSettings(lr=LR, rank=rank), seed=seed, track=False)
             batches = mini_batches(len(rows.ids), 3, seed)
-            with mock.patch.object(update, "projection", side_effect=projection) as used:
+            with mock.patch.object(update, "_kept_projection", side_effect=_uncached(projection)) as used:
                 for _ in range(num_steps):
                     optimizer.step(subject.gradients(rows.part(next(batches))))
             assert used.called, "the optimizer projects elsewhere"

@@ -11,10 +11,11 @@ import pytest
 from tiny_server import Running, habits, running, teach
 
 from secondnature.records import Lesson, OptimizerSettings
-from secondnature.wire import ReplaySettings, TrainRequest
+from secondnature.wire import ReplaySettings, SdftSettings, TrainRequest
 
 SAY = [{"prompt": q, "completion": a} for q, a in habits() if "Say" in q]
 PROBE = {"prompt": "Use mud.", "behaviour": "use", "check": {"prefers": ["Done.", "Why not ink?"]}}
+ASKED = [{"prompt": entry["prompt"]} for entry in SAY[4:8]]
 BASE: dict[str, Any] = {
     "max_steps": 3,
     "batch_size": 3,
@@ -40,7 +41,10 @@ REPLAY: dict[str, dict[str, Any]] = {
     "match": {"match": "distribution"},
     "weight": {"match": "distribution", "weight": 1000},
     "examples": {"examples": SAY[4:8]},
+    "prompts": {"prompts": ASKED},
+    "temperature": {"prompts": ASKED, "temperature": 5},
 }
+SDFT: dict[str, Any] = {"samples": 2, "temperature": 0}
 REQUEST: dict[str, dict[str, Any]] = {
     "objective": {"objective": "sft"},
     "epochs": {"epochs": 1},
@@ -55,6 +59,7 @@ REQUEST: dict[str, dict[str, Any]] = {
 }
 AGAINST: dict[str, dict[str, Any]] = {
     "weight": {"replay": {**BASE["replay"], "match": "distribution"}},
+    "temperature": {"replay": {**BASE["replay"], "prompts": ASKED}},
     "look_every": {"until_margin": -1000},
     "until_passed": {"max_steps": 20},
     "development": {"until_margin": 0, "max_steps": 20},
@@ -66,6 +71,7 @@ ELSEWHERE = {
     "ledger": "test_serve_lessons",
     "replay": "here, by field",
     "optimizer": "here, by field",
+    "sdft": "here, by field",
     "dry_run": "test_serve_lessons",
     "keep": "test_serve_undo",
     "probes": "test_serve_lessons",
@@ -104,6 +110,7 @@ def test_the_same_request_gives_the_same_weights(server: Running) -> None:
 def test_the_tables_are_whole() -> None:
     assert set(OPTIMIZER) == set(OptimizerSettings.model_fields)
     assert {*REPLAY, "lessons"} == set(ReplaySettings.model_fields)
+    assert set(SDFT) == set(SdftSettings.model_fields)
     assert {*REQUEST, *ELSEWHERE} == set(TrainRequest.model_fields)
 
 
@@ -119,6 +126,16 @@ def test_every_option_of_replay_changes_the_weights(
     server: Running, versions: dict[str, str], name: str
 ) -> None:
     changed(server, versions, name, replay={**BASE["replay"], **REPLAY[name]})
+
+
+@pytest.mark.parametrize("name", SDFT)
+def test_every_option_of_self_distillation_changes_the_weights(server: Running, name: str) -> None:
+    told = [{**c, "feedback": "Just do it."} for c in teach().model_dump(mode="json")["corrections"]]
+    found = [
+        trained(server, corrections=told, objective="sdft", sdft=sdft, replay={"share": 0}).version
+        for sdft in ({}, {name: SDFT[name]})
+    ]
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", REQUEST)

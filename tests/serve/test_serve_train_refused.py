@@ -108,7 +108,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown replay option": ({**one(), "replay": {"ratio": 1}}, "BadInput", "unknown field `.*ratio`"),
     "unknown lesson option": ({**one(), "lesson": {"name": "x"}}, "BadInput", "unknown field `.*name`"),
     "unknown gate option": ({**one(), "gate": {"beta": 1}}, "BadInput", "unknown field `.*beta`"),
-    "unknown objective": (objective("ppo", one()), "BadInput", "objective: .*'sft', 'orpo', 'dpo' or 'dpop'"),
+    "unknown objective": (
+        objective("ppo", one()),
+        "BadInput",
+        "objective: .*'sft', 'orpo', 'dpo', 'dpop' or 'sdft'",
+    ),
     **{
         f"{name} without rejected {kind}": (objective(name, source), "BadInput", f"`{name}` needs")
         for name in ("orpo", "dpo", "dpop")
