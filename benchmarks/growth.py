@@ -30,7 +30,7 @@ SIZES = (
     models.Size(hidden=128, layers=4, vocabulary=1024),
     models.Size(hidden=256, layers=4, vocabulary=2048),
     models.Size(hidden=384, layers=8),
-    models.SMALL,
+    models.Size(hidden=512, layers=8),
     models.Size(hidden=768, layers=12),
     models.Size(hidden=1024, layers=16),
 )

@@ -55,8 +55,8 @@ class Size:
 
 
 TINY = Size(hidden=128, layers=4, vocabulary=512)
-SMALL = Size(hidden=512, layers=8)
-"""28 million parameters."""
+SMALL = Size(hidden=512, layers=4)
+"""15 million parameters."""
 
 
 @torch.no_grad()
