@@ -36,7 +36,7 @@ SIZES = (
 )
 """1 to 208 million parameters."""
 REPEATS = 3
-MOST_TOKENS = 4500
+MOST_TOKENS = 2200
 
 
 def _point(ours: Ours, size: models.Size, context: int, count: int, repeats: int) -> dict[str, Any]:

@@ -714,7 +714,8 @@ def render(results: dict[str, Any]) -> str:
         "",
         "Written by `make bench` from `benchmarks/results.json`; no figure is entered by hand. Figures are "
         "medians, with the smallest and the largest value of the turns behind them. A ratio compares with a peer "
-        "in the same run, turn by turn; so it says more than the milliseconds, which are this machine's.",
+        "in the same run, turn by turn; so it says more than the milliseconds, which are this machine's. Nobody's "
+        "memory goes back to the system between turns.",
         "",
         *_machines(results),
     ]

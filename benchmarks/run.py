@@ -30,6 +30,17 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before to
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KINETO_LOG_LEVEL"], os.environ["TORCH_CPP_LOG_LEVEL"] = "9", "ERROR"  # the profiler is talkative
 
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
+"""glibc gives no memory back: or a contender would pay for pages that the one before it, far larger, returned. On a
+virtual machine that made steps of the same work three times as slow, and not all of them alike."""
+if __name__ == "__main__":
+    if not KEEP.items() <= os.environ.items():
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | KEEP
+        )  # read when a process begins
+    for name in KEEP:
+        del os.environ[name]  # servers that are started here run as users start them
+
 ROOT = Path(__file__).parents[1]
 NAMES = (
     *("serving", "engine", "step", "training", "optimizer", "growth", "rounding", "undo", "memory"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import resource
 import signal
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from tiny_server import Process, file_hashes, process, teach, wait_for
@@ -82,6 +84,17 @@ def check_second_server(server: Process, model: Path) -> None:
     assert "Traceback" not in errors
 
 
+def check_idle_connection(client: wire.Client) -> None:
+    """It is still open after the time for which clients keep one."""
+    address = urlsplit(client.url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    for pause_s in (5.5, 0):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        time.sleep(pause_s)
+    connection.close()
+
+
 @pytest.mark.timeout(900)
 def test_a_server_that_is_killed_or_stopped_starts_with_the_kept_weights(
     talker: Path, tmp_path: Path
@@ -91,6 +104,7 @@ def test_a_server_that_is_killed_or_stopped_starts_with_the_kept_weights(
         base = client.lessons().weights_version
         check_full_disk(server, client)
         check_second_server(server, talker)
+        check_idle_connection(client)
         kept = client.train(teach(["jam"], keep=True, max_steps=1)).job
         wait_for(client, kept, lambda s: s.state == "kept")
         before = client.lessons()

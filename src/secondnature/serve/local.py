@@ -53,6 +53,8 @@ from secondnature.weights.arena import Arena, content_id
 from secondnature.wire import Health
 
 LOG = logging.getLogger("secondnature")
+KEEP_ALIVE_S = 30
+"""Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -234,9 +236,8 @@ def main(settings: Settings) -> int:
         listener = _listen(settings)
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        server = uvicorn.Server(
-            uvicorn.Config(parts.app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-        )
+        options: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 5}
+        server = uvicorn.Server(uvicorn.Config(parts.app, timeout_keep_alive=KEEP_ALIVE_S, **options))
         parts.home.announce(url)
         LOG.info("%s (%s) at %s, home %s", settings.model, parts.clock.version, url, parts.home.path)
         server.run(sockets=[listener])
