@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3_5TextConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 
 from secondnature.model.load import build, plan
 from secondnature.weights.arena import Arena
@@ -64,6 +71,28 @@ def dense_config(**changes: Any) -> Qwen3Config:
         "eos_token_id": 1,
     }
     return Qwen3Config(**{**settings, **changes})
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    """Llama: biases on request (`attention_bias`, `mlp_bias`), scaled rotary positions, head of its own."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    }
+    return LlamaConfig(**{**settings, **changes})
 
 
 def gpt2_config(**changes: Any) -> GPT2Config:
