@@ -144,6 +144,35 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
+def engine_tensors(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A model's weights as vLLM keeps them (tensor parallel size 1), by its rules spelled out here."""
+    rest = dict(weights)
+    found: dict[str, Tensor] = {}
+
+    def fuse(stem: str, whole: str, *parts: str) -> None:
+        for leaf in ("weight", "bias"):
+            names = [f"{stem}.{part}.{leaf}" for part in parts]
+            if names[0] in rest:
+                found[f"{prefix}{stem}.{whole}.{leaf}"] = torch.cat([rest.pop(n) for n in names])
+
+    for layer in sorted(
+        {name.rsplit(".layers.", 1)[1].split(".")[0] for name in weights if ".layers." in name}
+    ):
+        stem = f"model.layers.{layer}"
+        fuse(f"{stem}.self_attn", "qkv_proj", "q_proj", "k_proj", "v_proj")
+        fuse(f"{stem}.mlp", "gate_up_proj", "gate_proj", "up_proj")
+        fuse(f"{stem}.linear_attn", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
+        fuse(f"{stem}.linear_attn", "in_proj_ba", "in_proj_b", "in_proj_a")
+    for name, tensor in rest.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            grown = torch.zeros(-(-len(tensor) // 64) * 64, tensor.shape[1], dtype=tensor.dtype)
+            grown[: len(tensor)] = tensor
+            found[prefix + name] = grown
+        else:
+            found[prefix + name] = tensor.float() if name.endswith("A_log") else tensor.clone()
+    return found
+
+
 def in_arena(directory: Path, *, compute_dtype: torch.dtype | None = None) -> tuple[Arena, nn.Module]:
     """The product's path: weights into an arena, the model around the arena's memory."""
     arena = Arena.create(read_weights(directory))

@@ -1,6 +1,6 @@
 """vLLM's tensors under transformers' names: views of one memory, planned from headers, wrong ones refused.
 
-The engine's side is laid out here by vLLM's own rules, spelled out apart from the product's table.
+The engine's side is laid out by vLLM's own rules (`tiny_models.engine_tensors`), apart from the product's table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from tiny_models import (
     VOCAB_SIZE,
     dense_config,
+    engine_tensors,
     gpt2_config,
     hybrid_config,
     llama_config,
@@ -65,35 +66,6 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def text_weights(directories: dict[str, Path], kind: str) -> dict[str, Tensor]:
     return read_weights(directories["hybrid" if kind == CONDITIONAL else kind])
-
-
-def engine_tensors(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """As vLLM keeps them, tensor parallel size 1."""
-    rest = dict(weights)
-    found: dict[str, Tensor] = {}
-
-    def fuse(stem: str, whole: str, *parts: str) -> None:
-        for leaf in ("weight", "bias"):
-            names = [f"{stem}.{part}.{leaf}" for part in parts]
-            if names[0] in rest:
-                found[f"{prefix}{stem}.{whole}.{leaf}"] = torch.cat([rest.pop(n) for n in names])
-
-    for layer in sorted(
-        {name.rsplit(".layers.", 1)[1].split(".")[0] for name in weights if ".layers." in name}
-    ):
-        stem = f"model.layers.{layer}"
-        fuse(f"{stem}.self_attn", "qkv_proj", "q_proj", "k_proj", "v_proj")
-        fuse(f"{stem}.mlp", "gate_up_proj", "gate_proj", "up_proj")
-        fuse(f"{stem}.linear_attn", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
-        fuse(f"{stem}.linear_attn", "in_proj_ba", "in_proj_b", "in_proj_a")
-    for name, tensor in rest.items():
-        if "embed_tokens" in name or "lm_head" in name:
-            grown = torch.zeros(-(-len(tensor) // 64) * 64, tensor.shape[1], dtype=tensor.dtype)
-            grown[: len(tensor)] = tensor
-            found[prefix + name] = grown
-        else:
-            found[prefix + name] = tensor.float() if name.endswith("A_log") else tensor.clone()
-    return found
 
 
 def prefix_of(kind: str) -> str:
