@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen3_5TextConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 
 from secondnature.model.load import build, plan
 from secondnature.weights.arena import Arena
@@ -66,6 +73,28 @@ def dense_config(**changes: Any) -> Qwen3Config:
     return Qwen3Config(**{**settings, **changes})
 
 
+def llama_config(**changes: Any) -> LlamaConfig:
+    """Llama: biases on request (`attention_bias`, `mlp_bias`), scaled rotary positions, head of its own."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
 def gpt2_config(**changes: Any) -> GPT2Config:
     """GPT-2: learned positions, biases everywhere, Conv1D, tied head."""
     settings: dict[str, Any] = {
@@ -113,6 +142,35 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         with safe_open(spec.file, framework="pt") as stored:
             weights[spec.name] = stored.get_tensor(spec.key).to(torch.bfloat16)
     return weights
+
+
+def engine_tensors(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A model's weights as vLLM keeps them (tensor parallel size 1), by its rules spelled out here."""
+    rest = dict(weights)
+    found: dict[str, Tensor] = {}
+
+    def fuse(stem: str, whole: str, *parts: str) -> None:
+        for leaf in ("weight", "bias"):
+            names = [f"{stem}.{part}.{leaf}" for part in parts]
+            if names[0] in rest:
+                found[f"{prefix}{stem}.{whole}.{leaf}"] = torch.cat([rest.pop(n) for n in names])
+
+    for layer in sorted(
+        {name.rsplit(".layers.", 1)[1].split(".")[0] for name in weights if ".layers." in name}
+    ):
+        stem = f"model.layers.{layer}"
+        fuse(f"{stem}.self_attn", "qkv_proj", "q_proj", "k_proj", "v_proj")
+        fuse(f"{stem}.mlp", "gate_up_proj", "gate_proj", "up_proj")
+        fuse(f"{stem}.linear_attn", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
+        fuse(f"{stem}.linear_attn", "in_proj_ba", "in_proj_b", "in_proj_a")
+    for name, tensor in rest.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            grown = torch.zeros(-(-len(tensor) // 64) * 64, tensor.shape[1], dtype=tensor.dtype)
+            grown[: len(tensor)] = tensor
+            found[prefix + name] = grown
+        else:
+            found[prefix + name] = tensor.float() if name.endswith("A_log") else tensor.clone()
+    return found
 
 
 def in_arena(directory: Path, *, compute_dtype: torch.dtype | None = None) -> tuple[Arena, nn.Module]:

@@ -48,6 +48,8 @@ class Body(BaseModel):
 Objective = Literal["sft", "orpo", "dpo", "dpop", "sdft"]
 ReplayMatch = Literal["answer", "distribution"]
 Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+Layout = Literal["transformers", "vllm"]
+"""Whose names and shapes the tensors of an arena have."""
 BIG = 2**62
 
 
@@ -339,6 +341,7 @@ class Attach(msgspec.Struct, tag="attach", frozen=True):
     manifest: str
     model_dir: str
     threads: int
+    layout: Layout = "transformers"
 
 
 class Work(msgspec.Struct, tag="work", frozen=True):

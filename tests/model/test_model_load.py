@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, VOCAB_SIZE, dense_config, gpt2_config, read_weights, save_tiny
+from tiny_models import (
+    CONFIGS,
+    VOCAB_SIZE,
+    dense_config,
+    gpt2_config,
+    llama_config,
+    read_weights,
+    save_tiny,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from secondnature.errors import BadCheckpoint, BadInput, UnsupportedModel
 from secondnature.model.load import (
@@ -35,24 +43,7 @@ needs_realdata = pytest.mark.skipif(REALDATA is None, reason="SECONDNATURE_REALD
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
-    llama = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    )
-    configs = {name: make() for name, make in CONFIGS.items()} | {"llama": llama}
+    configs = {name: make() for name, make in CONFIGS.items()} | {"llama": llama_config()}
     return {name: save_tiny(config, root / name) for name, config in configs.items()}
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "plan",
     "read_config",
     "read_tokenizer",
+    "shapes",
 ]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -180,6 +181,16 @@ def plan(directory: Path) -> list[TensorSpec]:
             "config.json and the weights belong to different models",
         )
     return specs
+
+
+def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model, by the first of its names, and its shape; only config.json is read.
+
+    Raises:
+        BadCheckpoint, UnsupportedModel: as `read_config`; or it is no causal language model.
+    """
+    model = _on_meta(directory)
+    return {names[0]: tuple(model.get_parameter(names[0]).shape) for names in _tied_names(model).values()}
 
 
 def _tied_names(model: nn.Module) -> dict[int, list[str]]:

@@ -33,9 +33,18 @@ CANCEL_TIMEOUT_S = 30.0
 class Trainer:
     """One trainer process at a time, restarted on demand. Use from one thread."""
 
-    def __init__(self, arena: Arena, model_dir: Path, *, threads: int, log_path: Path) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        model_dir: Path,
+        *,
+        threads: int,
+        log_path: Path,
+        layout: wire.Layout = "transformers",
+    ) -> None:
         self._arena = arena
         self._model_dir = model_dir
+        self._layout: wire.Layout = layout
         self._threads = threads
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
@@ -87,7 +96,7 @@ class Trainer:
                 env=environment,
                 start_new_session=True,  # a ctrl-C on the terminal is the server's business
             )
-        self._send(wire.Attach(self._arena.manifest(), str(self._model_dir), self._threads))
+        self._send(wire.Attach(self._arena.manifest(), str(self._model_dir), self._threads, self._layout))
 
     def notice(self) -> None:
         """Take note, without waiting, that a new process is ready. Raises what it found wrong with the model."""

@@ -38,6 +38,7 @@ from secondnature.errors import (
     SecondnatureError,
     TrainingError,
 )
+from secondnature.model import names
 from secondnature.model.load import build
 from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
 from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
@@ -65,6 +66,19 @@ def _example(work: wire.Work) -> Example:
         rejected_ids=work.rejected,
         weight=work.weight,
     )
+
+
+def _model(directory: Path, arena: Arena, layout: wire.Layout) -> nn.Module:
+    """The model of `directory` around the arena's memory, whosever names it has there.
+
+    Raises:
+        UnsupportedModel, BadCheckpoint: the arena does not hold that model.
+    """
+    tensors = arena.tensors
+    if layout == "vllm":
+        headers = {name: names.Header.of(tensor) for name, tensor in tensors.items()}
+        tensors = names.views(names.plan(directory, headers), tensors)
+    return build(directory, tensors)
 
 
 def load_optimizer(optimizer: Apollo, path: Path) -> None:
@@ -350,7 +364,7 @@ class Worker:
         torch.set_num_threads(message.threads)
         try:
             self._arena = Arena.attach(message.manifest)
-            self._model = build(Path(message.model_dir), self._arena.tensors)
+            self._model = _model(Path(message.model_dir), self._arena, message.layout)
             self_test(self._model)
         except SecondnatureError as e:
             self._send(wire.Failed("", e.to_wire()))
