@@ -75,8 +75,10 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
     number = (lambda t: f"{t:g}".replace("-", "−")) if not panel.log else _short
     x_low, x_high = min(xs), max(xs)
     if panel.log:
-        shown = sorted(set(xs))
-        names = {t: _short(t) for t in shown[:: math.ceil(len(shown) / 8)]}
+        names: dict[float, str] = {}
+        for t in sorted(set(xs)):  # none within an eighth of the axis of the one before
+            if all(math.log(t / other) > math.log(x_high / x_low) / 8 for other in names):
+                names[t] = _short(t)
         y_low, y_high = _log_range(ys)
         y_ticks = _log_ticks(y_low, y_high)
     else:

@@ -420,6 +420,8 @@ def _optimizer(found: dict[str, Any]) -> list[str]:
             ],
             ratios,
         ),
+        "",
+        "[Where the time goes, and why not less](decisions/what-an-update-costs.md).",
     ]
 
 
