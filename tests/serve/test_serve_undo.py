@@ -58,7 +58,11 @@ def test_a_lesson_in_mid_training_ends_as_if_it_had_never_been(server: Running, 
     job = start(server)  # the next one works, in a new process
     assert server.parts.keeper.trainer.pid not in (None, pid)
     other = Arena.attach(server.parts.arena.manifest())
-    other.tensors["model.norm.weight"].fill_(math.nan)
+    for name in (
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    ):  # a write under way heals one of them at most
+        other.tensors[name].fill_(math.nan)
     status = server.until(job, lambda s: s.state == "failed" and s.phase == "done")
     assert status.error is not None
     assert (status.error.type, server.state()) == ("NonFinite", before)
