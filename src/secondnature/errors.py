@@ -24,6 +24,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     │   └── BadDelta                        a delta is broken, or its base is not these weights
     ├── TrainingError(RuntimeError)    500  a job ended without a result; its writes were undone
     │   ├── NonFinite(FloatingPointError)   a loss or a gradient was NaN or infinite
+    │   ├── Exploded              a loss or a gradient is far beyond the lesson's first
     │   ├── StalePrefix                     a frozen context was computed with other weights
     │   ├── Cancelled                       somebody asked for it
     │   └── TrainerDied                     the trainer process is gone; it is restarted
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "ContextOverflow",
+    "Exploded",
     "HomeInUse",
     "NonFinite",
     "NotFound",
@@ -183,6 +185,10 @@ class TrainingError(SecondnatureError, RuntimeError):
 
 class NonFinite(TrainingError, FloatingPointError):
     """A loss or a gradient was NaN or infinite; says which example and which tensor."""
+
+
+class Exploded(TrainingError):
+    """A loss or a gradient is finite but far beyond what the lesson began with; says which example or tensor."""
 
 
 class StalePrefix(TrainingError):

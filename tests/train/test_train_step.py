@@ -14,11 +14,11 @@ import torch
 from tiny_models import CONFIGS, VOCAB_SIZE, gpt2_config, hybrid_config, in_arena, save_tiny
 from torch import Tensor, nn
 
-from secondnature.errors import BadExample, ContextOverflow, NonFinite
+from secondnature.errors import BadExample, ContextOverflow, Exploded, NonFinite
 from secondnature.model.gradients import Gradient, dense
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train.apollo import Apollo
-from secondnature.train.guard import check_tensors
+from secondnature.train.guard import Bounds, check_tensors
 from secondnature.train.losses import Reference
 from secondnature.train.step import log_probs, references, train_step
 from secondnature.weights.arena import Arena
@@ -343,6 +343,26 @@ def test_the_gradient_norm_is_limited(hybrid: tuple[Arena, nn.Module]) -> None:
     result = train_step(model, optimizer, batch(), max_grad_norm=0.25)
     assert result.grad_norm > 0.25
     assert check_tensors(optimizer.seen, "the gradient") == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["loss", "norm"])
+def test_what_explodes_is_refused_before_the_write(hybrid: tuple[Arena, nn.Module], which: str) -> None:
+    """Named by example, or by the tensor with the largest gradient; the same step within its bounds is made."""
+    arena, model = hybrid
+    optimizer = Apollo(model, SETTINGS)
+    first = Bounds.after("sft", [1.0, 2.0], 3.0)
+    assert (first.loss, first.norm) == (22.0, 3000.0)
+    assert Bounds.after("dpop", [1.0], 3.0).loss == math.inf
+    bounds = Bounds(loss=0.5, norm=math.inf) if which == "loss" else Bounds(loss=math.inf, norm=1e-3)
+    before = {n: t.clone() for n, t in arena.tensors.items()}
+    words = (
+        r"example \d: the loss is" if which == "loss" else r"example 0, .*norm .* most of it is in model\."
+    )
+    with pytest.raises(Exploded, match=words):
+        train_step(model, optimizer, variants(), bounds=bounds)
+    assert all(torch.equal(t, before[n]) for n, t in arena.tensors.items())
+    assert optimizer.steps == 0
+    assert train_step(model, optimizer, variants(), bounds=first).wrote
 
 
 def test_a_bad_weight_is_met_before_any_write(hybrid: tuple[Arena, nn.Module]) -> None:

@@ -8,20 +8,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secondnature.errors import BadExample, ContextOverflow, NonFinite
+from secondnature.errors import BadExample, ContextOverflow, Exploded, NonFinite
 from secondnature.model.gradients import Gradient
 from secondnature.model.load import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
 
-__all__ = ["check_examples", "check_loss", "check_norms", "check_tensors", "limit_norm_", "vocab_size"]
+__all__ = [
+    "Bounds",
+    "check_examples",
+    "check_loss",
+    "check_norms",
+    "check_tensors",
+    "limit_norm_",
+    "vocab_size",
+]
 
 HINT = "lower the learning rate, or drop the example"
+LOSS_RISE = 20.0
+"""Nats above the lesson's first losses: per token that is worse than to guess among 250,000 by far."""
+NORM_GROWTH = 1000.0
+"""Times the lesson's first gradient."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a lesson may go; from its first step."""
+
+    loss: float
+    """Of an example."""
+    norm: float
+    """Of all gradients."""
+
+    @classmethod
+    def after(cls, objective: str, losses: Sequence[float], norm: float) -> Bounds:
+        """What later steps must keep to, from the first step's losses and gradient norm.
+
+        DPO's and DPOP's losses are no nats per token, and DPOP's jumps by design: they have the norm's bound only.
+        """
+        highest = math.inf if objective in ("dpo", "dpop") else max(losses) + LOSS_RISE
+        return cls(highest, NORM_GROWTH * norm)
+
+    def check_loss(self, loss: float, example: int) -> None:
+        """Raises Exploded if the loss of an example is beyond the bound."""
+        if loss > self.loss:
+            raise Exploded(
+                f"example {example}: the loss is {loss:.3g}; expected at most {self.loss:.3g}, {LOSS_RISE:g} above "
+                "the lesson's first losses",
+                HINT,
+            )
+
+    def check_norm(self, tensors: Mapping[str, Gradient], norm: float, what: str) -> None:
+        """Raises Exploded if the gradients' common norm is beyond the bound; names the tensor with the largest."""
+        if norm > self.norm:
+            norms = {name: float(t.norm()) for name, t in tensors.items()}
+            worst = max(norms, key=lambda name: norms[name])
+            raise Exploded(
+                f"{what} has norm {norm:.3g}; expected at most {self.norm:.3g}, {NORM_GROWTH:g} times the lesson's "
+                f"first; most of it is in {worst} ({norms[worst]:.3g})",
+                HINT,
+            )
 
 
 def vocab_size(model: nn.Module) -> int:

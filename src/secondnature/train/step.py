@@ -26,7 +26,14 @@ from secondnature.records import Example
 from secondnature.train.anchors import HELD, Anchor, drifts
 from secondnature.train.apollo import Apollo
 from secondnature.train.forest import MAX_BYTES, MAX_TOKENS, forwards, portions
-from secondnature.train.guard import check_examples, check_loss, check_tensors, limit_norm_, vocab_size
+from secondnature.train.guard import (
+    Bounds,
+    check_examples,
+    check_loss,
+    check_tensors,
+    limit_norm_,
+    vocab_size,
+)
 from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
 
@@ -78,6 +85,7 @@ def train_step(
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
     recompute: bool = False,
+    bounds: Bounds | None = None,
 ) -> StepResult:
     """One step on a batch: the weighted mean of the examples' losses, its gradient, one write.
 
@@ -93,6 +101,7 @@ def train_step(
     Raises:
         BadExample, ContextOverflow: an example does not fit the model.
         NonFinite: a loss, gradient or update is not finite; names the example and the tensor; nothing was written.
+        Exploded: a loss or the gradient is beyond `bounds`; nothing was written.
     """
     check_examples(model, batch, objective)
     total_weight = sum(e.weight for e in batch)
@@ -111,6 +120,8 @@ def train_step(
         def take(i: int, loss: Tensor) -> None:
             check_loss(loss, i)
             losses[i] = float(loss.detach())
+            if bounds is not None:
+                bounds.check_loss(losses[i], i)
             weighted[i] = loss * (batch[i].weight / total_weight)
 
         if distilled:
@@ -154,6 +165,8 @@ def train_step(
         drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
         if anchors and gradients:
             grad_norm = check_tensors(gradients, "the gradient")
+        if bounds is not None:
+            bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
         limit_norm_(gradients, grad_norm, max_grad_norm)
     if gradients:
         optimizer.step(gradients, writing=writing)

@@ -34,6 +34,7 @@ from secondnature.errors import (
     BadCheckpoint,
     BadInput,
     Cancelled,
+    Exploded,
     NonFinite,
     SecondnatureError,
     TrainingError,
@@ -43,7 +44,7 @@ from secondnature.model.load import build
 from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
 from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
 from secondnature.train.apollo import Apollo
-from secondnature.train.guard import vocab_size
+from secondnature.train.guard import Bounds, vocab_size
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test
 from secondnature.train.step import StepResult, references, train_step
@@ -147,6 +148,7 @@ class Lesson:
 
     def __init__(self, model: nn.Module, arena: Arena, job: wire.Train) -> None:
         self.model = model
+        self._bounds: Bounds | None = None
         self.arena = arena
         self.job = job
         try:
@@ -189,6 +191,8 @@ class Lesson:
             chosen = fresh + [len(new) + i for i in old if i < len(pool)]
             held = [anchors[i - len(pool)] for i in old if i >= len(pool)]
             result = self._step(chosen, examples, works, refs, teachers, held)
+            if self._bounds is None and result.wrote:
+                self._bounds = Bounds.after(self.job.objective, result.losses, result.grad_norm)
             now = time.monotonic()
             loss = result.loss
             rate = result.num_tokens / max(now - pace, 1e-9)
@@ -281,10 +285,14 @@ class Lesson:
                 learned_loss=self.job.learned_loss,
                 anchors=anchors,
                 anchor_weight=self.job.replay_weight,
+                bounds=self._bounds,
             )
-        except NonFinite as e:  # named by its place in the batch; the user knows it by its own name
+        except (
+            NonFinite,
+            Exploded,
+        ) as e:  # named by its place in the batch; the user knows it by its own name
             message = re.sub(r"example (\d+)", lambda m: works[chosen[int(m[1])]].label or m[0], e.message)
-            raise NonFinite(message, e.hint) from None
+            raise type(e)(message, e.hint) from None
 
     def _look(
         self, step: int, report: Callable[[dict[str, object]], None], own: list[float] | None = None
