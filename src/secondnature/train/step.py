@@ -162,11 +162,11 @@ def train_step(
                         check_tensors(gradients, f"{_named([i])}: the gradient")
                     raise
             del prefix, weighted  # or the next would be computed while they are still in memory
+        if bounds is not None:  # of the examples: the anchors' pull is as strong as it is asked to be
+            bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
         drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
         if anchors and gradients:
             grad_norm = check_tensors(gradients, "the gradient")
-        if bounds is not None:
-            bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
         limit_norm_(gradients, grad_norm, max_grad_norm)
     if gradients:
         optimizer.step(gradients, writing=writing)
