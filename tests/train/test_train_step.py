@@ -352,7 +352,10 @@ def test_what_explodes_is_refused_before_the_write(hybrid: tuple[Arena, nn.Modul
     optimizer = Apollo(model, SETTINGS)
     first = Bounds.after("sft", [1.0, 2.0], 3.0)
     assert (first.loss, first.norm) == (22.0, 3000.0)
-    assert Bounds.after("dpop", [1.0], 3.0).loss == math.inf
+    assert all(Bounds.after(other, [1.0], 3.0).loss == math.inf for other in ("dpo", "dpop", "sdft"))
+    assert Bounds.after("sft", [0.002], 1e-3).norm == 1000.0, (
+        "a first batch that is all but learned binds nobody"
+    )
     bounds = Bounds(loss=0.5, norm=math.inf) if which == "loss" else Bounds(loss=math.inf, norm=1e-3)
     before = {n: t.clone() for n, t in arena.tensors.items()}
     words = (

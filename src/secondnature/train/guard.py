@@ -32,9 +32,9 @@ __all__ = [
 
 HINT = "lower the learning rate, or drop the example"
 LOSS_RISE = 20.0
-"""Nats above the lesson's first losses: per token that is worse than to guess among 250,000 by far."""
+"""Nats per token above the lesson's first losses: worse by far than to guess among 250,000."""
 NORM_GROWTH = 1000.0
-"""Times the lesson's first gradient."""
+"""Times the lesson's first gradient, or times 1 if that is smaller: the first examples may be learned already."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Bounds:
     def after(cls, objective: str, losses: Sequence[float], norm: float) -> Bounds:
         """What later steps must keep to, from the first step's losses and gradient norm.
 
-        DPO's and DPOP's losses are no nats per token, and DPOP's jumps by design: they have the norm's bound only.
+        The losses of DPO and DPOP are no nats per token, and that of SDFT has no such scale: a sure model and a
+        sure teacher may differ by any number. They have the norm's bound only.
         """
-        highest = math.inf if objective in ("dpo", "dpop") else max(losses) + LOSS_RISE
-        return cls(highest, NORM_GROWTH * norm)
+        highest = max(losses) + LOSS_RISE if objective in ("sft", "orpo") else math.inf
+        return cls(highest, NORM_GROWTH * max(norm, 1.0))
 
     def check_loss(self, loss: float, example: int) -> None:
         """Raises Exploded if the loss of an example is beyond the bound."""
