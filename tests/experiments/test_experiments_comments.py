@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
-
-import pytest
 
 from secondnature.wire import TrainRequest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "experiments" / "comments.json"
-
-
-@pytest.fixture(scope="module")
-def experiment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("comments_experiment", ROOT / "experiments" / "comments.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_arms_differ_in_what_they_learn_from_and_in_nothing_else(experiment: ModuleType) -> None:

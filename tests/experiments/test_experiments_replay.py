@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 from secondnature.evidence.statistics import clopper_pearson
 from secondnature.wire import TrainRequest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "experiments" / "replay.json"
-
-
-@pytest.fixture(scope="module")
-def experiment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replay_experiment", ROOT / "experiments" / "replay.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Parrot:

@@ -110,7 +110,7 @@ def test_few_positions_at_a_time_change_nothing(
     taught: list[Tensor | None] = [anchor.logps_TV for anchor in record(model, read)]
     found: list[tuple[float, ...]] = []
     for most in (2**26, VOCAB_SIZE):
-        monkeypatch.setattr("secondnature.train.step.MAX_LOGITS", most)
+        monkeypatch.setattr("secondnature.train.step.MAX_SDFT_LOGITS", most)
         arena.write(start)
         result = train_step(model, Apollo(model, OptimizerSettings(rank=8)), shared, "sdft", teachers=taught)
         found.append((*result.losses, result.grad_norm))

@@ -43,7 +43,7 @@ LEARNED_LOSS = 1e-3
 """Examples below this loss are passed over: the optimizer normalises, and would turn their tiny gradients into full
 steps."""
 
-MAX_LOGITS = 2**26
+MAX_SDFT_LOGITS = 2**26
 """In one forward of SDFT, whose loss needs whole distributions (256 MB in fp32)."""
 
 
@@ -140,7 +140,7 @@ def train_step(
         return weighted
 
     if objective == "sdft":
-        max_tokens = min(max_tokens, max(1, MAX_LOGITS // vocab_size(model)))
+        max_tokens = min(max_tokens, max(1, MAX_SDFT_LOGITS // vocab_size(model)))
     with contextlib.ExitStack() as stack:
         gradients = stack.enter_context(collect(model, factored=optimizer.factored))
         copy_share = 1 / stack.enter_context(recomputed(model)) if recompute else 1.0

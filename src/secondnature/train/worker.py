@@ -287,10 +287,8 @@ class Lesson:
                 anchor_weight=self.job.replay_weight,
                 bounds=self._bounds,
             )
-        except (
-            NonFinite,
-            Exploded,
-        ) as e:  # named by its place in the batch; the user knows it by its own name
+        except (NonFinite, Exploded) as e:
+            # named by its place in the batch; the user knows it by its own name
             message = re.sub(r"example (\d+)", lambda m: works[chosen[int(m[1])]].label or m[0], e.message)
             raise type(e)(message, e.hint) from None
 
