@@ -1,8 +1,8 @@
 """How a step's time and memory grow: with the context, with the answers to it, with the model.
 
 The trainer's step beside the usual one over whole rows (context labels -100), the same fp32 model, optimizer and
-examples; the usual one is left out where a step of it has more than `MOST_TOKENS`. Three turns each (large points
-take seconds). Memory is the peak of torch's allocations during a step above its start.
+examples; the usual one is left out where a step of it has more than `MOST_TOKENS`. Memory is the peak of torch's
+allocations during a step above its start.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ SIZES = (
     models.Size(hidden=1024, layers=16),
 )
 """1 to 208 million parameters."""
-REPEATS = 3
 MOST_TOKENS = 2200
 
 
@@ -89,7 +88,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     contexts, counts = ((64, 128), (1, 2)) if quick else (CONTEXTS, COUNTS)
     long, short = (64, 64) if quick else (LONG, SHORT)
     sizes = (models.TINY, models.Size(hidden=192, layers=4, vocabulary=512)) if quick else SIZES
-    repeats = settings.repeats if quick else REPEATS
+    repeats = settings.repeats
     most = max(contexts) + ANSWER
     found: dict[str, Any] = {"answer": ANSWER, "repeats": repeats}
 

@@ -207,6 +207,17 @@ def _over(times: Times) -> dict[str, dict[str, float]]:
     return found
 
 
+def _trl(
+    directory: Path, batch: Sequence[Example], objective: str, folder: Path
+) -> list[tuple[trl_peer.TrlStep, _Dense]]:
+    """TRL's trainer at its fastest, and with its defaults; each with the optimizers for its model."""
+    found = [
+        trl_peer.TrlStep(models.stock(directory), batch, objective, folder / name, defaults=defaults)
+        for name, defaults in (("trl", False), ("default", True))
+    ]
+    return [(step, _Dense(step.model)) for step in found]
+
+
 def _point(
     directory: Path, size: models.Size, point: tuple[int, int, int], settings: Settings, folder: Path
 ) -> dict[str, Any]:
@@ -234,10 +245,7 @@ def _point(
         "plain": lambda: plain.peak_bytes(plain_gradients),
     }
     if trl_peer.HAS_TRL:
-        trl = trl_peer.TrlStep(models.stock(directory), batch, "sft", folder / "trl")
-        dense = _Dense(trl.model)
-        default = trl_peer.TrlStep(models.stock(directory), batch, "sft", folder / "default", defaults=True)
-        default_dense = _Dense(default.model)
+        (trl, dense), (default, default_dense) = _trl(directory, batch, "sft", folder)
         contenders["trl"] = lambda: dense.turn(trl.gradients, ["adamw", "apollo"])
         peaks["trl"] = lambda: dense.peak_bytes(trl.gradients)
         if count == 1:  # its time at the others would take minutes
@@ -284,10 +292,7 @@ def _pair(
     contenders: dict[str, Callable[[], Mapping[str, float]]] = {"ours": lambda: {"step": timed(step)}}
     peaks: dict[str, Callable[[], float]] = {"ours": lambda: peak_bytes(step)}
     if trl_peer.HAS_TRL:
-        trl = trl_peer.TrlStep(models.stock(directory), batch, "dpo", folder / "trl")
-        dense = _Dense(trl.model)
-        default = trl_peer.TrlStep(models.stock(directory), batch, "dpo", folder / "default", defaults=True)
-        default_dense = _Dense(default.model)
+        (trl, dense), (default, default_dense) = _trl(directory, batch, "dpo", folder)
         contenders["trl"] = lambda: dense.turn(trl.gradients, ["adamw", "apollo"])
         contenders["trl_default"] = lambda: default_dense.turn(default.gradients, ["adamw"])
         peaks["trl"] = lambda: dense.peak_bytes(trl.gradients)
