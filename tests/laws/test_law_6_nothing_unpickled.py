@@ -77,7 +77,7 @@ def test_every_other_route_needs_the_key(server: Running) -> None:
             error = reply.json()["error"]
             assert (reply.status_code, error["type"]) == (401, "Unauthorized"), (method, path, key)
             assert error["hint"]
-    assert {"/health", "/metrics", "/openapi.json", "/v1/models"} == OPEN_PATHS
+    assert {"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"} == OPEN_PATHS
 
 
 def test_loopback_is_the_default_and_the_host_is_checked(server: Running) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "read_config",
     "read_tokenizer",
     "shapes",
+    "skeleton",
 ]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -84,8 +85,12 @@ def read_config(directory: Path) -> PretrainedConfig:
         ) from None
 
 
-def _on_meta(directory: Path) -> nn.Module:
-    """The model with every parameter and buffer on the meta device; tied parameters are one object."""
+def skeleton(directory: Path) -> nn.Module:
+    """The model with every parameter and buffer on the meta device; tied parameters are one object.
+
+    Raises:
+        BadCheckpoint, UnsupportedModel: as `read_config`; or it is no causal language model.
+    """
     config = read_config(directory)
     last: Exception | None = None
     for attention in ("sdpa", "eager"):
@@ -149,7 +154,7 @@ def plan(directory: Path) -> list[TensorSpec]:
         BadCheckpoint: a tensor is missing, has another shape than the config says, or belongs to no parameter.
         UnsupportedModel: the architecture or a dtype cannot be used.
     """
-    model = _on_meta(directory)
+    model = skeleton(directory)
     headers = _headers(directory)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     specs: list[TensorSpec] = []
@@ -189,7 +194,7 @@ def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         BadCheckpoint, UnsupportedModel: as `read_config`; or it is no causal language model.
     """
-    model = _on_meta(directory)
+    model = skeleton(directory)
     return {names[0]: tuple(model.get_parameter(names[0]).shape) for names in _tied_names(model).values()}
 
 
@@ -214,7 +219,7 @@ def build(
         BadCheckpoint: a tensor is missing, mis-shaped or superfluous.
         UnsupportedModel: the architecture, a dtype or a buffer cannot be handled.
     """
-    model = _on_meta(directory)
+    model = skeleton(directory)
     tied = _tied_names(model)
     replaced: dict[int, nn.Parameter] = {}
     device: torch.device | None = None
@@ -295,7 +300,7 @@ def fingerprint(directory: Path) -> str:
     config = read_config(directory).to_dict()
     for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)
-    shapes = [[n, list(p.shape)] for n, p in _on_meta(directory).named_parameters()]
+    shapes = [[n, list(p.shape)] for n, p in skeleton(directory).named_parameters()]
     text = json.dumps([config, shapes], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

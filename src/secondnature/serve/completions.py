@@ -62,7 +62,8 @@ def stamps(span: Span | None) -> dict[str, Any]:
     }
 
 
-def _headers(span: Span | None) -> dict[str, str]:
+def headers_of(span: Span | None) -> dict[str, str]:
+    """The stamp in headers."""
     if span is None:
         return {}
     return {
@@ -167,11 +168,11 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
             return StreamingResponse(
                 events,
                 media_type="text/event-stream",
-                headers=_headers(Span.begin(begun)) | {"cache-control": "no-cache"},
+                headers=headers_of(Span.begin(begun)) | {"cache-control": "no-cache"},
             )
         result = await handle.answer()
         _remember(asked, result)
-        return JSONResponse(_whole(asked, request, result), headers=_headers(result.weights))
+        return JSONResponse(_whole(asked, request, result), headers=headers_of(result.weights))
 
     def _remember(asked: _Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""

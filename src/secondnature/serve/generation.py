@@ -32,6 +32,14 @@ class Stamp:
     """A lesson is running or on trial."""
 
 
+class Generator(Protocol):
+    """What answers requests: the local engine, or vLLM's behind an adapter."""
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request. Raises what the engine refuses at the door (see `engine.Engine.submit`)."""
+        ...
+
+
 class WeightsClock(Protocol):
     """Tells which weights there are; read before and after every forward, so it has to be cheap."""
 

@@ -71,7 +71,7 @@ class Home:
         with storage.storage_errors(path):
             return path.read_text().strip()
 
-    def bind(self, model_dir: Path, fingerprint: str, base_version: str) -> None:
+    def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
         """Tie a new home to its model; check that an old one still belongs to it.
 
         Raises:
@@ -79,6 +79,7 @@ class Home:
         """
         path = self.path / "home.json"
         mine = {"model": str(model_dir), "fingerprint": fingerprint, "base_version": base_version}
+        mine["engine"] = engine
         if not path.is_file():
             storage.write_text(path, json.dumps(mine, indent=2) + "\n")
             return
@@ -86,6 +87,15 @@ class Home:
             known = json.loads(path.read_text())
         except (OSError, ValueError) as e:
             raise BadCheckpoint(f"{path}: {e}", "restore it from a backup, or use another --home") from None
+        made_by = known.get("engine", "local")
+        same_model = known.get("fingerprint") == fingerprint and known.get("model") == str(model_dir)
+        if same_model and made_by != engine and known.get("base_version") != base_version:
+            raise BadCheckpoint(
+                f"{self.path}: its lessons are of the {made_by} engine, which holds this model in other dtypes "
+                f"than the {engine} engine does",
+                f"serve it with --engine {made_by}; or `secondnature checkpoint` there, and serve "
+                f"{self.model_root}/current with another --home",
+            )
         for key, what in (("fingerprint", "architecture"), ("base_version", "weights")):
             if known.get(key) != mine[key]:
                 raise BadCheckpoint(

@@ -16,8 +16,13 @@ from secondnature.errors import Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
 from secondnature.model.load import encode_answer, encode_chat
 from secondnature.records import Message, Outcome, Probe
-from secondnature.serve.engine import Engine
-from secondnature.serve.generation import GenerationHandle, GenerationRequest, GenerationResult, score_request
+from secondnature.serve.generation import (
+    GenerationHandle,
+    GenerationRequest,
+    GenerationResult,
+    Generator,
+    score_request,
+)
 
 MAX_ANSWER_TOKENS = 160
 MAX_CACHED = 100_000
@@ -28,7 +33,7 @@ AT_ONCE = 256
 class Judge:
     """Asks probes of the weights that are being served. Used by the keeper's thread."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, *, context_limit: int) -> None:
+    def __init__(self, engine: Generator, tokenizer: Any, *, context_limit: int) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._limit = context_limit

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import json
 import logging
 import os
 import signal
@@ -23,39 +22,30 @@ from typing import Any
 import torch
 import transformers
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
+from fastapi.responses import Response
+from torch import nn
 
-from secondnature import __version__, config
+from secondnature import config
 from secondnature.config import Settings
-from secondnature.data.ledger import Ledger
-from secondnature.errors import BadInput, ConfigError, NotFound, SecondnatureError
+from secondnature.errors import ConfigError, SecondnatureError
 from secondnature.model import load
-from secondnature.records import describe_errors
-from secondnature.serve import completions, routes
+from secondnature.serve import completions
+from secondnature.serve.application import Teaching, application, put_together
 from secondnature.serve.clock import Clock
 from secondnature.serve.engine import Engine
-from secondnature.serve.guards import Guards, error_body
 from secondnature.serve.home import Home
-from secondnature.serve.judge import Judge
 from secondnature.serve.keeper import Keeper
 from secondnature.serve.log import Log
 from secondnature.serve.metrics import exposition
-from secondnature.serve.planner import Planner
-from secondnature.serve.rehearsal import Rehearsal
-from secondnature.serve.trainer import Trainer
-from secondnature.train.apollo import highest_rank
 from secondnature.train.prefix import self_test
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena, content_id
-from secondnature.wire import Health
+from secondnature.wire import Health, Wiring
 
 LOG = logging.getLogger("secondnature")
 KEEP_ALIVE_S = 30
 """Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass
@@ -63,13 +53,29 @@ class Parts:
     """What a running server consists of."""
 
     settings: Settings
-    home: Home
-    arena: Arena
-    clock: Clock
+    teaching: Teaching
     engine: Engine
-    keeper: Keeper
-    key: str
     app: FastAPI
+
+    @property
+    def home(self) -> Home:
+        """Where everything lies."""
+        return self.teaching.home
+
+    @property
+    def arena(self) -> Arena:
+        """The weights."""
+        return self.teaching.arena
+
+    @property
+    def clock(self) -> Clock:
+        """Their version."""
+        return self.teaching.clock
+
+    @property
+    def keeper(self) -> Keeper:
+        """The one that changes them."""
+        return self.teaching.keeper
 
 
 def model_directory(settings: Settings) -> Path:
@@ -84,14 +90,6 @@ def model_directory(settings: Settings) -> Path:
             "give a Hugging Face directory, or `--model embedded`",
         )
     return directory
-
-
-def _card(directory: Path) -> dict[str, Any]:
-    """The model's card (`card.json`), or nothing."""
-    try:
-        return json.loads((directory / "card.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 @contextlib.contextmanager
@@ -125,103 +123,64 @@ def assemble(settings: Settings) -> Generator[Parts]:
             max_rows=settings.max_rows,
             max_waiting=settings.max_queue,
             threads=settings.engine_threads,
+            on_step=[lambda e: setattr(arena, "load", e.metrics.running + e.metrics.waiting)],
         )
         stack.callback(engine.close)
-        ledger = Ledger(home.ledger_path)
-        judge = Judge(engine, tokenizer, context_limit=limit)
-        teaching = _card(directory).get("teaching", {})
-        keeper = Keeper(
-            settings=settings,
+        teaching = put_together(
+            settings,
+            home=home,
             log=log,
-            ledger=ledger,
             arena=arena,
             clock=clock,
-            trainer=Trainer(
-                arena, directory, threads=settings.train_threads, log_path=home.path / "trainer.log"
-            ),
-            judge=judge,
-            planner=Planner(
-                tokenizer,
-                vocab_size=engine.vocab_size,
-                context_limit=limit,
-                highest_rank=highest_rank(model),
-                default_lr=teaching.get("lr"),
-            ),
-            rehearsal=Rehearsal(judge, tokenizer, context_limit=limit),
+            directory=directory,
+            engine=engine,
+            model=model,
+            tokenizer=tokenizer,
+            context_limit=limit,
+            layout="transformers",
+            model_name="embedded" if settings.model == "embedded" else directory.name,
+            wiring=lambda: _wiring(model, arena),
         )
-        given = settings.api_key.get_secret_value() if settings.api_key else None
-        parts = Parts(settings, home, arena, clock, engine, keeper, home.key(given), FastAPI())
-        parts.app = application(
-            parts, tokenizer, ledger, "embedded" if settings.model == "embedded" else directory.name
-        )
-        keeper.start()
-        stack.callback(keeper.stop)
+        parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer))
+        teaching.keeper.start()
+        stack.callback(teaching.keeper.stop)
         yield parts
 
 
-def application(parts: Parts, tokenizer: Any, ledger: Ledger, model_name: str) -> FastAPI:
-    """The FastAPI application: routes, errors, guards."""
-    app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
-    memory = routes.Memory()
-    app.include_router(completions.router(parts.engine, tokenizer, memory, parts.clock, model_name))
-    app.include_router(routes.router(parts.keeper, ledger, memory, parts.clock))
+def _wiring(model: nn.Module, arena: Arena) -> Wiring:
+    """Every parameter of the model is looked up in the arena."""
+    slots = {t.data_ptr() for t in arena.tensors.values()}
+    parameters = dict(model.named_parameters())
+    return Wiring(
+        engine="local",
+        engine_version=transformers.__version__,
+        tensors=len(parameters),
+        aliased=sum(p.data_ptr() in slots for p in parameters.values()),
+        nbytes=arena.nbytes,
+        writes=arena.writes[0],
+        cache="none",
+        problems=[f"{n} is not in the arena" for n, p in parameters.items() if p.data_ptr() not in slots],
+    )
+
+
+def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> FastAPI:
+    """The whole server: completions and what teaches."""
+    app = application(teaching)
+    app.include_router(
+        completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
+    )
 
     @app.get("/health")
     def health() -> Health:  # pyright: ignore[reportUnusedFunction]
-        """Is it well, and what does it serve?"""
-        stamp = parts.clock.read()
-        return Health(
-            status="degraded" if parts.keeper.trouble else "ok",
-            model=model_name,
-            weights_version=stamp.version,
-            trial=stamp.trial,
-            trainer=parts.keeper.trainer.state,
-            detail=parts.keeper.trouble,
-        )
+        """As `/v1/health`."""
+        return teaching.health()
 
     @app.get("/metrics")
     def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Counters for Prometheus."""
-        return Response(
-            exposition(parts.engine, parts.keeper, parts.clock), media_type="text/plain; version=0.0.4"
-        )
+        text = exposition(engine, teaching.keeper, teaching.clock)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
-    @app.exception_handler(SecondnatureError)
-    def ours(_: Request, error: SecondnatureError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        return JSONResponse(error_body(error), error.status)
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        found = BadInput(describe_errors(error.errors()), "see /openapi.json or docs/reference/routes.md")
-        return JSONResponse(error_body(found), found.status)
-
-    @app.exception_handler(HTTPException)
-    def http(request: Request, error: HTTPException) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        if error.status_code == 404:
-            found: SecondnatureError = NotFound(f"no route {request.url.path[:200]}", "see /openapi.json")
-        else:
-            found = BadInput(
-                f"{request.method} {request.url.path[:200]}: {error.detail}", "see /openapi.json"
-            )
-        return JSONResponse(error_body(found), error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    def unforeseen(request: Request, error: Exception) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        LOG.error("%s %s", request.method, request.url.path, exc_info=error)
-        found = SecondnatureError("internal error", "please report it, with the server's log")
-        return JSONResponse(error_body(found), 500)
-
-    settings = parts.settings
-    inference = settings.inference_key.get_secret_value() if settings.inference_key else None
-    loopback = settings.host in ("127.0.0.1", "localhost", "::1")
-    app.add_middleware(
-        Guards,
-        key=parts.key,
-        inference_key=inference,
-        hosts=LOOPBACK_NAMES if loopback else None,
-        max_body_bytes=settings.max_body_bytes,
-        requests_per_minute=settings.requests_per_minute,
-    )
     return app
 
 

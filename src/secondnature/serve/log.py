@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,17 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 class Log:
     """The lessons of one home, and the durable weights. Used by one thread for writing."""
 
-    def __init__(self, home: Home, model_dir: Path, base_version: str) -> None:
+    def __init__(
+        self,
+        home: Home,
+        model_dir: Path,
+        base_version: str,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """`dtypes`: of the arena's tensors that are not bf16 (see `checkpoint.read`)."""
         self._home = home
         self._base_dir = model_dir
+        self._dtypes = dtypes
         self.base_version = base_version
         """Version of the model's own weights, before any lesson."""
         self._lessons: dict[str, Lesson] = {}
@@ -167,7 +176,7 @@ class Log:
             BadDelta: a delta is missing, damaged, or does not continue the state before it.
         """
         directory, held = self._source()
-        weights = checkpoint.read(directory)
+        weights = checkpoint.read(directory, self._dtypes)
         for lesson in self.all():
             if lesson.state == "kept" and lesson.number > held:
                 difference = delta.read(*self._delta_of(lesson))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,9 +20,32 @@ from secondnature.serve.generation import Histogram
 from secondnature.serve.keeper import Keeper
 
 
-class _Snapshot(Collector):
-    def __init__(self, engine: Engine, keeper: Keeper, clock: Clock) -> None:
-        self._engine, self._keeper, self._clock = engine, keeper, clock
+class _Teaching(Collector):
+    """The weights and the lessons; of either engine."""
+
+    def __init__(self, keeper: Keeper, clock: Clock) -> None:
+        self._keeper, self._clock = keeper, clock
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, as they stand."""
+        stamp = self._clock.read()
+        yield CounterMetricFamily("secondnature_weight_writes", "In-place writes of the weights", stamp.epoch)
+        yield GaugeMetricFamily(
+            "secondnature_on_trial", "1 while a lesson runs or is on trial", int(stamp.trial)
+        )
+        yield InfoMetricFamily("secondnature_weights", "The weights in force", {"version": stamp.version})
+        lessons = GaugeMetricFamily("secondnature_lessons", "Entries of the log by state", labels=["state"])
+        states = [x.state for x in self._keeper.log.all()]
+        for state in sorted(set(states)):
+            lessons.add_metric([state], states.count(state))
+        yield lessons
+
+
+class _Local(Collector):
+    """The counters of the local engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """The families, as they stand."""
@@ -46,17 +69,6 @@ class _Snapshot(Collector):
         yield _histogram(
             "secondnature_time_to_first_token_seconds", "To the first", numbers.time_to_first_token
         )
-        stamp = self._clock.read()
-        yield CounterMetricFamily("secondnature_weight_writes", "In-place writes of the weights", stamp.epoch)
-        yield GaugeMetricFamily(
-            "secondnature_on_trial", "1 while a lesson runs or is on trial", int(stamp.trial)
-        )
-        yield InfoMetricFamily("secondnature_weights", "The weights in force", {"version": stamp.version})
-        lessons = GaugeMetricFamily("secondnature_lessons", "Entries of the log by state", labels=["state"])
-        states = [x.state for x in self._keeper.log.all()]
-        for state in sorted(set(states)):
-            lessons.add_metric([state], states.count(state))
-        yield lessons
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
@@ -71,5 +83,11 @@ def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFam
 def exposition(engine: Engine, keeper: Keeper, clock: Clock) -> bytes:
     """All metrics in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot(engine, keeper, clock))
+    registry.register(_Local(engine))
+    registry.register(_Teaching(keeper, clock))
     return generate_latest(registry)
+
+
+def register(keeper: Keeper, clock: Clock) -> None:
+    """Add the weights and the lessons to what another server of this process answers at its own `/metrics`."""
+    REGISTRY.register(_Teaching(keeper, clock))

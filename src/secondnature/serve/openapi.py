@@ -9,19 +9,27 @@ import json
 import sys
 from typing import Any, cast
 
-from fastapi import FastAPI
-
 from secondnature.config import Settings
-from secondnature.serve.local import Parts, application
+from secondnature.serve.application import Teaching
+from secondnature.serve.local import local_application
 
 
 def document() -> dict[str, Any]:
     """The document that a server of this version answers at `/openapi.json`."""
     none = cast(Any, None)  # the routes only hold on to what lies behind them
-    parts = Parts(
-        Settings(), home=none, arena=none, clock=none, engine=none, keeper=none, key="", app=FastAPI()
+    teaching = Teaching(
+        Settings(),
+        home=none,
+        arena=none,
+        clock=none,
+        keeper=none,
+        ledger=none,
+        memory=none,
+        key="",
+        model_name="",
+        wiring=none,
     )
-    return application(parts, none, none, "").openapi()
+    return local_application(teaching, none, none).openapi()
 
 
 def text() -> str:

@@ -7,6 +7,7 @@ thread pool, never on the event loop: completions keep streaming whatever a less
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -21,6 +22,7 @@ from secondnature.serve.clock import Clock
 from secondnature.serve.keeper import Keeper
 
 MAX_REMEMBERED = 10_000
+MAX_REMEMBERED_BYTES = 64_000_000
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "model": wire.ErrorReply}
@@ -53,25 +55,28 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._said: OrderedDict[str, Said] = OrderedDict()
+        self._said: OrderedDict[str, tuple[Said | Callable[[], Said], int]] = OrderedDict()
+        self._nbytes = 0
 
-    def remember(self, completion_id: str, said: Said) -> None:
-        """Add one; the oldest is forgotten when there are too many."""
+    def remember(self, completion_id: str, said: Said | Callable[[], Said], nbytes: int = 0) -> None:
+        """Add one, or what makes it when it is asked for and the bytes it holds; the oldest make room for it."""
         with self._lock:
-            self._said[completion_id] = said
-            if len(self._said) > MAX_REMEMBERED:
-                self._said.popitem(last=False)
+            self._said[completion_id] = (said, nbytes)
+            self._nbytes += nbytes
+            while len(self._said) > MAX_REMEMBERED or self._nbytes > MAX_REMEMBERED_BYTES:
+                _, (_, freed) = self._said.popitem(last=False)
+                self._nbytes -= freed
 
     def recall(self, completion_id: str) -> Said:
         """One of them. Raises NotFound."""
         with self._lock:
-            said = self._said.get(completion_id)
+            said, _ = self._said.get(completion_id, (None, 0))
         if said is None:
             raise NotFound(
                 f"no completion {completion_id!r} is remembered (the last {MAX_REMEMBERED:,} since the start are)",
                 "POST /v1/corrections takes the whole conversation",
             )
-        return said
+        return said if isinstance(said, Said) else said()
 
 
 def _correction(body: wire.FeedbackRequest, said: Said) -> Correction:

@@ -41,11 +41,13 @@ class Trainer:
         threads: int,
         log_path: Path,
         layout: wire.Layout = "transformers",
+        share: float = 1.0,
     ) -> None:
         self._arena = arena
         self._model_dir = model_dir
         self._layout: wire.Layout = layout
         self._threads = threads
+        self._share = share
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: zmq.Socket[bytes] | None = None
@@ -96,7 +98,10 @@ class Trainer:
                 env=environment,
                 start_new_session=True,  # a ctrl-C on the terminal is the server's business
             )
-        self._send(wire.Attach(self._arena.manifest(), str(self._model_dir), self._threads, self._layout))
+        attach = wire.Attach(
+            self._arena.manifest(), str(self._model_dir), self._threads, self._layout, self._share
+        )
+        self._send(attach)
 
     def notice(self) -> None:
         """Take note, without waiting, that a new process is ready. Raises what it found wrong with the model."""

@@ -54,6 +54,8 @@ LOG = logging.getLogger("secondnature.trainer")
 NICE = 5
 """The trainer gives way to the engine where they share a core."""
 POLL_MS = 500
+PAUSE_S = 0.05
+"""How often a pausing trainer looks whether the requests are answered."""
 LOOK_BATCH = 16
 """Sequences scored at once when looking: bounds the memory of their logits."""
 MAX_KL_TOKENS = 64
@@ -146,8 +148,9 @@ def look_at(model: nn.Module, looks: Sequence[wire.Look]) -> list[Seen]:
 class Lesson:
     """One job, from its message to its last write."""
 
-    def __init__(self, model: nn.Module, arena: Arena, job: wire.Train) -> None:
+    def __init__(self, model: nn.Module, arena: Arena, job: wire.Train, share: float = 1.0) -> None:
         self.model = model
+        self._share = share
         self._bounds: Bounds | None = None
         self.arena = arena
         self.job = job
@@ -187,7 +190,9 @@ class Lesson:
         )
         for step, (fresh, old) in enumerate(dealt, start=1):
             check()
+            self._give_way(time.monotonic() - pace, check)
             self._cool(step)
+            begun = time.monotonic()
             chosen = fresh + [len(new) + i for i in old if i < len(pool)]
             held = [anchors[i - len(pool)] for i in old if i >= len(pool)]
             result = self._step(chosen, examples, works, refs, teachers, held)
@@ -195,8 +200,8 @@ class Lesson:
                 self._bounds = Bounds.after(self.job.objective, result.losses, result.grad_norm)
             now = time.monotonic()
             loss = result.loss
-            rate = result.num_tokens / max(now - pace, 1e-9)
-            pace = now
+            rate = result.num_tokens / max(now - begun, 1e-9)
+            pace = begun
             metric = StepMetric(
                 step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm, drift=result.drift
             )
@@ -255,6 +260,13 @@ class Lesson:
         metric = {"on": on, "mean": mean, "per_prompt": per_prompt, "num_tokens": num_tokens}
         report(KlMetric.model_validate(metric).model_dump())
         return mean
+
+    def _give_way(self, worked_s: float, check: Callable[[], None]) -> None:
+        """Pause after a step of `worked_s` seconds, while requests are being answered, for the rest of the time."""
+        until = time.monotonic() + worked_s * (1 / self._share - 1)
+        while self.arena.load and time.monotonic() < until:
+            time.sleep(min(PAUSE_S, max(0.0, until - time.monotonic())))
+            check()
 
     def _cool(self, step: int) -> None:
         """The learning rate of this step: it falls in a straight line over the last `cooldown` of the steps."""
@@ -344,6 +356,7 @@ class Worker:
         self._parent = parent
         self._model: nn.Module | None = None
         self._arena: Arena | None = None
+        self._share = 1.0
         self._ended = False
 
     def serve(self) -> None:
@@ -368,6 +381,7 @@ class Worker:
 
     def _attach(self, message: wire.Attach) -> None:
         torch.set_num_threads(message.threads)
+        self._share = message.share
         try:
             self._arena = Arena.attach(message.manifest)
             self._model = _model(Path(message.model_dir), self._arena, message.layout)
@@ -391,7 +405,7 @@ class Worker:
         try:
             if self._model is None or self._arena is None:
                 raise TrainingError("no weights are mapped", "restart the server")
-            lesson = Lesson(self._model, self._arena, job)
+            lesson = Lesson(self._model, self._arena, job, self._share)
             answer: wire.ToServer = lesson.run(lambda m: self._send(wire.Progress(job.job, m)), check)
         except SecondnatureError as e:
             answer = wire.Failed(job.job, e.to_wire())

@@ -73,8 +73,8 @@ class Arena:
         self._slots = slots
         self._owner = (owner_pid, owner_fd)
         self.nbytes = nbytes
-        # [magic, writes begun, writes done]; aligned 8-byte stores, one writer at a time
-        self._header = np.frombuffer(self._memory, dtype=np.uint64, count=3)
+        # [magic, writes begun, writes done, requests in flight]; aligned 8-byte stores, one writer of each
+        self._header = np.frombuffer(self._memory, dtype=np.uint64, count=4)
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.tensors: dict[str, torch.Tensor] = {
             s.name: whole[s.offset : s.offset + s.nbytes].view(_DTYPES[s.dtype]).view(s.shape) for s in slots
@@ -146,6 +146,27 @@ class Arena:
     def writes(self) -> tuple[int, int]:
         """(begun, done): equal when nobody is writing; never goes back, also not after an undo."""
         return int(self._header[1]), int(self._header[2])
+
+    @property
+    def load(self) -> int:
+        """Requests that the server is answering now: the trainer gives way to them."""
+        return int(self._header[3])
+
+    @load.setter
+    def load(self, requests: int) -> None:
+        self._header[3] = max(0, requests)
+
+    def seen_as(self, views: Mapping[str, torch.Tensor]) -> None:
+        """Have `tensors` be these views of the same memory: other names, other cuts. The manifest stays.
+
+        Raises:
+            WeightsError: a view is not of this memory.
+        """
+        first = next(iter(self.tensors.values())).untyped_storage().data_ptr()
+        for name, view in views.items():
+            if view.untyped_storage().data_ptr() != first:
+                raise WeightsError(f"tensor {name} is no view of the arena", "is it a copy?")
+        self.tensors = dict(views)
 
     @contextlib.contextmanager
     def writing(self) -> Generator[None]:

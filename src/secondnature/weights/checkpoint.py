@@ -41,8 +41,10 @@ _SIDE_FILES = (
 )
 
 
-def read(directory: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint by parameter name, as bf16 (the arena's dtype); checked against its config first.
+def read(directory: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint by parameter name; checked against its config first.
+
+    `dtypes` are the arena's, by name; what is not there is bf16, as everything is in the local engine.
 
     Raises:
         BadCheckpoint: missing, damaged, or not what config.json says.
@@ -56,7 +58,8 @@ def read(directory: Path) -> dict[str, torch.Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for spec in specs:
-                    tensors[spec.name] = file.get_tensor(spec.key).to(torch.bfloat16)
+                    wanted = (dtypes or {}).get(spec.name, torch.bfloat16)
+                    tensors[spec.name] = file.get_tensor(spec.key).to(wanted)
         except (SafetensorError, OSError) as e:
             raise BadCheckpoint(f"{path}: {e}", "get the checkpoint again") from None
     return tensors
@@ -79,7 +82,7 @@ def save(root: Path, source: Path, tensors: Mapping[str, torch.Tensor], note: di
     Args:
         root: the home's `model` directory.
         source: where config and tokenizer are copied from.
-        tensors: the weights, by file name; bf16.
+        tensors: the weights, by parameter name.
         note: what `state` gives back; must hold `version`.
 
     Raises:
@@ -99,7 +102,7 @@ def save(root: Path, source: Path, tensors: Mapping[str, torch.Tensor], note: di
                     storage.write_bytes(temporary / name, (source / name).read_bytes())
             config = json.loads((source / "config.json").read_text())
             config.pop("torch_dtype", None)
-            config["dtype"] = "bfloat16"
+            config["dtype"] = _main_dtype(tensors)
             storage.write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
             data = to_safetensors(
                 {name: t.detach().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}
@@ -115,6 +118,12 @@ def save(root: Path, source: Path, tensors: Mapping[str, torch.Tensor], note: di
         if other.name not in (final.name, "current"):
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def _main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The dtype of the matrices: what a loader has to be told."""
+    largest = max(tensors.values(), key=torch.Tensor.numel)
+    return str(largest.dtype).removeprefix("torch.")
 
 
 def _swap(root: Path, name: str) -> None:

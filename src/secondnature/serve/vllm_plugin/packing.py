@@ -1,0 +1,54 @@
+# pyright: reportMissingImports=false
+"""No weight is packed: what computes is the Parameter itself (vLLM's worker, on CPUs).
+
+vLLM's CPU build copies matrices into layouts of oneDNN or AMX at load and drops the Parameter, or keeps it as a
+dead second copy; on processors with avx512_bf16 also the convolution of a GatedDeltaNet. A write would then change
+nothing. Here matrices are multiplied by `F.linear`, and the convolution's kernels are given the plain weight. The
+costs at one token and at eight: docs/benchmarks.md, `engine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["install", "is_plain"]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _leave_plain(layer: Any, remove_weight: bool) -> None:
+    """In the place of vLLM's `dispatch_cpu_unquantized_gemm`."""
+    layer.cpu_linear = _linear
+
+
+def is_plain(layer: Any) -> bool:
+    """Does this module compute with its Parameter, as far as packing goes?"""
+    return getattr(layer, "cpu_linear", _linear) is _linear
+
+
+def install() -> None:
+    """Take packing away; later calls change nothing."""
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    if utils.dispatch_cpu_unquantized_gemm is _leave_plain:
+        return
+    utils.dispatch_cpu_unquantized_gemm = _leave_plain
+    for name in ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu"):
+        original = getattr(_custom_ops, name, None)
+        if original is not None:
+            setattr(_custom_ops, name, _with_plain_weight(original))
+
+
+def _with_plain_weight(original: Any) -> Any:
+    def convolve(*, weight: Tensor, is_weight_packed: bool, **others: Any) -> Any:
+        if weight.dim() == 3:  # [channels, 1, width], as the Parameter is
+            weight = weight.view(weight.size(0), weight.size(2))
+        return original(weight=weight, is_weight_packed=False, **others)
+
+    return convolve
