@@ -49,7 +49,7 @@ def _with_plain_weight(original: Any) -> Any:
     def convolve(*, x: Tensor, weight: Tensor, is_weight_packed: bool, **others: Any) -> Any:
         if weight.dim() == 3:  # [channels, 1, width], as the Parameter is
             weight = weight.view(weight.size(0), weight.size(2))
-        if x.size(-1) == 1:  # [channels, tokens]: of a lone token the kernel refuses strides that do not matter
+        if x.size(-1) == 1:  # [channels, tokens]: for a lone token the kernel wants strides that mean nothing
             x = x.t().clone(memory_format=torch.contiguous_format).t()
         return original(x=x, weight=weight, is_weight_packed=False, **others)
 
