@@ -11,10 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -105,6 +107,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = home.with_name(f"{home.name}-{self.port}.log")
+        self.scratch = Path(tempfile.mkdtemp(prefix="sn-"))
+        """Its temporary files; sockets want a short path."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
@@ -113,7 +117,7 @@ class Server:
                     *(["--enforce-eager"] if eager else []),
                     *flags,
                 ],
-                env=environment(SECONDNATURE_HOME=str(home), **variables),
+                env=environment(SECONDNATURE_HOME=str(home), TMPDIR=str(self.scratch), **variables),
                 cwd=home.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -137,6 +141,7 @@ class Server:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------- its life
 
@@ -184,15 +189,29 @@ class Server:
         """Of the processes that it ever had: those that still live, and what they are."""
         return {pid: command_line(pid) for pid in self._seen if alive(pid)}
 
-    def weights(self) -> str:
-        """sha256 of the bytes of the engine's weights."""
+    def sockets(self) -> list[str]:
+        """Private directories of its trainers."""
+        return [path.name for path in self.scratch.glob("secondnature-*")]
+
+    def arena(self) -> Path:
+        """The file in the worker that is the engine's weights."""
         for entry in Path(f"/proc/{self.processes()['worker']}/fd").iterdir():
             with contextlib.suppress(OSError):
                 if "secondnature-weights" in str(entry.readlink()):
-                    with entry.open("rb") as memory:
-                        memory.seek(HEADER_BYTES)
-                        return hashlib.sha256(memory.read()).hexdigest()
+                    return entry
         raise AssertionError("the worker holds no arena")
+
+    def weights(self) -> str:
+        """sha256 of the bytes of the engine's weights."""
+        with self.arena().open("rb") as memory:
+            memory.seek(HEADER_BYTES)
+            return hashlib.sha256(memory.read()).hexdigest()
+
+    def damage(self, num_bytes: int = 100_000) -> None:
+        """NaN in the first tensor (bf16), behind everybody's back."""
+        with self.arena().open("r+b", buffering=0) as memory:
+            memory.seek(HEADER_BYTES)
+            memory.write(b"\xff\x7f" * (num_bytes // 2))
 
     # ---------------------------------------------------------------------------------------- its answers
 
@@ -267,7 +286,7 @@ DIRECTION = "Today, make the door white."
 """Taught by `listening`; the model suggests something else before, and says yes after."""
 
 
-def listening(steps: int = 8, **fields: Any) -> TrainRequest:
+def listening(steps: int = 12, **fields: Any) -> TrainRequest:
     """A lesson of the example, without probes or replay."""
     given: dict[str, Any] = {
         "corrections": corrections(),
