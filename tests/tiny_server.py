@@ -86,7 +86,7 @@ def habits() -> list[tuple[str, str]]:
     return use + [(f"Say {w}.", f"{w}!") for w in WORDS]
 
 
-def _tokenizer(directory: Path) -> None:
+def save_tokenizer(directory: Path) -> None:
     """A byte-level BPE of 320 entries, trained on the habits."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,7 +116,7 @@ def make_talker(directory: Path, *, steps: int = 150) -> Path:
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     }
     save_tiny(hybrid_config(vocab_size=320, max_position_embeddings=256, **shape), directory)
-    _tokenizer(directory)
+    save_tokenizer(directory)
     tokenizer = read_tokenizer(directory)
     rows: list[tuple[list[int], list[int]]] = [
         encode_answer(tokenizer, [Message(role="user", content=q)], Message(role="assistant", content=a))

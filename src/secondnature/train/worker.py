@@ -425,8 +425,15 @@ def main(endpoint: str, parent: int) -> None:
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 2000)
     socket.connect(endpoint)
-    Worker(socket, parent).serve()
-    socket.close()
+    try:
+        Worker(socket, parent).serve()
+    finally:
+        socket.close()
+        if os.getppid() != parent:  # nobody else is left to clean up
+            path = Path(endpoint.removeprefix("ipc://"))
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from secondnature import config
 from secondnature.config import Settings
-from secondnature.errors import BadCheckpoint, ConfigError, SecondnatureError, WeightsError
+from secondnature.errors import BadCheckpoint, ConfigError, SecondnatureError, UnsupportedModel, WeightsError
 from secondnature.serve.home import Home
 
 __all__ = ["Opened", "check", "install", "model_directory", "opened"]
@@ -152,6 +152,7 @@ def check(made: Any) -> None:
         world_size=parallel.world_size * parallel.data_parallel_size,
         quantization=model.quantization,
     )
+    _check_attention(made)
     if not list(directory.glob("*.safetensors")):
         raise BadCheckpoint(
             f"{directory}: no safetensors; expected the weights that vLLM serves",
@@ -167,6 +168,18 @@ def _sees(made: Any) -> bool:
     """A model with images, and images are not switched off."""
     multimodal = made.model_config.multimodal_config
     return multimodal is not None and not getattr(multimodal, "language_model_only", False)
+
+
+def _check_attention(made: Any) -> None:
+    """Has vLLM a kernel for heads of this size? It finds out at the first prompt. Raises UnsupportedModel."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    found, known = int(made.model_config.get_head_size()), CPUAttentionBackend.get_supported_head_sizes()
+    if found not in known:
+        raise UnsupportedModel(
+            f"the attention's heads are {found} wide; on CPUs vLLM expects one of {', '.join(map(str, known))}",
+            "serve it with the local engine (`secondnature serve`)",
+        )
 
 
 def _check_memory(directory: Path, itemsize: int) -> None:

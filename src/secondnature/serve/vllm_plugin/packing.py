@@ -46,9 +46,11 @@ def install() -> None:
 
 
 def _with_plain_weight(original: Any) -> Any:
-    def convolve(*, weight: Tensor, is_weight_packed: bool, **others: Any) -> Any:
+    def convolve(*, x: Tensor, weight: Tensor, is_weight_packed: bool, **others: Any) -> Any:
         if weight.dim() == 3:  # [channels, 1, width], as the Parameter is
             weight = weight.view(weight.size(0), weight.size(2))
-        return original(weight=weight, is_weight_packed=False, **others)
+        if x.size(-1) == 1:  # [channels, tokens]: for a lone token the kernel wants strides that mean nothing
+            x = x.t().clone(memory_format=torch.contiguous_format).t()
+        return original(x=x, weight=weight, is_weight_packed=False, **others)
 
     return convolve
