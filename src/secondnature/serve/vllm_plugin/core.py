@@ -20,9 +20,8 @@ def install() -> None:
 
     if hasattr(EngineCore, "secondnature_cache"):
         return
-    start = (
-        EngineCore._initialize_kv_caches
-    )  # when the weights are loaded; its constructor loads this plug-in
+    # when the weights are loaded; not its constructor, which is what loads this plug-in
+    start = EngineCore._initialize_kv_caches
 
     @functools.wraps(start)
     def start_and_watch(self: Any, *args: Any, **kwargs: Any) -> Any:
