@@ -272,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         key = (self.headers.get("authorization") or "").removeprefix("Bearer ")
         self.fake.keys.append(key or None)
         try:
-            body = json.loads(raw) if raw else None
+            body: Any = json.loads(raw) if raw else None
             if self.fake.plain_vllm is not None:
                 return self._be_plain_vllm(url.path)
             if url.path == "/v1/chat/completions":

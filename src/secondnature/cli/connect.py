@@ -192,7 +192,8 @@ def _spawn(settings: config.Settings, home: Path, engine: str) -> subprocess.Pop
         raise BadInput(f"{home}: {e.strerror}", "choose another folder with --home") from None
     command = [sys.executable, "-m", "secondnature.cli", "serve", "--home", str(home)]
     command += ["--model", home_model(settings), "--port", "0", "--engine", engine]
-    command += ["--enforce-eager"] if engine == "vllm" else []  # to compile it takes longer than most commands
+    if engine == "vllm":
+        command += ["--enforce-eager"]  # compiling takes longer than most commands
     try:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

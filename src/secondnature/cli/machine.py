@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -48,12 +48,18 @@ def environment(home: Path) -> list[Finding]:
     ]
 
 
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _package(name: str) -> Finding:
     minimum = NEEDED[name]
     wanted = ".".join(map(str, minimum))
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    found = _installed(name)
+    if found is None:
         return Finding(name, "fail", f"missing; expected >= {wanted}", "pip install 'secondnature[engine]'")
     numbers = [int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()]
     if tuple(numbers) < minimum:
@@ -68,8 +74,8 @@ def _vllm() -> list[Finding]:
         return []
     if not vllm.supported(found):
         return [Finding("vllm", "fail", f"{found}; expected {vllm.SUPPORTED}.x", vllm.RECIPE)]
-    beside = [name for name in NOT_FOR_VLLM if util.find_spec(name) is not None]
-    if beside and metadata.version("torch").endswith("+cpu"):
+    beside = [name for name in NOT_FOR_VLLM if _installed(name) is not None]
+    if beside and (_installed("torch") or "").endswith("+cpu"):
         return [
             Finding(
                 "vllm", "warn", f"{found}, beside {', '.join(beside)}", f"pip uninstall {' '.join(beside)}"
