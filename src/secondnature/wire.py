@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import httpx2
 import msgspec
@@ -494,6 +494,31 @@ def decode_for_server(data: bytes) -> ToServer:
 # ---------------------------------------------------------------------------------------------- the client
 
 
+ENGINES_OWN = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models"})
+"""What vLLM answers itself, with errors of its own shape."""
+
+
+def _engines_own_error(status: int, error: Any) -> errors.SecondnatureError:
+    """vLLM's `{message, type, param, code}`, or a word, as the error of ours that has this status."""
+    said = cast("dict[str, Any]", error) if isinstance(error, dict) else {}
+    message = str(said.get("message", error))
+    if status == 401:
+        return errors.Unauthorized(
+            f"the engine's own routes need a key: {message}",
+            "set SECONDNATURE_API_KEY, or give vLLM's --api-key",
+        )
+    if status == 400 and ("max_model_len" in message or "context length" in message):
+        return errors.ContextOverflow(message, "ask for less, or start vLLM with a longer --max-model-len")
+    kinds: dict[int, type[errors.SecondnatureError]] = {
+        400: errors.BadInput,
+        404: errors.NotFound,
+        422: errors.BadInput,
+        429: errors.Busy,
+        503: errors.Unreachable,
+    }
+    return kinds.get(status, errors.SecondnatureError)(message, "the engine said so; see its log")
+
+
 class Client:
     """Talks to a secondnature server; every answer is a typed record, every error one of `errors`.
 
@@ -542,9 +567,36 @@ class Client:
                 "is that a secondnature server?",
             ) from None
         if response.is_error:
-            error: Any = answer.get("error") if isinstance(answer, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            raise errors.from_wire(error if isinstance(error, dict) else {"message": str(answer)})  # pyright: ignore[reportUnknownArgumentType]
+            said = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
+            error: Any = said.get("error", answer)
+            if isinstance(error, dict) and "hint" in error:
+                raise errors.from_wire(cast("dict[str, Any]", error))
+            if response.request.url.path not in ENGINES_OWN:
+                raise self._stranger(response)
+            raise _engines_own_error(response.status_code, error)
         return answer
+
+    def _stranger(self, response: httpx2.Response) -> errors.Unreachable:
+        """Who answers where one of our routes should: a vLLM without the plug-in, or something else."""
+        path = response.request.url.path
+        version = self._said("/version", "version")
+        if isinstance(version, str) and self._said("/v1/health", "weights_version") is None:
+            return errors.Unreachable(
+                f"vLLM {version} answers at {self.url} without secondnature",
+                "start it with VLLM_PLUGINS=secondnature, or by `secondnature serve --engine vllm`",
+            )
+        return errors.Unreachable(
+            f"{self.url}{path}: status {response.status_code}, not an answer of secondnature",
+            "is that a secondnature server, and of this version?",
+        )
+
+    def _said(self, path: str, field: str) -> Any:
+        """A field of an open route's answer, or None."""
+        try:
+            found: Any = self._http.get(path).json()
+        except (ValueError, httpx2.HTTPError):
+            return None
+        return cast("dict[str, Any]", found).get(field) if isinstance(found, dict) else None
 
     def health(self) -> Health:
         """Is it there, and what does it serve?"""
@@ -553,6 +605,10 @@ class Client:
     def wiring(self) -> Wiring:
         """Does the engine compute with the memory that lessons are written into?"""
         return Wiring.model_validate(self.request("GET", "/v1/wiring"))
+
+    def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        """One completion of a text or of token ids, whole."""
+        return self.request("POST", "/v1/completions", body={"prompt": prompt, **options})
 
     def chat(self, messages: list[dict[str, str]], **options: Any) -> dict[str, Any]:
         """One chat completion, whole."""

@@ -38,10 +38,21 @@ from secondnature.wire import (
     LessonList,
     TrainReply,
     TrainRequest,
+    Wiring,
 )
 
 KEY = "the-key-of-the-fake"
 BEFORE, AFTER = "wbefore", "wafter"
+WELL_WIRED = Wiring(
+    engine="vllm",
+    engine_version="0.32.0",
+    tensors=3,
+    aliased=3,
+    nbytes=4_000_000,
+    writes=0,
+    cache="salted",
+    problems=[],
+)
 
 
 @dataclass
@@ -62,6 +73,13 @@ class Fake:
     flip: bool = False
     """Answer the same words differently every second time."""
     asked: Counter[str] = field(default_factory=Counter[str])
+    wiring: Wiring = field(default_factory=lambda: WELL_WIRED)
+    deaf: int = 0
+    """Lessons that change no log-probability."""
+    scar: float = 0.0
+    """What an undo leaves, nats."""
+    plain_vllm: str | None = None
+    """Be a vLLM of this version without the plug-in, which guards its routes with a key of its own."""
 
     def train(self, request: TrainRequest) -> TrainReply:
         number = len(self.requests) + 1
@@ -104,7 +122,7 @@ class Fake:
             elif look - 1 < last or self.ends in ("hang", "stuck"):
                 phase, step = "training", min(look - 1, steps - 1)
                 lesson = self.change(lesson, state="running", steps=step, loss=1.0 / step)
-            elif unjudged:
+            elif unjudged and self.ends != "failed":
                 phase = "measuring after"
                 lesson = self.change(
                     lesson, state="on_trial", steps=last, version=AFTER, trial_until=utc_now()
@@ -190,6 +208,15 @@ class Fake:
             return entry
         return self.change(lesson, state="undone")
 
+    def complete(self, prompt: list[int]) -> dict[str, Any]:
+        """Log-probabilities of a prompt: others while a lesson is on trial."""
+        trial = any(x.state == "on_trial" for x in self.lessons.values())
+        heard = trial and len(self.lessons) > self.deaf
+        logprob = -1.0 - heard - (self.scar if self.lessons and not trial else 0.0)
+        logprobs = {"token_logprobs": [None] + [logprob] * (len(prompt) - 1)}
+        stamp = {"weights_version": AFTER if trial else BEFORE, "trial": trial}
+        return {"id": "cmpl-1", "choices": [{"text": "", "logprobs": logprobs}], **stamp}
+
     def cancel(self, job: str) -> JobStatus:
         if self.ends != "stuck":
             self.change(self.by_job(job), state="cancelled")
@@ -210,6 +237,8 @@ def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body
     match (method, path.strip("/").split("/")):
         case ("GET", ["v1", "health"]):
             return Health(status="ok", model="fake", weights_version=BEFORE, trial=False, trainer="ready")
+        case ("GET", ["v1", "wiring"]):
+            return fake.wiring
         case ("POST", ["v1", "train"]):
             return fake.train(TrainRequest.model_validate(body))
         case ("GET", ["v1", "train", "status"]):
@@ -243,9 +272,13 @@ class Handler(BaseHTTPRequestHandler):
         key = (self.headers.get("authorization") or "").removeprefix("Bearer ")
         self.fake.keys.append(key or None)
         try:
-            body = json.loads(raw) if raw else None
+            body: Any = json.loads(raw) if raw else None
+            if self.fake.plain_vllm is not None:
+                return self._be_plain_vllm(url.path)
             if url.path == "/v1/chat/completions":
                 return self._chat(body)
+            if url.path == "/v1/completions":
+                return self._send(200, json.dumps(self.fake.complete(body["prompt"])).encode())
             if url.path != "/v1/health" and key != KEY:
                 raise Unauthorized("wrong key", "set SECONDNATURE_API_KEY")
             reply = answer(self.fake, self.command, url.path, parse_qs(url.query), body)
@@ -261,6 +294,21 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def _be_plain_vllm(self, path: str) -> None:
+        if path == "/version":
+            return self._send(200, json.dumps({"version": self.fake.plain_vllm}).encode())
+        if path.startswith("/v1/") and self.headers.get("authorization") != f"Bearer {KEY}":
+            return self._send(401, b'{"error": "Unauthorized"}')
+        if path in ("/v1/completions", "/v1/chat/completions"):
+            said = {
+                "message": "max_tokens=9 cannot be greater than max_model_len=8.",
+                "type": "BadRequestError",
+            }
+            return self._send(
+                400, json.dumps({"error": {**said, "param": "max_tokens", "code": 400}}).encode()
+            )
+        return self._send(404, b'{"detail": "Not Found"}')
 
     def _chat(self, body: Any) -> None:
         said = body["messages"][-1]["content"]

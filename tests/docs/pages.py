@@ -14,6 +14,8 @@ PAGES = [
     *sorted((ROOT / "docs" / "decisions").glob("*.md")),
     *sorted((ROOT / "docs" / "experiments").glob("*.md")),
 ]
+VLLMS_OWN = frozenset({"--max-model-len"})
+"""Options of vLLM that pages show behind `secondnature serve --engine vllm`, which passes them on."""
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<why>[^>]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import hybrid_config, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5Config
 
 from secondnature.errors import BadCheckpoint, BadDelta, WeightsError
 from secondnature.weights import checkpoint, delta
@@ -199,3 +201,38 @@ def test_read_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(os.urandom(100))
     with pytest.raises(BadCheckpoint):
         checkpoint.read(tmp_path)
+
+
+def test_the_text_of_a_model_that_also_sees_is_read_and_the_rest_is_kept(tmp_path: Path) -> None:
+    """As Qwen3.5 is published: the text model within another, a vision tower and a draft head beside it."""
+    text = save_tiny(hybrid_config(tie_word_embeddings=True), tmp_path / "text")
+    weights = checkpoint.read(text)
+    source = tmp_path / "published"
+    Qwen3_5Config(
+        text_config=hybrid_config(tie_word_embeddings=True).to_dict(),
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        tie_word_embeddings=True,
+    ).save_pretrained(source)
+    beside = {"model.visual.patch_embed.proj.bias": torch.arange(4.0), "mtp.norm.weight": torch.ones(3)}
+    stored = {f"model.language_model.{n.removeprefix('model.')}": t for n, t in weights.items()}
+    save_file({**stored, **beside}, source / "model.safetensors", metadata={"format": "pt"})
+    read = checkpoint.read(source)
+    assert content_id(read) == content_id(weights)
+    changed = {name: tensor + 1 for name, tensor in read.items()}
+    saved = checkpoint.save(tmp_path / "model", source, changed, {"version": "w1"})
+    assert content_id(checkpoint.read(saved)) == content_id(changed)
+    found = load_file(saved / "model.safetensors")
+    assert set(found) == set(stored) | set(beside)
+    assert all(torch.equal(found[name], tensor) for name, tensor in beside.items())
+
+
+def test_a_checkpoint_keeps_the_dtypes_that_its_engine_has(tmp_path: Path) -> None:
+    """vLLM holds the decay of a GatedDeltaNet in float32; what was trained there must not be rounded."""
+    source = save_tiny(hybrid_config(), tmp_path / "source")
+    name = "model.layers.0.linear_attn.A_log"
+    weights = checkpoint.read(source, {name: torch.float32})
+    assert weights[name].dtype == torch.float32
+    weights[name] = weights[name] + 2.0**-20
+    saved = checkpoint.save(tmp_path / "model", source, weights, {"version": "w1"})
+    assert content_id(checkpoint.read(saved, {name: torch.float32})) == content_id(weights)
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"

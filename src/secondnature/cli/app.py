@@ -53,6 +53,7 @@ class Engine(StrEnum):
     """What generates the answers."""
 
     local = "local"
+    vllm = "vllm"
 
 
 def command(run: Callable[P, int]) -> Callable[P, None]:
@@ -94,26 +95,48 @@ def common(
     """Correct your model once; it stays corrected, while it keeps serving."""
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @command
 def serve(
-    model: ModelOption = None,
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As --model; then options of vLLM, if that is it.")
+    ] = None,
+    model_option: ModelOption = None,
     port: Annotated[int | None, typer.Option("--port", help="Default 8321; 0: any free one.")] = None,
     home: HomeOption = None,
-    engine: Annotated[Engine, typer.Option("--engine", help="What generates.")] = Engine.local,
+    engine: Annotated[
+        Engine | None, typer.Option("--engine", help="What generates. Default: the home's, else local.")
+    ] = None,
+    train_threads: Annotated[
+        int | None, typer.Option("--train-threads", help="Threads of the trainer.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option("--share", help="Of the time that the trainer works under load, 0 to 1.")
+    ] = None,
 ) -> int:
     """Serve a model, and learn beside it, until ctrl-C."""
     import os
     import signal
 
     from secondnature import config
-    from secondnature.cli.connect import home_model, interrupt
+    from secondnature.cli.connect import home_engine, home_model, interrupt
+    from secondnature.cli.vllm import model_and_extras
+    from secondnature.cli.vllm import serve as serve_vllm
 
-    settings = config.load({"model": model, "port": port, "home": home})
+    name, extras = model_and_extras(model, model_option, ctx.args)
+    flags = {"model": name, "port": port, "home": home, "train_threads": train_threads, "share": share}
+    settings = config.load(flags)
     settings = settings.model_copy(update={"model": home_model(settings)})
+    inside_vllm = (engine.value if engine else home_engine(settings)) == "vllm"
+    if extras and not inside_vllm:
+        kind = "No such option:" if extras[0].startswith("-") else "Got unexpected extra argument"
+        ctx.fail(f"{kind} {extras[0]} (vLLM's own options need --engine vllm)")
+    os.umask(0o077)
+    if inside_vllm:
+        serve_vllm(settings, extras)
     from secondnature.serve.local import main as serve_local
 
-    os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
@@ -278,11 +301,17 @@ def checkpoint(home: HomeOption = None, url: UrlOption = None, as_json: JsonOpti
 @app.command()
 @command
 def doctor(
-    probes: ProbesOption = None, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+    probes: ProbesOption = None,
+    no_write: Annotated[
+        bool, typer.Option("--no-write", help="Teach nothing: leave `write and restore` out.")
+    ] = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Check this machine, the home and the server; with --probes, how often answers flip by themselves."""
     from secondnature.cli.connect import Where
     from secondnature.cli.doctor import doctor as run
     from secondnature.cli.output import Output
 
-    return run(probes, Where(home, url), Output(as_json=as_json))
+    return run(probes, Where(home, url), Output(as_json=as_json), write=not no_write)

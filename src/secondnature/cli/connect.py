@@ -31,6 +31,10 @@ from secondnature.errors import BadInput, SecondnatureError, Unauthorized, Unrea
 from secondnature.wire import Client, Health
 
 POLL_S = 0.1
+SAY_EVERY_S = 15.0
+"""Where there is no terminal, a line about a server that is still starting."""
+PLUGIN_SAYS = "secondnature: "
+"""How a line of the plug-in begins in vLLM's log, where it ends the server."""
 Start = Literal["never", "known", "always"]
 """When a server may be started: `known` only on a home that has been served before."""
 STOP_S = 60.0
@@ -89,11 +93,12 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
         raise Unreachable(
             f"no server runs on {home}{missing}", f"start one: secondnature serve --home {home}"
         )
-    process = _spawn(settings, home)
+    engine = home_engine(settings)
+    process = _spawn(settings, home, engine)
     previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     patience = STOP_S
     try:
-        url = _await_start(process, home, out)
+        url = _await_start(process, home, out, engine)
         with Client(url, _key(settings, home, url)) as client:
             yield Server(client, client.health(), started=True, flags=home_flags)
     except KeyboardInterrupt:
@@ -118,6 +123,12 @@ def home_model(settings: config.Settings) -> str:
         if isinstance(known, str) and Path(known).is_dir() and not Path(known).is_relative_to(ours):
             return known
     return settings.model
+
+
+def home_engine(settings: config.Settings) -> str:
+    """The engine that a home has been served by: `local` or `vllm`."""
+    known = _read_json(settings.home.expanduser() / "home.json").get("engine")
+    return "vllm" if known == "vllm" else "local"
 
 
 def _key(settings: config.Settings, home: Path, url: str) -> str | None:
@@ -173,14 +184,16 @@ def _running(home: Path) -> str | None:
     return url
 
 
-def _spawn(settings: config.Settings, home: Path) -> subprocess.Popen[bytes]:
+def _spawn(settings: config.Settings, home: Path, engine: str) -> subprocess.Popen[bytes]:
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = os.open(home / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     except OSError as e:
         raise BadInput(f"{home}: {e.strerror}", "choose another folder with --home") from None
     command = [sys.executable, "-m", "secondnature.cli", "serve", "--home", str(home)]
-    command += ["--model", home_model(settings), "--port", "0"]
+    command += ["--model", home_model(settings), "--port", "0", "--engine", engine]
+    if engine == "vllm":
+        command += ["--enforce-eager"]  # compiling takes longer than most commands
     try:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -189,10 +202,12 @@ def _spawn(settings: config.Settings, home: Path) -> subprocess.Popen[bytes]:
         os.close(log)
 
 
-def _await_start(process: subprocess.Popen[bytes], home: Path, out: Output) -> str:
-    with out.err.status(f"starting a server on {home}"):
+def _await_start(process: subprocess.Popen[bytes], home: Path, out: Output, engine: str) -> str:
+    name = "a server" if engine == "local" else "vLLM, which takes a while,"
+    begun = said = time.monotonic()
+    with out.err.status(f"starting {name} on {home}") as shown:
         if not out.err.is_terminal:
-            out.note(f"starting a server on {home}")
+            out.note(f"starting {name} on {home}")
         while process.poll() is None:
             found = _read_json(home / "server.json")
             if found.get("pid") == process.pid:
@@ -205,11 +220,23 @@ def _await_start(process: subprocess.Popen[bytes], home: Path, out: Output) -> s
                     out.note(f"serving {health.model} at {found['url']}, weights {health.weights_version}")
                     return str(found["url"])
             time.sleep(POLL_S)
-    log = (home / "server.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            now = time.monotonic()
+            shown.update(f"starting {name} on {home}: {now - begun:.0f} s")
+            if not out.err.is_terminal and now - said >= SAY_EVERY_S:
+                said = now
+                out.note(f"still starting, {now - begun:.0f} s; its log: {home / 'server.log'}")
     raise (BadInput if process.returncode == USAGE else Unreachable)(
-        "the server did not start: " + (" / ".join(log[-2:]) or f"exit code {process.returncode}"),
+        "the server did not start: "
+        + (_last_words(home / "server.log") or f"exit code {process.returncode}"),
         f"the whole log: {home / 'server.log'}",
     )
+
+
+def _last_words(log: Path) -> str:
+    """Why a server ended: what our plug-in said inside vLLM, else the log's last two lines."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    ours = [line.partition(PLUGIN_SAYS)[2] for line in lines if PLUGIN_SAYS in line]
+    return ours[-1] if ours else " / ".join(lines[-2:])
 
 
 def _stop(process: subprocess.Popen[bytes], patience_s: float) -> None:

@@ -1,57 +1,50 @@
-"""`secondnature doctor`: can this machine serve and learn, and how much do answers flip by themselves? (process D)
+"""`secondnature doctor`: can this machine serve and learn, does a server do it, do answers flip? (process D)
 
-The environment is looked at without importing torch. The A/A floor asks each probe twice, through the same route as
-everybody and many at once, with the same weights: batching alone changes some greedy answers, and a gate has to see
-more than that.
+Two of its questions are put to a running server of either engine. *Wiring*: does the engine compute with the memory
+that lessons are written into? *Write and restore*: a lesson of one step on a few meaningless tokens has to change
+their log-probabilities, and its undo has to bring back what was. The A/A floor asks each probe twice, many at once,
+with the same weights: batching alone changes some greedy answers, and a gate has to see more than that.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from secondnature import config
-from secondnature.cli import FAILED
+from secondnature.cli import FAILED, INTERRUPTED
 from secondnature.cli.connect import Where, open_server
+from secondnature.cli.follow import Interrupted, Interrupts, follow
+from secondnature.cli.machine import Finding, environment
 from secondnature.cli.output import Output
-from secondnature.errors import BadInput, ContextOverflow, SandboxFailed, SecondnatureError, Unreachable
-from secondnature.records import Outcome, Probe, read_jsonl
-from secondnature.wire import Client
+from secondnature.errors import BadInput, ContextOverflow, SecondnatureError, TrainingError, Unreachable
+from secondnature.records import OPEN_STATES, Example, Lesson, OptimizerSettings, Outcome, Probe, read_jsonl
+from secondnature.wire import Client, LessonInfo, LessonList, ReplaySettings, TrainRequest
 
 AT_ONCE = 32
 """Probes in flight: what the gate does too."""
 MAX_TOKENS = 160
 """Of an answer, as the gate asks; where the model reads fewer, the server's own limit."""
-MIN_FREE_BYTES = 5_000_000_000
-NEEDED = {"torch": (2, 6), "transformers": (5, 7), "fastapi": (0, 115), "uvicorn": (0, 30)}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+TAUGHT = [10 + 7 * i % 80 for i in range(48)]
+"""Token ids of the lesson of `write and restore`: there in every vocabulary, and no text."""
+NUM_CONTEXT = 32
+TRIES: tuple[tuple[float | None, int], ...] = ((1e-7, 1), (None, 1), (None, 4))
+"""Learning rate (None: the server's) and steps of that lesson; the next where one changed no log-probability. The
+first is so small that whoever is answered meanwhile hardly notices."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the examination."""
-
-    name: str
-    level: Literal["ok", "warn", "fail"]
-    found: str
-    hint: str = ""
-
-
-def doctor(probes: Path | None, where: Where, out: Output) -> int:
-    """Look at everything; the exit code: 1 if something must be mended."""
+def doctor(probes: Path | None, where: Where, out: Output, *, write: bool) -> int:
+    """Look at everything; the exit code: 1 if something must be mended. `write`: also teach and undo a lesson."""
     asked = read_jsonl(probes, Probe) if probes is not None else []
     settings = config.load({"home": where.home})
     findings = environment(settings.home.expanduser().absolute())
+    num_seen = len(findings)
     try:
         with open_server(where, out, start="never") as server:
             health = server.health
@@ -59,11 +52,19 @@ def doctor(probes: Path | None, where: Where, out: Output) -> int:
             found = f"{health.model} at {server.client.url}, weights {health.weights_version}"
             findings.append(Finding("server", level, f"{found}, trainer {health.trainer}", health.detail))
             findings.append(_key_works(server.client))
+            if findings[-1].level == "ok":
+                findings.append(_wiring(server.client))
+                if write:
+                    findings.append(_write_and_restore(server.client, out))
             if asked:
                 findings.append(_flips(server.client, asked, out))
     except Unreachable as e:
-        level = "fail" if where.url is not None or asked else "warn"
+        answered = len(findings) > num_seen
+        level = "fail" if answered or where.url is not None or asked else "warn"
         findings.append(Finding("server", level, e.message, e.hint))
+    except Interrupted:
+        out.note("stopped; the lesson of the examination was undone")
+        return INTERRUPTED
     table = Table("what", "", "found", "do", box=None)
     for f in findings:
         table.add_row(f.name, Text(f.level, style=COLOURS[f.level]), Text(f.found), Text(f.hint))
@@ -72,89 +73,155 @@ def doctor(probes: Path | None, where: Where, out: Output) -> int:
     return FAILED if any(f.level == "fail" for f in findings) else 0
 
 
-def environment(home: Path) -> list[Finding]:
-    """What can be seen of this machine without a server."""
-    version = platform.python_version()
-    python = Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", version)
-    return [python, *map(_package, NEEDED), _cores(), _bf16(), _shared_memory(), _sandbox(), _disk(home)]
-
-
-def _package(name: str) -> Finding:
-    minimum = NEEDED[name]
-    wanted = ".".join(map(str, minimum))
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return Finding(name, "fail", f"missing; expected >= {wanted}", "pip install 'secondnature[engine]'")
-    numbers = [int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()]
-    if tuple(numbers) < minimum:
-        return Finding(name, "fail", f"{found}; expected >= {wanted}", "pip install 'secondnature[engine]'")
-    return Finding(name, "ok", found)
-
-
-def _cores() -> Finding:
-    cores = len(os.sched_getaffinity(0))
-    hint = "" if cores > 1 else "answers slow down while a lesson runs: engine and trainer share one core"
-    return Finding("cores", "ok" if cores > 1 else "warn", str(cores), hint)
-
-
-def _bf16() -> Finding:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return Finding("bf16", "warn", "unknown: no /proc/cpuinfo")
-    native = sorted({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
-    return Finding("bf16", "ok", ", ".join(native) or "no instructions: each weight is widened at use")
-
-
-def _shared_memory() -> Finding:
-    """The arena needs an anonymous file whose pages are really there."""
-    size = 1 << 20
-    try:
-        file = os.memfd_create("secondnature-doctor")
-    except (AttributeError, OSError) as e:
-        return Finding(
-            "memfd", "warn", f"{e}", "the weights will lie in a mapped file in a private directory"
-        )
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as e:
-        return Finding("memfd", "fail", f"{e.strerror}", "give this process more memory")
-    finally:
-        os.close(file)
-    return Finding("memfd", "ok", "works")
-
-
-def _sandbox() -> Finding:
-    """Where generated code is judged."""
-    from secondnature.evidence import walls
-
-    try:
-        standing = walls()
-    except SandboxFailed as e:
-        return Finding("sandbox", "fail", e.message, e.hint)
-    as_root = "ROOT" in standing
-    hint = "run the server as an ordinary user: code in probes runs with its rights" if as_root else ""
-    return Finding("sandbox", "warn" if as_root else "ok", ", ".join(standing), hint)
-
-
-def _disk(home: Path) -> Finding:
-    there = next(p for p in (home, *home.parents) if p.exists())
-    usage = shutil.disk_usage(there)
-    found = f"{usage.free / 1e9:.1f} GB free at {home}"
-    if not os.access(there, os.W_OK):
-        return Finding("home", "fail", f"{there} cannot be written", "choose another --home")
-    if usage.free < MIN_FREE_BYTES:
-        return Finding("home", "warn", found, "a checkpoint needs room for two copies of the weights")
-    return Finding("home", "ok", found)
-
-
 def _key_works(client: Client) -> Finding:
     try:
         count = len(client.corrections())
     except SecondnatureError as e:
         return Finding("key", "fail", e.message, e.hint or "set SECONDNATURE_API_KEY")
     return Finding("key", "ok", f"accepted; {count} corrections in the ledger")
+
+
+def _wiring(client: Client) -> Finding:
+    """What the engine computes with, as it says itself."""
+    name = "wiring"
+    try:
+        found = client.wiring()
+    except SecondnatureError as e:
+        return Finding(name, "fail", e.message, e.hint)
+    engine = (
+        f"vLLM {found.engine_version}"
+        if found.engine == "vllm"
+        else f"local, transformers {found.engine_version}"
+    )
+    cache = {
+        "none": "no prefix cache",
+        "off": "prefix cache off",
+        "salted": "prefix cache salted with the epoch",
+        "unsalted": "prefix cache NOT salted with the epoch",
+    }[found.cache]
+    text = f"{engine}: {found.aliased} of {found.tensors} tensors are the arena's memory "
+    text += f"({found.nbytes / 1e6:.1f} MB), {cache}"
+    wrong = found.problems or found.cache == "unsalted" or found.aliased != found.tensors or not found.tensors
+    if wrong:
+        text = "; ".join([text, *found.problems])
+        return Finding(name, "fail", text, "do not teach this server: restart it, and report what it says")
+    return Finding(name, "ok", text)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The log-probabilities of `TAUGHT` at one moment, and which weights gave them."""
+
+    logprobs: list[float]
+    version: str
+    trial: bool
+
+    def distance(self, other: Reading) -> float:
+        """The largest difference, nats; 0: equal to the bit."""
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
+
+
+def _read(client: Client) -> Reading:
+    said = client.complete(TAUGHT, max_tokens=0, echo=True, logprobs=0, temperature=0)
+    found = said["choices"][0]["logprobs"]["token_logprobs"][1 : len(TAUGHT)]
+    return Reading([float(x) for x in found], str(said["weights_version"]), bool(said["trial"]))
+
+
+def _write_and_restore(client: Client, out: Output) -> Finding:
+    """Laws 2 and 8: through the routes, a write shows and its undo leaves nothing.
+
+    Raises:
+        Interrupted, Unreachable: ctrl-C; the server is gone.
+    """
+    name = "write and restore"
+    log = client.lessons()
+    holder = next((x for x in log.lessons if x.state in OPEN_STATES), None)
+    if holder is not None:
+        state = holder.state.replace("_", " ")
+        return Finding(name, "warn", f"not now: {holder.id} is {state}", "ask again when it has ended")
+    try:
+        before, again = _read(client), _read(client)
+        found = Finding(name, "fail", "nothing was tried")
+        for lr, steps in TRIES:
+            during, lesson = _on_trial(client, lr, steps, out)
+            found = _compare(before, again, during, _read(client), lesson, log, client.lessons())
+            if during.distance(before) > before.distance(again) or lesson.parent != before.version:
+                break
+    except Unreachable:
+        raise
+    except SecondnatureError as e:
+        return Finding(name, "fail", f"{e.type}: {e.message}", e.hint)
+    return found
+
+
+def _on_trial(client: Client, lr: float | None, steps: int, out: Output) -> tuple[Reading, Lesson]:
+    """Teach `TAUGHT`, read it, undo it. Raises TrainingError: the lesson failed."""
+    example = Example(context_ids=TAUGHT[:NUM_CONTEXT], continuation_ids=TAUGHT[NUM_CONTEXT:])
+    request = TrainRequest(
+        examples=[example],
+        max_steps=steps,
+        batch_size=1,
+        learned_loss=0.0,
+        replay=ReplaySettings(share=0.0, lessons=False),
+        optimizer=OptimizerSettings(lr=lr),
+        lesson=LessonInfo(behaviour="doctor", note="doctor: write and restore"),
+    )
+    with Interrupts() as interrupts:
+        reply = client.train(request)
+        assert reply.lesson is not None, "it is no dry run"
+        status = follow(client, reply.job, out, interrupts, judged=False)
+        if status.state != "on_trial":
+            why = status.error.message if status.error else "no reason was given"
+            raise TrainingError(f"{reply.lesson} is {status.state}: {why}", "see trainer.log in the home")
+        try:
+            during = _read(client)
+        finally:
+            client.revert(reply.lesson)
+    return during, client.lesson(reply.lesson).lesson
+
+
+def _compare(
+    before: Reading,
+    again: Reading,
+    during: Reading,
+    after: Reading,
+    lesson: Lesson,
+    log_before: LessonList,
+    log_after: LessonList,
+) -> Finding:
+    name, hint = "write and restore", "restart the server, and report this"
+    moved, left = during.distance(before), after.distance(before)
+    noise = before.distance(again)
+    if lesson.parent != before.version:
+        found = f"not now: the weights became {lesson.parent} meanwhile; {lesson.id} was undone"
+        return Finding(name, "warn", found, "ask again when nobody teaches")
+    if moved <= noise:
+        return Finding(
+            name,
+            "fail",
+            f"{lesson.id}: {lesson.steps} steps changed no log-probability (by {moved:.2g} nats; two readings "
+            f"without a lesson differ by {noise:.2g})",
+            "the engine does not compute with what is written: do not teach it, and report this",
+        )
+    if not during.trial or during.version == before.version:
+        found = f"an answer on trial was stamped {during.version}, trial {str(during.trial).lower()}"
+        return Finding(name, "fail", found, hint)
+    state = (after.version, after.trial, log_after.optimizer_version)
+    if state != (before.version, False, log_before.optimizer_version):
+        found = f"after the undo of {lesson.id} the weights are {after.version}; before it {before.version}"
+        if after.version == before.version:
+            found = (
+                f"after the undo of {lesson.id} the trial, or the optimizer's state, is not that of before"
+            )
+        return Finding(name, "fail", found, hint)
+    found = f"{lesson.steps} step{'s'[: lesson.steps > 1]}: {len(before.logprobs)} log-probabilities moved "
+    found += f"by up to {moved:.2g} nats; undone: weights {after.version} again, log-probabilities "
+    if left:
+        text = f"{found}differ by up to {left:.2g} nats (two readings before it: by {noise:.2g})"
+        return Finding(
+            name, "warn", text, "answers in a busy batch differ a little: ask again when nobody asks"
+        )
+    return Finding(name, "ok", f"{found}the same to the bit (entry {lesson.id})")
 
 
 def _flips(client: Client, probes: list[Probe], out: Output) -> Finding:

@@ -32,6 +32,7 @@ from secondnature.records import Message
 __all__ = [
     "TensorSpec",
     "build",
+    "bystanders",
     "context_limit",
     "encode_answer",
     "encode_chat",
@@ -58,7 +59,8 @@ class TensorSpec:
     """What the file holds (float32, bfloat16 or float16)."""
     file: Path
     key: str
-    """The tensor's name in the file; differs from `name` only where the file leaves the model's prefix out."""
+    """The tensor's name in the file; differs from `name` where the file leaves the model's prefix out, or where the
+    model is the text part of one that also sees."""
 
 
 def read_config(directory: Path) -> PretrainedConfig:
@@ -154,6 +156,18 @@ def plan(directory: Path) -> list[TensorSpec]:
         BadCheckpoint: a tensor is missing, has another shape than the config says, or belongs to no parameter.
         UnsupportedModel: the architecture or a dtype cannot be used.
     """
+    return _sorted(directory)[0]
+
+
+def bystanders(directory: Path) -> dict[str, Path]:
+    """What a checkpoint holds beside the language model's parameters (a vision tower, say): key -> file.
+
+    Raises: as `plan`.
+    """
+    return _sorted(directory)[1]
+
+
+def _sorted(directory: Path) -> tuple[list[TensorSpec], dict[str, Path]]:
     model = skeleton(directory)
     headers = _headers(directory)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -161,7 +175,7 @@ def plan(directory: Path) -> list[TensorSpec]:
     known: set[str] = set()
     for names in _tied_names(model).values():
         wanted = tuple(model.get_parameter(names[0]).shape)
-        keys = [k for n in names for k in (n, n.removeprefix(prefix)) if k in headers]
+        keys = [k for n in names for k in _keys(n, prefix) if k in headers]
         if not keys:
             raise BadCheckpoint(f"{directory}: tensor {names[0]} is missing", "is the checkpoint complete?")
         shape, dtype, file = headers[keys[0]]
@@ -178,14 +192,22 @@ def plan(directory: Path) -> list[TensorSpec]:
         known.update(keys)
         specs.append(TensorSpec(names[0], shape, _DTYPES[dtype], file, keys[0]))
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-    strangers = [k for k in headers if k not in known and not any(re.search(p, k) for p in ignored)]
+    beside = {k: headers[k][2] for k in headers if k not in known}
+    strangers = [k for k in beside if not any(re.search(p, k) for p in ignored)]
     if strangers:
         raise BadCheckpoint(
             f"{headers[strangers[0]][2]}: tensor {strangers[0]} belongs to no parameter of the model"
             + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else ""),
             "config.json and the weights belong to different models",
         )
-    return specs
+    return specs, beside
+
+
+def _keys(name: str, prefix: str) -> tuple[str, ...]:
+    """Under which keys a file may hold a parameter: its name, without the model's prefix, or as the text part of a
+    model that also sees."""
+    bare = name.removeprefix(prefix)
+    return name, bare, f"{prefix}language_model.{bare}"
 
 
 def shapes(directory: Path) -> dict[str, tuple[int, ...]]:

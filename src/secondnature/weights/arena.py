@@ -46,6 +46,13 @@ class Slot:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
+def _no_memory(nbytes: int, cause: OSError) -> WeightsError:
+    return WeightsError(
+        f"cannot allocate {nbytes:,} bytes of shared memory: {cause.strerror}",
+        "free memory or raise the limit",
+    )
+
+
 def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Slot], int]:
     slots: list[Slot] = []
     end = HEADER_BYTES
@@ -87,22 +94,50 @@ class Arena:
         Raises:
             WeightsError: not enough memory, or a dtype that is not a weight's.
         """
-        slots, nbytes = _layout(tensors)
-        fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.posix_fallocate(fd, 0, nbytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        except OSError as e:
-            os.close(fd)
-            raise WeightsError(
-                f"cannot allocate {nbytes:,} bytes of shared memory: {e.strerror}",
-                "free memory or raise the limit",
-            ) from e
-        arena = cls(fd, nbytes, slots, owner_pid=os.getpid(), owner_fd=fd)
-        arena._header[0] = MAGIC
+        arena = cls.reserve(tensors)
+        arena._allocate(0, arena.nbytes)
         for name, tensor in tensors.items():
             arena.tensors[name].copy_(tensor)
         return arena
+
+    @classmethod
+    def reserve(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """An arena for such tensors that has no memory yet; nothing of it may be touched before `fill`.
+
+        Raises:
+            WeightsError: a dtype that is not a weight's, or no file of this size.
+        """
+        slots, nbytes = _layout(tensors)
+        fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            os.posix_fallocate(fd, 0, HEADER_BYTES)
+        except OSError as e:
+            os.close(fd)
+            raise _no_memory(nbytes, e) from e
+        arena = cls(fd, nbytes, slots, owner_pid=os.getpid(), owner_fd=fd)
+        arena._header[0] = MAGIC
+        return arena
+
+    def fill(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Allocate one tensor's place and copy it in; gives the view. So weights can move one after the other.
+
+        Raises:
+            WeightsError: not enough memory.
+        """
+        slot = next(s for s in self._slots if s.name == name)
+        self._allocate(slot.offset, slot.nbytes)
+        return self.tensors[name].copy_(tensor)
+
+    def _allocate(self, offset: int, nbytes: int) -> None:
+        """For real: a sparse file on a full tmpfs would kill its writer."""
+        if not nbytes:
+            return
+        try:
+            os.posix_fallocate(self._fd, offset, nbytes)
+        except OSError as e:
+            raise _no_memory(self.nbytes, e) from e
 
     @classmethod
     def attach(cls, manifest: str) -> Self:

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_safetensors
 
 from secondnature import storage
 from secondnature.errors import BadCheckpoint
-from secondnature.model.load import TensorSpec, plan
+from secondnature.model.load import TensorSpec, bystanders, plan
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "secondnature.json"
@@ -103,10 +103,10 @@ def save(root: Path, source: Path, tensors: Mapping[str, torch.Tensor], note: di
             config = json.loads((source / "config.json").read_text())
             config.pop("torch_dtype", None)
             config["dtype"] = _main_dtype(tensors)
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"]["dtype"] = config["dtype"]
             storage.write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-            data = to_safetensors(
-                {name: t.detach().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}
-            )
+            data = to_safetensors(_as_stored(source, tensors), metadata={"format": "pt"})
             storage.write_bytes(temporary / WEIGHTS_FILE, data)
             storage.write_text(temporary / STATE_FILE, json.dumps(note, indent=2) + "\n")
             temporary.rename(final)
@@ -118,6 +118,16 @@ def save(root: Path, source: Path, tensors: Mapping[str, torch.Tensor], note: di
         if other.name not in (final.name, "current"):
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def _as_stored(source: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the keys that `source` has for them, and what `source` holds beside them."""
+    keys = {spec.name: spec.key for spec in plan(source)}
+    found = {keys[name]: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    for key, path in bystanders(source).items():
+        with safe_open(path, framework="pt") as file:
+            found[key] = file.get_tensor(key)
+    return found
 
 
 def _main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -16,14 +16,12 @@ also not after an undo or a restart (a nonce). Blocks of an epoch that is over a
 from __future__ import annotations
 
 import functools
-import json
 import secrets
 from typing import Any
 
-from secondnature.errors import WeightsError
 from secondnature.weights.arena import Arena
 
-__all__ = ["EPOCHS", "Epochs", "install"]
+__all__ = ["EPOCHS", "PARTS", "Epochs", "install"]
 
 
 PARTS = frozenset({"salt", "lookup", "store"})
@@ -67,18 +65,10 @@ class Epochs:
 EPOCHS = Epochs()
 
 
-def _kind(self: Any) -> str:
-    """A method for vLLM's engine core: the field `cache` of `wire.Wiring`."""
-    if not self.vllm_config.cache_config.enable_prefix_caching:
-        return "off"
-    return "salted" if EPOCHS.parts == PARTS and EPOCHS.watching else "unsalted"
-
-
 def install() -> None:
     """Change vLLM's request, lookup and store; later calls change nothing."""
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 
     if hasattr(KVCacheManager, "secondnature"):
@@ -87,9 +77,6 @@ def install() -> None:
     make = Request.from_engine_core_request.__func__
     enabled = KVCacheManager.prefix_cache_lookup_enabled
     store = KVCacheCoordinator.cache_blocks
-    start = (
-        EngineCore._initialize_kv_caches
-    )  # when the weights are loaded; its constructor loads this plug-in
 
     @functools.wraps(make)
     def make_salted(cls: type, request: Any, block_hasher: Any) -> Any:
@@ -109,18 +96,6 @@ def install() -> None:
         if "store" not in EPOCHS.parts or EPOCHS.fresh(request):
             store(self, request, num_computed_tokens)
 
-    @functools.wraps(start)
-    def start_and_watch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        manifests = self.collective_rpc("secondnature_manifest")
-        if len(manifests) != 1:
-            raise WeightsError(
-                f"{len(manifests)} workers hold weights; expected 1", "start vLLM with one worker"
-            )
-        EPOCHS.watch(Arena.attach(json.dumps(json.loads(manifests[0])["arena"])))
-        return start(self, *args, **kwargs)
-
     Request.from_engine_core_request = classmethod(make_salted)
     KVCacheManager.prefix_cache_lookup_enabled = enabled_if_fresh
     KVCacheCoordinator.cache_blocks = store_if_fresh
-    EngineCore._initialize_kv_caches = start_and_watch
-    EngineCore.secondnature_cache = _kind

@@ -183,14 +183,14 @@ def _check_attention(made: Any) -> None:
 
 
 def _check_memory(directory: Path, itemsize: int) -> None:
-    """Loading holds the weights twice, for a moment: vLLM's own, and the arena. Raises WeightsError."""
+    """While the weights move, one of them is there twice. Raises WeightsError."""
     from secondnature.model.load import shapes
 
-    arena = sum(math.prod(shape) for shape in shapes(directory).values()) * itemsize
-    free = _free_bytes()
-    if free < 2 * arena:
+    sizes = [math.prod(shape) * itemsize for shape in shapes(directory).values()]
+    needed, free = sum(sizes) + max(sizes), _free_bytes()
+    if free < needed:
         raise WeightsError(
-            f"the weights are {arena:,} bytes, of which loading holds two copies for a moment; "
+            f"the weights need {needed:,} bytes (one copy, and the largest matrix twice while it moves); "
             f"{free:,} bytes of memory are free",
             "free memory, raise the container's limit, or serve a smaller model",
         )

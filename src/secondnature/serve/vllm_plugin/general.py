@@ -43,13 +43,14 @@ def register() -> None:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if getattr(main, "name", "") == "vllm.model_executor.models.registry":
         return  # a process that only looks at a model's class
-    from secondnature.serve.vllm_plugin import cache, checks, orphan, packing, worker
+    from secondnature.serve.vllm_plugin import cache, checks, core, orphan, packing, worker
 
     orphan.install()
     checks.install()
     packing.install()
     worker.install()
     cache.install()
+    core.install()
 
 
 def _log_like_vllm() -> None:

@@ -9,8 +9,10 @@ port. At the end a lesson that runs or is on trial is undone, while the memory i
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +75,7 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
     loop = asyncio.get_running_loop()
     name = (args.served_model_name or [vllm_config.model_config.model])[0]
     teaching = await asyncio.to_thread(
-        _teach, manifests[0], settings, found.home, client, vllm_config, loop, str(name)
+        _teach, manifests[0], settings, found.home, client, vllm_config, args, loop, str(name)
     )
     ours = OwnThread(application(teaching), settings.max_body_bytes)
 
@@ -105,6 +107,7 @@ def _teach(
     home: Home,
     client: Any,
     vllm_config: Any,
+    args: Any,
     loop: asyncio.AbstractEventLoop,
     model_name: str,
 ) -> Teaching:
@@ -132,12 +135,27 @@ def _teach(
         directory=directory,
         engine=engine,
         model=load.skeleton(directory),
-        tokenizer=load.read_tokenizer(directory),
+        tokenizer=_tokenizer(directory, vllm_config, args),
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
         wiring=lambda: _wiring(client, loop),
     )
+
+
+def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
+    """The tokenizer and the chat template that vLLM was told to use: what is taught has to be what is asked."""
+    from vllm.renderers.chat_utils import load_chat_template
+
+    given = Path(str(vllm_config.model_config.tokenizer))
+    tokenizer = load.read_tokenizer(given if given.is_dir() else directory)
+    template = load_chat_template(args.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template
+    options = args.default_chat_template_kwargs
+    if options:
+        tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return tokenizer
 
 
 def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:

@@ -66,9 +66,12 @@ def share(
                 f"the engine keeps {where}, which is the memory of its parameter {name}; it would not follow it",
                 "this version of vLLM is not supported",
             )
-    arena = Arena.create({name: parameter.data for name, parameter in parameters.items()})
-    for name, parameter in parameters.items():
-        parameter.data = arena.tensors[name]
+    arena = Arena.reserve({name: parameter.data for name, parameter in parameters.items()})
+    for (
+        name,
+        parameter,
+    ) in parameters.items():  # one after the other: the memory of each is given back at once
+        parameter.data = arena.fill(name, parameter.data)
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() != arena.tensors[name].data_ptr() or parameter is not parameters[name]:
             raise UnsupportedModel(
