@@ -4,8 +4,8 @@ Our routes are answered by an application of their own, on a thread and a loop o
 or waiting for the disk never holds up a token. vLLM's answers pass through and are told which weights gave them: in
 the headers of all; in the body of completions, and of a stream in the chunk that ends it.
 
-None of vLLM's routes is replaced. Its own key, if it has one, goes on guarding its routes; ours guards ours, and
-opens vLLM's too.
+None of vLLM's routes is replaced. Its own key, if it has one, goes on guarding its routes, and here also those that
+vLLM leaves open beside them; ours guards ours and what changes the engine's workers, and opens vLLM's too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import hmac
 import json
 import re
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from secondnature.errors import BadInput, TooLarge
+from secondnature.errors import BadInput, SecondnatureError, TooLarge, Unauthorized
 from secondnature.records import Message
 from secondnature.serve.clock import Clock
 from secondnature.serve.completions import headers_of, stamps
@@ -32,6 +32,8 @@ OURS = re.compile(
     r"/(v1/)?(train|checkpoint)(/.*)?|/v1/(lessons|feedback|corrections|steering)(/.*)?|/v1/(health|wiring)"
 )
 """Paths that we answer; everything else is vLLM's."""
+CHANGES_THE_ENGINE = frozenset({"/scale_elastic_ep"})
+"""vLLM's routes, open there, that need our key: the weights are in the hands of the workers that there were."""
 MAX_REMEMBERED_BYTES = 256_000
 """A completion whose request and answer are longer together is not remembered for feedback."""
 _ID = re.compile(rb'"id":\s*"([\w.:-]{1,200})"')
@@ -93,7 +95,7 @@ class OwnThread:
         self._thread.join(timeout=10)
 
 
-async def _refuse(send: Send, error: TooLarge | BadInput) -> None:
+async def _refuse(send: Send, error: SecondnatureError) -> None:
     body = json.dumps(error_body(error)).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": head})
@@ -109,8 +111,9 @@ class Door:
         clock: tells which weights there are.
         memory: where completions are remembered, for feedback.
         key: ours.
-        engine_key: vLLM's own (`--api-key`), if it has one.
+        engine_keys: vLLM's own (`--api-key`); none: its routes are open.
         on_load: told how many of vLLM's requests are being answered, whenever that changes.
+        on_startup: called once, when vLLM's application has started.
         on_shutdown: called once, before vLLM's application is told to end.
     """
 
@@ -122,8 +125,9 @@ class Door:
         clock: Clock,
         memory: Memory,
         key: str,
-        engine_key: str | None,
+        engine_keys: Sequence[str],
         on_load: Callable[[int], None],
+        on_startup: Callable[[], None],
         on_shutdown: Callable[[], Awaitable[None]],
     ) -> None:
         self._app = app
@@ -131,8 +135,9 @@ class Door:
         self._clock = clock
         self._memory = memory
         self._key = key.encode()
-        self._engine_key = engine_key
+        self._engine_keys = [key.encode() for key in engine_keys]
         self._on_load = on_load
+        self._on_startup = on_startup
         self._on_shutdown = on_shutdown
         self._inside = 0
 
@@ -147,14 +152,33 @@ class Door:
         path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
         if OURS.fullmatch(path):
             await self._ours.answer(scope, receive, send)
-        elif scope["method"] == "POST":
-            self._change_load(1)
-            try:
-                await self._stamped(path, self._with_engine_key(scope), receive, send)
-            finally:
-                self._change_load(-1)
-        else:
-            await self._app(self._with_engine_key(scope), receive, send)
+            return
+        given = next((v for k, v in scope["headers"] if k.lower() == b"authorization"), b"")
+        given = given.removeprefix(b"Bearer ").strip()
+        is_ours = hmac.compare_digest(given, self._key)
+        refused = scope["method"] == "POST" and not is_ours and self._refuses(path, given)
+        if refused:
+            what = "a wrong key" if given else "no key"
+            error = Unauthorized(f"{what} was sent for {path[:100]}", "send `Authorization: Bearer KEY`")
+            await _refuse(send, error)
+            return
+        if is_ours:
+            scope = self._with_engine_key(scope)
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        self._change_load(1)
+        try:
+            await self._stamped(path, scope, receive, send)
+        finally:
+            self._change_load(-1)
+
+    def _refuses(self, path: str, given: bytes) -> bool:
+        """A POST without our key that vLLM would let through, and must not."""
+        if path in CHANGES_THE_ENGINE:
+            return True
+        known = any(hmac.compare_digest(given, key) for key in self._engine_keys)
+        return bool(self._engine_keys) and not known and path != "/ping"
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told() -> MutableMapping[str, Any]:
@@ -163,7 +187,12 @@ class Door:
                 await self._on_shutdown()
             return message
 
-        await self._app(scope, told, send)
+        async def tell(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._on_startup()
+            await send(message)
+
+        await self._app(scope, told, tell)
 
     def _change_load(self, by: int) -> None:
         self._inside += by
@@ -171,15 +200,10 @@ class Door:
 
     def _with_engine_key(self, scope: Scope) -> Scope:
         """Our key opens vLLM's routes too: it is changed for vLLM's."""
-        if self._engine_key is None:
+        if not self._engine_keys:
             return scope
-        headers = list(scope["headers"])
-        for i, (name, value) in enumerate(headers):
-            if name.lower() == b"authorization":
-                given = value.removeprefix(b"Bearer ").strip()
-                if hmac.compare_digest(given, self._key):
-                    headers[i] = (name, b"Bearer " + self._engine_key.encode())
-        return {**scope, "headers": headers}
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"authorization"]
+        return {**scope, "headers": [*headers, (b"authorization", b"Bearer " + self._engine_keys[0])]}
 
     async def _stamped(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """One of vLLM's answers, with the weights that gave it: those from its arrival to its last byte."""

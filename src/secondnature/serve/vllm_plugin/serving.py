@@ -56,8 +56,8 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
             "model": str(vllm_config.model_config.model),
         }
     )
-    engine_key = next((k for k in (args.api_key or [envs.VLLM_API_KEY]) if k), None)
-    if settings.inference_key is not None and engine_key is None:
+    engine_keys = [str(key) for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if settings.inference_key is not None and not engine_keys:
         raise ConfigError(
             "a key for completions is set, but vLLM guards them with none", "give vLLM --api-key"
         )
@@ -82,6 +82,9 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
     async def stop() -> None:
         await asyncio.to_thread(_stop, teaching, ours)
 
+    host = settings.host if settings.host not in (ANY_HOST, "::") else "127.0.0.1"
+    scheme = "https" if args.ssl_certfile else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
     # vLLM has built its stack by now: the door goes in front of all of it, its authentication included
     app.middleware_stack = Door(
         app.middleware_stack or app.build_middleware_stack(),
@@ -89,15 +92,13 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         clock=teaching.clock,
         memory=teaching.memory,
         key=teaching.key,
-        engine_key=engine_key,
+        engine_keys=engine_keys,
         on_load=lambda n: setattr(teaching.arena, "load", n),
+        on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
     )
     register(teaching.keeper, teaching.clock)
     teaching.keeper.start()
-    host = settings.host if settings.host not in (ANY_HOST, "::") else "127.0.0.1"
-    scheme = "https" if args.ssl_certfile else "http"
-    teaching.home.announce(f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}")
     LOG.info("secondnature: %s serves %s, home %s", name, teaching.clock.version, teaching.home.path)
 
 
