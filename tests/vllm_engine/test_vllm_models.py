@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_models import dense_config, save_tiny
 from tiny_server import save_tokenizer
-from vllm_server import DIRECTION, Server, listening
+from vllm_server import DIRECTION, EMBEDDED, Server, listening
 
 from secondnature.wire import TrainRequest
 
@@ -53,7 +53,10 @@ def test_a_dense_model_learns_and_is_restored(tmp_path: Path, dtype: str) -> Non
 @pytest.mark.timeout(900)
 def test_a_compiled_model_learns_and_is_restored(tmp_path: Path) -> None:
     """Compiled code computes with the arena, too: a model loaded from the lesson's checkpoint says the same."""
-    with Server(tmp_path / "home", eager=False) as server:
+    model = tmp_path / "model"  # under one name, so that the second server finds what the first one compiled
+    model.symlink_to(EMBEDDED)
+    options: dict[str, Any] = {"eager": False, "model": model, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    with Server(tmp_path / "home", **options) as server:
         server.ready()
         assert "Warming up model for the compilation" in server.output()
         assert server.client.wiring().problems == []
@@ -64,5 +67,7 @@ def test_a_compiled_model_learns_and_is_restored(tmp_path: Path) -> None:
         checkpoint = server.client.checkpoint()
         server.client.revert(kept.lesson)
         assert (state(server), server.say(DIRECTION)) == before
-    with Server(tmp_path / "again", eager=False, model=Path(checkpoint.path)) as server:
+    model.unlink()
+    model.symlink_to(checkpoint.path)
+    with Server(tmp_path / "again", **options) as server:
         assert (state(server), server.say(DIRECTION)) == after

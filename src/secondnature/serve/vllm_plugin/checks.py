@@ -51,8 +51,9 @@ def install() -> None:
 
     @functools.wraps(create)
     def create_and_check(self: Any, usage_context: Any = None, **kwargs: Any) -> Any:
-        made = create(self, usage_context, **kwargs)
         try:
+            _check_arguments(self)
+            made = create(self, usage_context, **kwargs)
             check(made)
             if getattr(usage_context, "name", "") == "OPENAI_API_SERVER":
                 _open(made, self)
@@ -92,6 +93,52 @@ def model_directory(made: Any) -> Path:
         ) from None
 
 
+Refusal = tuple[bool, str, str]
+"""(is it so, what was found, what to do)."""
+
+
+def _refuse(*refusals: Refusal) -> None:
+    for wrong, found, hint in refusals:
+        if wrong:
+            raise ConfigError(f"vLLM cannot be trained in place as configured: {found}", hint)
+
+
+def _sleeps(where: Any) -> Refusal:
+    return (
+        bool(where.enable_sleep_mode),
+        "sleep mode is on: its memory cannot be shared",
+        "leave --enable-sleep-mode out",
+    )
+
+
+def _check_files(directory: Path) -> None:
+    """Are there weights that we read? Raises BadCheckpoint."""
+    if not list(directory.glob("*.safetensors")):
+        raise BadCheckpoint(
+            f"{directory}: no safetensors; expected the weights that vLLM serves",
+            "pickled weights (.bin, .pt) are never read: export with save_pretrained",
+        )
+
+
+def _check_arguments(arguments: Any) -> None:
+    """What vLLM, too, would refuse while it makes its configuration, at length and without a hint: said before it.
+
+    Raises:
+        ConfigError, UnsupportedModel, BadCheckpoint: as `check`.
+    """
+    from vllm.platforms import current_platform
+
+    from secondnature.model import names
+
+    directory = Path(str(arguments.model))
+    if not current_platform.is_cpu() or not directory.is_dir():
+        return
+    _refuse(_sleeps(arguments))
+    spread = arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
+    names.preflight(directory, device="cpu", world_size=spread, quantization=arguments.quantization)
+    _check_files(directory)
+
+
 def check(made: Any) -> None:
     """Can the model be served and trained as this `VllmConfig` says?
 
@@ -120,11 +167,7 @@ def check(made: Any) -> None:
             "vLLM's own weight transfer is on: it would change weights without a lesson",
             "leave --weight-transfer-config out",
         ),
-        (
-            bool(model.enable_sleep_mode),
-            "sleep mode is on: its memory cannot be shared",
-            "leave --enable-sleep-mode out",
-        ),
+        _sleeps(model),
         (
             bool(envs.VLLM_SERVER_DEV_MODE),
             "VLLM_SERVER_DEV_MODE is set: its routes change weights without a lesson and without a key",
@@ -136,14 +179,17 @@ def check(made: Any) -> None:
             "leave --model-impl out",
         ),
         (
+            model.runner_type != "generate",
+            f"the model is run for {model.runner_type}; lessons teach one that generates",
+            "leave --runner out",
+        ),
+        (
             _sees(made),
             "the model also reads images",
             "start it with --language-model-only: text is trained, images cannot be served meanwhile",
         ),
     )
-    for wrong, found, hint in refusals:
-        if wrong:
-            raise ConfigError(f"vLLM cannot be trained in place as configured: {found}", hint)
+    _refuse(*refusals)
     directory = model_directory(made)
     names.preflight(
         directory,
@@ -153,11 +199,7 @@ def check(made: Any) -> None:
         quantization=model.quantization,
     )
     _check_attention(made)
-    if not list(directory.glob("*.safetensors")):
-        raise BadCheckpoint(
-            f"{directory}: no safetensors; expected the weights that vLLM serves",
-            "pickled weights (.bin, .pt) are never read: export with save_pretrained",
-        )
+    _check_files(directory)
     _check_memory(directory, model.dtype.itemsize)
 
 
