@@ -19,7 +19,7 @@ from typing import Any
 from common import Settings, say, spread
 from vllm_checkpoint import teach
 from vllm_clients import gaps, streams
-from vllm_server import Vllm, descendants, end, lives, vllm
+from vllm_process import Vllm, descendants, end, lives, vllm
 from vllm_serving import await_step, lesson
 
 NUM_CLIENTS = 2
