@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, MutableMapping
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from secondnature.weights.arena import Arena
 OUR_KEY, CHAT = "ours", "/v1/chat/completions"
 JSON, EVENTS = b"application/json", b"text/event-stream; charset=utf-8"
 MAX_BODY = 1000
-Event = dict[str, Any]
+Event = MutableMapping[str, Any]
 
 
 def asked(text: str = "Hi", **fields: Any) -> bytes:
