@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,6 +18,22 @@ from vllm_core import MODELS, Core
 from vllm_server import Server, environment
 
 HERE = Path(__file__).parent
+
+
+class Missing(pytest.Module):
+    """A file of tests where vLLM is not installed."""
+
+    def collect(self) -> NoReturn:
+        pytest.skip(
+            "vLLM is not installed here; it is where `make test-vllm` runs these", allow_module_level=True
+        )
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip whole files, in one line."""
+    if importlib.util.find_spec("vllm") is None and HERE in module_path.parents:
+        return Missing.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,8 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def vllm_environment() -> Generator[None]:
     """What vLLM reads when it is imported, in this process too."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here; `make test-vllm` runs these in an environment that has it")
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(environment(before))

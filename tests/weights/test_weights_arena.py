@@ -236,3 +236,36 @@ def test_a_checkpoint_keeps_the_dtypes_that_its_engine_has(tmp_path: Path) -> No
     saved = checkpoint.save(tmp_path / "model", source, weights, {"version": "w1"})
     assert content_id(checkpoint.read(saved, {name: torch.float32})) == content_id(weights)
     assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_load_is_seen_by_the_other_process_and_is_never_negative() -> None:
+    arena = Arena.create(some_weights())
+    other = Arena.attach(arena.manifest())
+    assert other.load == 0
+    arena.load = 3
+    assert other.load == 3
+    arena.load = -1
+    assert other.load == 0
+    assert arena.writes == (0, 0)
+
+
+def test_seen_as_other_names_and_cuts_of_the_same_memory() -> None:
+    arena = Arena.create(some_weights())
+    manifest = arena.manifest()
+    whole = arena.tensors["a.weight"]
+    arena.seen_as({"top": whole[:3], "rest": whole[3:]})
+    assert arena.manifest() == manifest
+    arena.write({"top": torch.ones(3, 5, dtype=torch.bfloat16)})
+    attached = Arena.attach(manifest)
+    assert attached.tensors["a.weight"][:3].eq(1).all()
+    assert not attached.tensors["a.weight"][3:].eq(1).all()
+    with pytest.raises(WeightsError, match="does not fit"):
+        arena.write({"a.weight": whole})
+
+
+def test_seen_as_refuses_copies() -> None:
+    arena = Arena.create(some_weights())
+    before = arena.tensors
+    with pytest.raises(WeightsError, match="tensor x is no view"):
+        arena.seen_as({"c": arena.tensors["c"], "x": arena.tensors["c"].clone()})
+    assert arena.tensors is before

@@ -86,7 +86,12 @@ class OwnThread:
         async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)
 
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if not sent:
+                raise
+            # a fault of ours was answered and logged; starlette raises it once more for the server to see
         return sent
 
     def stop(self) -> None:
@@ -213,6 +218,9 @@ class Door:
         start: MutableMapping[str, Any] | None = None
         whole = False
         """The body is one JSON document: it is held until it is complete, for its length changes."""
+        flows = False
+        """The body is a stream of events; `rest` is the one that has not ended yet."""
+        rest = b""
 
         async def listened() -> MutableMapping[str, Any]:
             message = await receive()
@@ -221,11 +229,12 @@ class Door:
             return message
 
         async def stamped(message: MutableMapping[str, Any]) -> None:
-            nonlocal start, whole
+            nonlocal start, whole, flows, rest
             if message["type"] == "http.response.start":
                 start = message
                 kind = next((v for k, v in message["headers"] if k.lower() == b"content-type"), b"")
                 whole = speaks and message["status"] == 200 and kind.startswith(b"application/json")
+                flows = speaks and kind.startswith(b"text/event-stream")
                 if not whole:
                     await send(_with_headers(message, Span.begin(begun).seen(self._clock.read())))
                 return
@@ -237,9 +246,14 @@ class Door:
             if not whole:
                 if speaks and len(said) <= MAX_REMEMBERED_BYTES:
                     said.extend(body)
-                if speaks and _FINISHED.search(body):
-                    body = _stamp_events(body, span)
-                await send({**message, "body": body})
+                if flows:
+                    body = rest + body
+                    end = body.rfind(b"\n\n") + 2 if message.get("more_body", False) else len(body)
+                    rest, body = (body, b"") if end == 1 else (body[end:], body[:end])
+                    if _FINISHED.search(body):
+                        body = _stamp_events(body, span)
+                if body or not message.get("more_body", False):
+                    await send({**message, "body": body})
                 return
             said.extend(body)
             if not message.get("more_body", False):
