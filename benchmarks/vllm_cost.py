@@ -110,7 +110,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="secondnature-bench-") as folder:
         models = [settings.model, widen(settings.model, Path(folder) / "wide", 2 if settings.quick else WIDE)]
         known: list[dict[bool, list[Server]]] = [{False: [], True: []} for _ in models]
-        for turn in range(1 if settings.quick else 3):
+        for turn in range(1 if settings.quick else 2):
             for model, found in zip(models, known, strict=True):
                 for plugin in (False, True):
                     found[plugin].append(_started(model, plugin=plugin, quick=settings.quick))

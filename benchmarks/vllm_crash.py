@@ -24,7 +24,7 @@ from vllm_serving import await_step, lesson
 
 NUM_CLIENTS = 2
 MAX_TOKENS = 64
-GONE_S = 10.0
+GONE_S = 30.0
 """How long is waited for processes that nobody ended; the server is started again beside what is left then."""
 
 

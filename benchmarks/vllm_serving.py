@@ -26,7 +26,7 @@ NUM_CLIENTS = 8
 MAX_TOKENS = 64
 SHARES = (1.0, 0.5)
 BIN_S = 1.0
-ENOUGH = 400
+ENOUGH = 520
 """Requests, at least, of each server."""
 JUDGED = ("measuring before", "measuring after")
 
@@ -136,7 +136,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Time per token with and without a lesson, at two shares; failures, stamps, numbers that are not finite."""
     rows: dict[float, list[dict[str, Any]]] = {share: [] for share in SHARES}
     answers: list[Any] = []
-    for turn in range(1 if settings.quick else 3):
+    for turn in range(1 if settings.quick else 2):
         for share in SHARES[: 1 if settings.quick else None]:
             with vllm(settings.model, share=str(share)) as server:
                 server.await_trainer()
