@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import PROMPTS, Settings, corrections, say
-from vllm_server import NAME, Vllm, vllm
+from vllm_process import NAME, Vllm, vllm
 from vllm_serving import lesson
 
 from secondnature.model.load import encode_answer, read_tokenizer

@@ -22,7 +22,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from common import PROMPTS, ratio, spread
-from vllm_server import NAME, Vllm
+from vllm_process import NAME, Vllm
 
 Moment = tuple[float, float]
 """From, to; monotonic seconds."""

@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 from common import Settings, ratio, say, spread
 from memory import weight_bytes, widen
-from vllm_server import NAME, Vllm, vllm
+from vllm_process import NAME, Vllm, vllm
 
 from secondnature.model.load import read_config
 

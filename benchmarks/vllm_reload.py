@@ -20,7 +20,7 @@ from common import Settings, say, spread
 from memory import weight_bytes, widen
 from vllm_checkpoint import teach
 from vllm_clients import Phase, Streams, gaps, streams, touching
-from vllm_server import vllm
+from vllm_process import vllm
 from vllm_serving import NUM_CLIENTS, lesson
 
 MAX_TOKENS = 1500

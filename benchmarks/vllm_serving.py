@@ -15,7 +15,7 @@ from typing import Any
 
 from common import Settings, corrections, say, spread
 from vllm_clients import Phase, Streams, compared, figures, streams, timeline
-from vllm_server import Vllm, vllm
+from vllm_process import Vllm, vllm
 
 from secondnature.cli.sources import LearnFlags, read_sources
 from secondnature.records import OptimizerSettings

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Settings, say, spread
-from vllm_server import Vllm, open_arena, vllm
+from vllm_process import Vllm, open_arena, vllm
 from vllm_serving import await_step, lesson
 
 from secondnature import wire
