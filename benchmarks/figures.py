@@ -49,8 +49,8 @@ class Panel:
     names: dict[float, str] = field(default_factory=dict[float, str])
     log: bool = False
     """Both axes logarithmic."""
-    shades: list[tuple[float, float, str]] = field(default_factory=list[tuple[float, float, str]])
-    """Stretches of x with a grey ground, and what is written over them."""
+    shades: list[tuple[float, float, str, str]] = field(default_factory=list[tuple[float, float, str, str]])
+    """Stretches of x (from, to), what is written over them, and the colour of their ground."""
 
 
 def draw(
@@ -99,10 +99,10 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         return y0 - (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low)) * (y0 - y1)
 
     parts = [label(x0, top + 14, panel.title, "head", "start")]
-    for x_from, x_to, text in panel.shades:
+    for x_from, x_to, text, ground in panel.shades:
         a, b = px(max(x_from, x_low)), px(min(x_to, x_high))
         parts.append(
-            f'<rect x="{a:.1f}" y="{y1:g}" width="{b - a:.1f}" height="{y0 - y1:g}" fill="#f0f0f0"/>'
+            f'<rect x="{a:.1f}" y="{y1:g}" width="{b - a:.1f}" height="{y0 - y1:g}" fill="{ground}"/>'
         )
         parts.append(label((a + b) / 2, y1 + 12, text, "shade"))
     for t in y_ticks:

@@ -83,6 +83,24 @@ def _trainer(model: Path, kills: int) -> dict[str, Any]:
     }
 
 
+def _kill_api_server(server: Vllm) -> tuple[list[int], float, int]:
+    """All its processes, seconds until all are gone (or it is no longer waited), and how many are left then."""
+    pids = descendants(server.pid)
+    os.kill(server.pid, signal.SIGKILL)
+    begun = time.monotonic()
+    while any(lives(pid) for pid in pids) and time.monotonic() - begun < GONE_S:
+        time.sleep(0.01)
+    return pids, time.monotonic() - begun, sum(lives(pid) for pid in pids)
+
+
+def _left_without_plugin(model: Path) -> int:
+    """Processes that outlive the API server of a vLLM without the plug-in."""
+    with vllm(model, plugin=False) as server:
+        pids, _, left = _kill_api_server(server)
+        end(pids)
+    return left
+
+
 def _kill_server(model: Path, home: Path) -> dict[str, float]:
     """Keep a lesson, kill the server while it trains the next one, start again."""
     with vllm(model, home=home) as server:
@@ -91,13 +109,7 @@ def _kill_server(model: Path, home: Path) -> dict[str, float]:
         teach(server, lesson(max_steps=3, keep=True))
         kept = server.weights(), server.client.health().weights_version
         await_step(server, server.client.train(lesson(max_steps=100_000)).job, 2)
-        pids = descendants(server.pid)
-        os.kill(server.pid, signal.SIGKILL)
-        begun = time.monotonic()
-        while any(lives(pid) for pid in pids) and time.monotonic() - begun < GONE_S:
-            time.sleep(0.01)
-        gone_s = time.monotonic() - begun
-        left = sum(lives(pid) for pid in pids)
+        pids, gone_s, left = _kill_api_server(server)
     try:
         again = _restart(model, home, kept)
     finally:
@@ -127,6 +139,8 @@ def _server(model: Path, kills: int) -> dict[str, Any]:
         "kills": len(found),
         "seconds": {k: spread([f[k] for f in found]) for k in ("gone_s", "start_s", "restart_s")},
         **{k: int(sum(f[k] for f in found)) for k in ("left", "restored", "next_lesson_kept")},
+        "waited_s": GONE_S,
+        "left_without_plugin": _left_without_plugin(model),
     }
 
 

@@ -34,6 +34,8 @@ def section(results: dict[str, Any]) -> list[str]:
         notes.append(_crash(found["vllm_crash"]))
     if "vllm_checkpoint" in found:
         notes.append(_checkpoint(found["vllm_checkpoint"]))
+    if "vllm_cost" in found:
+        notes.append(_copies(found["vllm_cost"]))
     if notes:
         lines += ["", *(f"- {note}" for note in notes)]
     if "vllm_reload" in found:
@@ -73,7 +75,7 @@ def _requests(found: dict[str, Any]) -> str:
     took = {k: seconds(first[k]["median"]) for k in ("training_s", "judging_s")}
     return (
         f"{found['clients']} clients stream up to {found['max_tokens']} tokens; ratios are to the same "
-        f"server without a lesson, {first['turns']} turns each. **{found['failed']} of "
+        f"server without a lesson, turns: {first['turns']}. **{found['failed']} of "
         f"{found['requests']:,} requests failed, {found['not_finite']} of {found['tokens']:,} "
         f"log-probabilities were not finite**; {found['stamped']:,} answers were stamped "
         f"({found['versions']:,} versions), {found['changed']:,} saw the weights change. "
@@ -90,7 +92,8 @@ def _write(found: dict[str, Any]) -> list[str]:
     maps = step["mappings"].values()
 
     def share(where: dict[str, Any], role: str, kind: str = "bf16") -> str:
-        return percent(where["private"][role][kind] / where["places"])
+        found = where["private"][role][kind]
+        return percent(found / where["places"]) if found else "none"
 
     last, first = (found["visible"][k] for k in ("read_last", "read_first"))
     return [
@@ -115,9 +118,11 @@ def _write(found: dict[str, Any]) -> list[str]:
 def _crash(found: dict[str, Any]) -> str:
     trainer, server = found["trainer"], found["server"]
     took, again = trainer["seconds"], server["seconds"]
-    left = f"all its processes were gone within {ms(again['gone_s']['high'])}"
+    left = f"all its processes were gone within {seconds(again['gone_s']['high'])}"
     if server["left"]:
-        left = f"{server['left']} processes of vLLM, engine and worker among them, outlived it"
+        left = f"{server['left']} processes of vLLM outlived it by {server['waited_s']:.0f} s"
+    if server["left_without_plugin"]:
+        left += f" ({server['left_without_plugin']} of a vLLM without the plug-in outlive it)"
     return (
         f"`kill -9` of the trainer in the midst of a lesson, {trainer['kills']} times: "
         f"{trainer['restored']} times the weights were those of before, to the byte, after "
@@ -172,6 +177,16 @@ def _reload(found: dict[str, Any]) -> list[str]:
     )
 
 
+def _copies(found: dict[str, Any]) -> str:
+    copies, alone = found["copies"], found["copies_without_trainer"]
+    small, large = (mb(row["weight_bytes"]) for row in found["rows"])
+    return (
+        f"From {small} of weights to {large}, memory (PSS without mapped files) grows by {alone:.2f} bytes "
+        f"per byte of weights, by {copies['with']:.2f} with the trainer, by {copies['without']:.2f} without "
+        "the plug-in; the working memory of a wider model is among them."
+    )
+
+
 def _cost(found: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     for row in found["rows"]:
@@ -183,16 +198,8 @@ def _cost(found: dict[str, Any]) -> list[str]:
                 f"{mb(having['trainer_own']['median'])}, {seconds(having['ready_s']['median'])}",
             ]
         )
-    copies = found["copies"]
-    slopes = (
-        f"{copies['without']:.2f} without, {found['copies_without_trainer']:.2f} with, {copies['with']:.2f}"
-    )
-    head = ["weights: with the plug-in, and with over without", "start", "memory", "1 stream, tokens/s"]
-    head += [
-        "8 streams",
-        "reading a long prompt",
-        f"trainer: memory, ready (copies of weights: {slopes} and trainer)",
-    ]
+    head = ["weights: with the plug-in, and over without", "start", "memory", "1 stream, tokens/s"]
+    head += ["8 streams, tokens/s", "reading, tokens/s", "trainer: memory, ready"]
     return table(head, rows)
 
 
@@ -228,8 +235,8 @@ def figure(found: dict[str, Any]) -> str:
             Line(look, [(at, *(1000 * row[column],) * 3) for at, *row in share["timeline"]], dots=False)
             for look, column in ((0, 0), (1, 1))
         ]
-        names = {"training": "trained", "judging": "judged"}
-        shades = [(a, b, names[name]) for name, a, b in share["spans"]]
+        grounds = {"training": ("trained", "#e6eef7"), "judging": ("judged", "#f3f3f3")}
+        shades = [(a, b, *grounds[name]) for name, a, b in share["spans"]]
         title = f"The trainer's share of the time: {share['share']:g}"
         panels.append(Panel(title, "seconds", "ms from token to token", lines, shades=shades))
         phases = share["phases"]
