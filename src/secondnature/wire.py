@@ -547,9 +547,14 @@ class Client:
             Unreachable: nobody answers there.
             SecondnatureError: what the server said, as the exception that it was.
         """
-        payload = body.model_dump(mode="json", exclude_none=True) if isinstance(body, BaseModel) else body
+        sent: dict[str, Any] = {"json": body}
+        if isinstance(body, BaseModel):
+            sent = {
+                "content": body.model_dump_json(exclude_none=True).encode(),
+                "headers": {"content-type": "application/json"},
+            }
         try:
-            response = self._http.request(method, path, json=payload)
+            response = self._http.request(method, path, **sent)
         except httpx2.TimeoutException:
             raise errors.Unreachable(
                 f"{self.url}{path}: no answer in time", "is the server overloaded?"

@@ -90,6 +90,12 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of processors that a process has had, its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def command_line(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()

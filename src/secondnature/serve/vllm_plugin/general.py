@@ -43,7 +43,7 @@ def register() -> None:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if getattr(main, "name", "") == "vllm.model_executor.models.registry":
         return  # a process that only looks at a model's class
-    from secondnature.serve.vllm_plugin import cache, checks, core, orphan, packing, worker
+    from secondnature.serve.vllm_plugin import cache, checks, core, orphan, packing, spin, worker
 
     orphan.install()
     checks.install()
@@ -51,6 +51,7 @@ def register() -> None:
     worker.install()
     cache.install()
     core.install()
+    spin.install()
 
 
 def _log_like_vllm() -> None:
