@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from vllm_core import MODELS, Core
+from vllm_core import MODELS, Core, started
 from vllm_server import Server, environment
 
 HERE = Path(__file__).parent
@@ -78,12 +78,8 @@ def engine(
     request: pytest.FixtureRequest, vllm_environment: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Generator[Core]:
     """vLLM's engine in this process: a hybrid, then a dense model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
-        found = Core(**MODELS[request.param](tmp_path_factory.mktemp("core")))
-    yield found
-    found.close()
+    with started(MODELS[request.param], tmp_path_factory.mktemp("core")) as found:
+        yield found
 
 
 @pytest.fixture

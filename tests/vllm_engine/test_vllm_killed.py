@@ -6,6 +6,7 @@ server is refused; checkpoint; kill -9 of the API server alone; of the engine al
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -84,5 +85,10 @@ def test_a_killed_server_starts_again_with_the_kept_lesson(tmp_path: Path) -> No
     with Server(other, model=Path(checkpoint.path)) as server:
         server.ready()
         assert state(server) == kept
-        assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+        job = server.client.train(listening(2000, learned_loss=0.0))
+        server.until(job.job, lambda s: s.phase == "training" and s.step >= 2)
+        assert server.end(signal.SIGTERM) == 0  # asked to end in mid-lesson
         gone(server)
+    lesson = json.loads((other / "lessons" / str(job.lesson) / "lesson.json").read_text())
+    assert lesson["state"] in ("undone", "cancelled")
+    assert not (other / "server.json").exists()

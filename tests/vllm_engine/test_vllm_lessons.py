@@ -93,6 +93,20 @@ def test_a_lesson_changes_answers_and_its_undo_restores_them(server: Server) -> 
     assert server.ask(DIRECTION)["trial"] is False
 
 
+def test_the_prefix_cache_follows_a_lesson_and_its_undo(server: Server) -> None:
+    """A salt that nobody used before is the reference: nothing cached can be found under it."""
+    ids = list(range(20, 920))
+    before = server.scores(ids)
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    server.scores(ids)
+    assert server.metric("vllm:prefix_cache_hits_total") > hits
+    lesson = server.lesson(listening(2)).lesson
+    trial = server.scores(ids)
+    assert trial == server.scores(ids, cache_salt="never used") != before
+    server.client.revert(lesson)
+    assert server.scores(ids) == before
+
+
 def test_the_same_lesson_twice_gives_the_same_bits(server: Server) -> None:
     versions: list[str | None] = []
     for _ in range(2):

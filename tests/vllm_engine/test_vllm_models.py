@@ -12,7 +12,8 @@ from vllm_server import DIRECTION, EMBEDDED, Server, listening
 
 from secondnature.wire import TrainRequest
 
-PROMPT = list(range(10, 90))
+PROMPT = [10 + i % 300 for i in range(400)]
+"""Token ids, more than a block of the prefix cache."""
 
 
 def state(server: Server) -> tuple[str, str, list[dict[str, float]]]:

@@ -252,6 +252,13 @@ class Server:
         answer = self.client.request("POST", "/v1/completions", body=given)
         return answer["choices"][0]["logprobs"]["top_logprobs"]
 
+    def metric(self, name: str) -> float:
+        """A counter of `/metrics`, over all its labels."""
+        lines = self.call("GET", "/metrics")[2].decode().splitlines()
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))
+        )
+
     def state(self, prompts: list[str]) -> tuple[Any, ...]:
         """What an undo must give back: the bytes, the version that is told, the answers with their numbers."""
         answers = [self.ask(p, logprobs=True, top_logprobs=5)["choices"] for p in prompts]
