@@ -7,7 +7,7 @@ PEERS  := .venv-bench
 VLLM   := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-vllm lint bench check fuzz mutants clean
+.PHONY: help demo test test-peers test-vllm lint bench bench-vllm check fuzz mutants clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 
 test-vllm: $(VLLM)/.installed  ## the plug-in in real vLLM (CPU build): eager, compiled, dense
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine
+
+bench-vllm: $(VLLM)/.installed  ## the figures inside vLLM, beside vLLM without the plug-in: 50 minutes
+	$(VLLM)/bin/python benchmarks/run.py --vllm
 
 mutants: $(STAMP)  ## break each law and see the tests turn red
 	$(BIN)/python tests/mutants/run.py

@@ -31,6 +31,8 @@ class Line:
 
     look: int
     points: list[tuple[float, float, float, float]]
+    dots: bool = True
+    """Mark every point."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Panel:
     names: dict[float, str] = field(default_factory=dict[float, str])
     log: bool = False
     """Both axes logarithmic."""
+    shades: list[tuple[float, float, str, str]] = field(default_factory=list[tuple[float, float, str, str]])
+    """Stretches of x (from, to), what is written over them, and the colour of their ground."""
 
 
 def draw(
@@ -95,6 +99,12 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         return y0 - (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low)) * (y0 - y1)
 
     parts = [label(x0, top + 14, panel.title, "head", "start")]
+    for x_from, x_to, text, ground in panel.shades:
+        a, b = px(max(x_from, x_low)), px(min(x_to, x_high))
+        parts.append(
+            f'<rect x="{a:.1f}" y="{y1:g}" width="{b - a:.1f}" height="{y0 - y1:g}" fill="{ground}"/>'
+        )
+        parts.append(label((a + b) / 2, y1 + 12, text, "shade"))
     for t in y_ticks:
         parts.append(f'<line class="grid" x1="{x0:g}" y1="{py(t):.1f}" x2="{x1:g}" y2="{py(t):.1f}"/>')
         parts.append(label(x0 - 6, py(t) + 4, number(t), "tick", "end"))
@@ -119,7 +129,8 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         parts.append(f'<polygon fill="{COLOURS[line.look]}" points="{path}"/>')
     for line in panel.lines:
         parts.append(_curve([(px(p[0]), py(p[1])) for p in line.points], line.look))
-        parts.extend(_marker(px(p[0]), py(p[1]), line.look) for p in line.points)
+        if line.dots:
+            parts.extend(_marker(px(p[0]), py(p[1]), line.look) for p in line.points)
     return "".join(parts) + "</g>"
 
 

@@ -37,7 +37,7 @@ SCALED = (
 )
 
 
-def _rollup(pids: Iterable[int]) -> dict[str, int]:
+def rollup(pids: Iterable[int]) -> dict[str, int]:
     """Bytes of some processes together: resident, proportional, and proportional without mapped files."""
     found = {"Rss": 0, "Pss": 0, "Pss_File": 0}
     for pid in pids:
@@ -49,23 +49,24 @@ def _rollup(pids: Iterable[int]) -> dict[str, int]:
     return {"rss": found["Rss"], "pss": found["Pss"], "own": found["Pss"] - found["Pss_File"]}
 
 
-def _arena(pid: int) -> dict[str, int]:
-    """Resident and proportional bytes of one process's mapping of the arena."""
-    found = {"rss": 0, "pss": 0}
+def mapping(pid: int, name: str) -> dict[str, int]:
+    """Bytes of what one process has mapped of a file of this name: size, resident, proportional, private."""
+    found = {"size": 0, "rss": 0, "pss": 0, "private": 0}
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = ARENA in line
-        elif inside and line.startswith(("Rss:", "Pss:")):
-            found[line[:3].lower()] += int(line.split()[1]) * 1024
+            inside = name in line
+        elif inside and line.startswith(("Size:", "Rss:", "Pss:", "Private_")):
+            key = line.split(":")[0].split("_")[0].lower()
+            found[key] += int(line.split()[1]) * 1024
     return found
 
 
-def _weight_bytes(directory: Path) -> int:
+def weight_bytes(directory: Path) -> int:
     return sum(2 * torch.Size(spec.shape).numel() for spec in plan(directory))
 
 
-def _widen(source: Path, directory: Path, factor: int) -> Path:
+def widen(source: Path, directory: Path, factor: int) -> Path:
     """A model of the same architecture, `factor` times as wide, random weights, the same tokenizer."""
     config = AutoConfig.from_pretrained(source)
     for name in SCALED:
@@ -82,7 +83,7 @@ def _shared(directory: Path) -> dict[str, Any]:
     """The product: server and trainer around one arena."""
     with serving(directory) as server:
         pids = (server.pid, server.trainer_pid())
-        found: dict[str, Any] = {**_rollup(pids), "arena": [_arena(pid) for pid in pids]}
+        found: dict[str, Any] = {**rollup(pids), "arena": [mapping(pid, ARENA) for pid in pids]}
     return found
 
 
@@ -109,7 +110,7 @@ def _private(directory: Path) -> dict[str, int]:
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", "a process of the peer failed"
-        return _rollup(p.pid for p in processes)
+        return rollup(p.pid for p in processes)
     finally:
         for process in processes:
             process.communicate()
@@ -120,10 +121,10 @@ def measure(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        wide = _widen(settings.model, Path(folder) / "wide", 2 if settings.quick else 6)
+        wide = widen(settings.model, Path(folder) / "wide", 2 if settings.quick else 6)
         for directory in (wide,) if settings.quick else (settings.model, wide):
             row = {
-                "weight_bytes": _weight_bytes(directory),
+                "weight_bytes": weight_bytes(directory),
                 "shared": _shared(directory),
                 "private": _private(directory),
             }

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import vllm_page
 from figures import Line, Panel, draw
-
-Spread = dict[str, float]
-Format = Callable[[float], str]
-
-
-def _ms(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.3g} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}×"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}" if abs(value) >= 0.01 else f"{value:.2%}"
-
-
-def _both(found: Spread, form: Format) -> str:
-    """The median, and the smallest and the largest value behind it."""
-    return f"{form(found['median'])} ({form(found['low'])} to {form(found['high'])})"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+from forms import Format, both, mb, ms, number, percent, table, times
 
 
 def _where(entry: dict[str, Any]) -> str:
     date = entry["date"].replace("T", " ").replace("+00:00", " UTC")
     return (
         f"*{date}, commit {entry['commit']}, model `{entry['model']}`, {entry['seconds']:.0f} s; other "
-        f"programs meanwhile used {_percent(entry['others_cpu'])} of the machine's CPU time*"
+        f"programs meanwhile used {percent(entry['others_cpu'])} of the machine's CPU time*"
     )
 
 
@@ -57,18 +25,18 @@ def _where(entry: dict[str, Any]) -> str:
 def _serving(found: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     kinds: list[tuple[str, str, Format]] = [
-        ("time per token, p50", "p50", _ms),
-        ("time per token, p99", "p99", _ms),
-        ("time per token, p99.9", "p999", _ms),
-        ("longest gap in a stream", "longest", _ms),
-        ("longest time in which no stream got a token", "longest_silence", _ms),
-        ("first token, p50", "first_token_p50", _ms),
-        ("tokens per second, all streams", "tokens_per_s", _number),
+        ("time per token, p50", "p50", ms),
+        ("time per token, p99", "p99", ms),
+        ("time per token, p99.9", "p999", ms),
+        ("longest gap in a stream", "longest", ms),
+        ("longest time in which no stream got a token", "longest_silence", ms),
+        ("first token, p50", "first_token_p50", ms),
+        ("tokens per second, all streams", "tokens_per_s", number),
     ]
     phases = found["phases"]
     for name, key, form in kinds:
-        cells = [_both(phases[kind][key], form) for kind in ("serving", "learning")]
-        rows.append([name, *cells, _both(phases["ratio"][key], _times)])
+        cells = [both(phases[kind][key], form) for kind in ("serving", "learning")]
+        rows.append([name, *cells, both(phases["ratio"][key], times)])
     trainer, cancel, revert = found["trainer"], found["cancel"], found["revert"]
     return [
         f"{found['clients']} clients stream chat completions of up to {found['max_tokens']} tokens, one "
@@ -77,21 +45,21 @@ def _serving(found: dict[str, Any]) -> list[str]:
         "and the "
         "lesson without clients. Server, trainer and clients share the cores.",
         "",
-        *_table(["", "without a lesson", "during a lesson", "ratio"], rows),
+        *table(["", "without a lesson", "during a lesson", "ratio"], rows),
         "",
         f"- **{found['failed']} of {found['requests']:,} requests failed**; {found['stamped']:,} were "
         "stamped with the "
         f"weights that answered ({found['versions']:,} versions), {found['on_trial']:,} said `trial: true`, "
         f"{found['changed']:,} saw the weights change meanwhile. {found['tokens']:,} tokens.",
-        f"- A cancel under load, with its undo, took {_both(cancel['seconds'], _ms)}; the longest gap of a "
+        f"- A cancel under load, with its undo, took {both(cancel['seconds'], ms)}; the longest gap of a "
         "stream "
-        f"meanwhile was {_ms(cancel['longest_gap'])}. A kept lesson was reverted in "
-        f"{_ms(revert['seconds']['median'])}; longest gap {_ms(revert['longest_gap'])}.",
-        f"- The trainer made {_both(trainer['steps_per_s']['learning'], _number)} steps a second under load "
+        f"meanwhile was {ms(cancel['longest_gap'])}. A kept lesson was reverted in "
+        f"{ms(revert['seconds']['median'])}; longest gap {ms(revert['longest_gap'])}.",
+        f"- The trainer made {both(trainer['steps_per_s']['learning'], number)} steps a second under load "
         "and "
-        f"{_both(trainer['steps_per_s']['trainer alone'], _number)} alone: "
-        f"{_both(trainer['ratio'], _times)}; {_number(trainer['tokens_per_s']['learning']['median'])} and "
-        f"{_number(trainer['tokens_per_s']['trainer alone']['median'])} answer tokens a second.",
+        f"{both(trainer['steps_per_s']['trainer alone'], number)} alone: "
+        f"{both(trainer['ratio'], times)}; {number(trainer['tokens_per_s']['learning']['median'])} and "
+        f"{number(trainer['tokens_per_s']['trainer alone']['median'])} answer tokens a second.",
     ]
 
 
@@ -99,9 +67,9 @@ def _engine(found: dict[str, Any]) -> list[str]:
     peers = ("generate_fp32", "generate_cast_at_use", "generate_bf16")
     rows: list[list[str]] = []
     for row in found["rows"]:
-        speed = _both(row["tokens_per_s"]["engine"], _number)
-        cells = [_both(row["ratio"][peer], _times) for peer in peers]
-        same = _percent(row["same_tokens_as_fp32"] / row["tokens"])
+        speed = both(row["tokens_per_s"]["engine"], number)
+        cells = [both(row["ratio"][peer], times) for peer in peers]
+        same = percent(row["same_tokens_as_fp32"] / row["tokens"])
         rows.append([str(row["streams"]), speed, *cells, same])
     return [
         f"Tokens per second of the engine, {found['tokens_per_answer']} greedy tokens per stream, and how "
@@ -110,21 +78,21 @@ def _engine(found: dict[str, Any]) -> list[str]:
         "engine's own "
         "bf16 weights cast where they are used, and in plain bf16.",
         "",
-        *_table(["streams", "tokens/s", "vs fp32", "vs cast at use", "vs bf16", "same tokens as fp32"], rows),
+        *table(["streams", "tokens/s", "vs fp32", "vs cast at use", "vs bf16", "same tokens as fp32"], rows),
     ]
 
 
 def _step(found: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     for row in found["rows"]:
-        cells = [_both(row["time_ratio"][k], _times) for k in ("whole", "whole_batched")]
-        memory = [_times(row["memory_ratio"][k]) for k in ("whole", "whole_batched")]
+        cells = [both(row["time_ratio"][k], times) for k in ("whole", "whole_batched")]
+        memory = [times(row["memory_ratio"][k]) for k in ("whole", "whole_batched")]
         rows.append(
             [
                 f"{row['context']} + {row['answer']}",
-                _ms(row["seconds"]["frozen"]["median"]),
+                ms(row["seconds"]["frozen"]["median"]),
                 *cells,
-                _mb(row["peak_bytes"]["frozen"]),
+                mb(row["peak_bytes"]["frozen"]),
                 *memory,
                 f"{row['gradient_cosine']:.3f}",
             ]
@@ -137,7 +105,7 @@ def _step(found: dict[str, Any]) -> list[str]:
         "1× is better. Cosine: between the gradient with a frozen context and the full one, which it "
         "truncates.",
         "",
-        *_table(
+        *table(
             [
                 *("context + answer tokens", "frozen", "time vs one by one", "vs batched"),
                 *("peak memory", "vs one by one", "vs batched", "cosine"),
@@ -154,7 +122,7 @@ def _rounding(found: dict[str, Any]) -> list[str]:
         for way in ("stochastic", "nearest"):
             for when in ("first", "all"):
                 one = row[f"{way}_{when}"]
-                cells.append(f"{_percent(one['kept'])} (cosine {one['cosine']:.2f})")
+                cells.append(f"{percent(one['kept'])} (cosine {one['cosine']:.2f})")
         rows.append([f"{row['lr']:g}", *cells])
     costs = found["costs"]
     names = {
@@ -165,15 +133,15 @@ def _rounding(found: dict[str, Any]) -> list[str]:
     }
     second: list[list[str]] = []
     for key, name in names.items():
-        times = "" if key == "apollo" else _both(costs["time_ratio"][key], _times)
+        slower = "" if key == "apollo" else both(costs["time_ratio"][key], times)
         copy = costs["fp32_copy_bytes"][key]
         second.append(
             [
                 name,
-                _ms(costs["seconds"][key]["median"]),
-                times,
-                _mb(costs["state_bytes"][key]),
-                _mb(copy) if copy else "none",
+                ms(costs["seconds"][key]["median"]),
+                slower,
+                mb(costs["state_bytes"][key]),
+                mb(copy) if copy else "none",
             ]
         )
     return [
@@ -182,7 +150,7 @@ def _rounding(found: dict[str, Any]) -> list[str]:
         f"first step and after {found['steps']}, for the same updates. The cosine is low where rounding "
         "noise is large.",
         "",
-        *_table(
+        *table(
             [
                 "learning rate",
                 *("stochastic, 1 step", f"stochastic, {found['steps']} steps"),
@@ -191,11 +159,11 @@ def _rounding(found: dict[str, Any]) -> list[str]:
             rows,
         ),
         "",
-        f"One optimizer step at the shapes of this model ({_mb(costs['model_bytes'])} of bf16 weights), the "
+        f"One optimizer step at the shapes of this model ({mb(costs['model_bytes'])} of bf16 weights), the "
         "writing "
         "included; the ratio is APOLLO's time over the peer's.",
         "",
-        *_table(["", "time", "APOLLO takes", "state", "copy of the weights in fp32"], second),
+        *table(["", "time", "APOLLO takes", "state", "copy of the weights in fp32"], second),
     ]
 
 
@@ -207,22 +175,22 @@ def _undo(found: dict[str, Any]) -> list[str]:
             [
                 f"{row['lr']:g}",
                 str(row["steps"]),
-                _percent(row["changed_elements"]),
-                f"{_percent(row['share_of_model'])} ({_mb(row['bytes'])})",
-                _both(seconds["revert"], _ms),
-                _both(row["revert_over_reload"], _times),
-                _ms(seconds["apply"]["median"]),
-                _ms(seconds["content_id"]["median"]),
+                percent(row["changed_elements"]),
+                f"{percent(row['share_of_model'])} ({mb(row['bytes'])})",
+                both(seconds["revert"], ms),
+                both(row["revert_over_reload"], times),
+                ms(seconds["apply"]["median"]),
+                ms(seconds["content_id"]["median"]),
             ]
         )
     return [
-        f"A lesson's difference on disk, relative to the model's {_mb(found['model_bytes'])}; the server's "
+        f"A lesson's difference on disk, relative to the model's {mb(found['model_bytes'])}; the server's "
         "revert (rebuild "
         "from disk, check, write, check), also relative to reading the whole checkpoint and checking it; "
         "applying the "
         "difference alone, checked; computing the content id. Every undo gave the bytes of before.",
         "",
-        *_table(
+        *table(
             [
                 *("learning rate", "steps", "elements changed", "difference"),
                 *("revert", "vs reading the checkpoint", "apply", "content id"),
@@ -238,11 +206,11 @@ def _memory(found: dict[str, Any]) -> list[str]:
         owner, trainer = row["shared"]["arena"]
         rows.append(
             [
-                _mb(row["weight_bytes"]),
-                f"{_mb(owner['rss'])} + {_mb(trainer['rss'])}",
-                f"{_mb(owner['pss'])} + {_mb(trainer['pss'])}",
-                _mb(row["shared"]["own"]),
-                _mb(row["private"]["own"]),
+                mb(row["weight_bytes"]),
+                f"{mb(owner['rss'])} + {mb(trainer['rss'])}",
+                f"{mb(owner['pss'])} + {mb(trainer['pss'])}",
+                mb(row["shared"]["own"]),
+                mb(row["private"]["own"]),
             ]
         )
     lines = [
@@ -250,7 +218,7 @@ def _memory(found: dict[str, Any]) -> list[str]:
         "wider one with random weights. PSS counts a page that two processes share half in each; mapped files "
         "(libraries) are left out.",
         "",
-        *_table(
+        *table(
             [
                 *("weights", "arena resident: server + trainer", "arena PSS: server + trainer"),
                 *("both processes, no files", "two private copies, no files"),
@@ -290,26 +258,26 @@ def _optional(found: dict[str, Any], key: str, form: Callable[[Any], str]) -> st
 
 def _training(found: dict[str, Any]) -> list[str]:
     rows, parts, memory = found["rows"], [], []
-    times: list[list[str]] = []
+    speeds: list[list[str]] = []
     for row in rows:
         point = f"{row['context']} + {row['answer']}, {row['answers']}"
         seconds = row["seconds"]
-        over = [_optional(row["over_ours"], k, lambda v: _both(v, _times)) for k in PEERS]
-        share = _both(row["share_of_limit"], _percent)
-        cheapest = _percent(row["share_with_adamw"]["median"])
-        times.append([point, _ms(seconds["ours"]["step"]["median"]), share, cheapest, *over])
+        over = [_optional(row["over_ours"], k, lambda v: both(v, times)) for k in PEERS]
+        share = both(row["share_of_limit"], percent)
+        cheapest = percent(row["share_with_adamw"]["median"])
+        speeds.append([point, ms(seconds["ours"]["step"]["median"]), share, cheapest, *over])
         spreads = seconds["parts"]
-        again = _ms(row["seconds"]["ours_recomputed"]["step"]["median"])
+        again = ms(row["seconds"]["ours_recomputed"]["step"]["median"])
         keys = ("prefill", "pass", "update", "stock_prefill", "stock_pass", "stock_update", "adamw_update")
-        cells = [_ms(spreads[k]["median"]) for k in keys]
-        bf16 = _ms(seconds["ours_bf16"]["step"]["median"])
-        parts.append([point, *cells, _ms(row["limit"]["median"]), row["limit_way"], bf16, again])
+        cells = [ms(spreads[k]["median"]) for k in keys]
+        bf16 = ms(seconds["ours_bf16"]["step"]["median"])
+        parts.append([point, *cells, ms(row["limit"]["median"]), row["limit_way"], bf16, again])
         ratios = row["memory_ratio"] | {"ours_recomputed": row["recomputed_ratio"].get("trl_default")}
         shares = [
-            _optional(row["peak_bytes"], k, _mb) + (f" ({_times(ratios[k])})" if ratios.get(k) else "")
+            _optional(row["peak_bytes"], k, mb) + (f" ({times(ratios[k])})" if ratios.get(k) else "")
             for k in HOLDERS
         ]
-        memory.append([point, _mb(row["peak_bytes"]["ours"]), *shares])
+        memory.append([point, mb(row["peak_bytes"]["ours"]), *shares])
     lines = [
         f"A step on one context with one or several answers: random hybrid of {found['parameters'] / 1e6:.1f} "
         f"million parameters, fp32 for everybody, APOLLO of rank {found['rank']} here. TRL is timed at its own "
@@ -320,7 +288,7 @@ def _training(found: dict[str, Any]) -> list[str]:
         "of the answers, the update; beside it, the same limit with fused AdamW as the update. Parts are timed "
         "apart from the whole, so that a share can come out a little above 100%.",
         "",
-        *_table(
+        *table(
             [
                 "context + answer tokens, answers",
                 "ours",
@@ -328,14 +296,14 @@ def _training(found: dict[str, Any]) -> list[str]:
                 "with AdamW's update",
                 *PEERS.values(),
             ],
-            times,
+            speeds,
         ),
         "",
         "The limit's parts, in ours and in the plain way (transformers' forward, dense gradients, dense update); "
         "the faster way counts. Last: ours on weights in bf16, as a server holds them (computed in fp32, rounded "
         "stochastically), and ours with the layers recomputed in backward.",
         "",
-        *_table(
+        *table(
             [
                 *("", "reading the context", "forward, backward", "update"),
                 *("plain: reading", "plain: forward, backward", "plain: update", "AdamW's update"),
@@ -347,14 +315,14 @@ def _training(found: dict[str, Any]) -> list[str]:
         "Peak of what torch allocates during a step, above its start, and in brackets what ours takes of it. "
         "Weights and optimizer state are there before.",
         "",
-        *_table(["", "ours", *HOLDERS.values()], memory),
+        *table(["", "ours", *HOLDERS.values()], memory),
     ]
     pairs: list[list[str]] = []
     chosen = [k for k in PEERS if k != "plain_adamw"]
     for row in found["pairs"]:
-        over = [_optional(row["over_ours"], k, lambda v: _both(v, _times)) for k in chosen]
-        held = [_optional(row["memory_ratio"], k, _times) for k in ("trl", "trl_default")]
-        mine = _ms(row["seconds"]["ours"]["step"]["median"])
+        over = [_optional(row["over_ours"], k, lambda v: both(v, times)) for k in chosen]
+        held = [_optional(row["memory_ratio"], k, times) for k in ("trl", "trl_default")]
+        mine = ms(row["seconds"]["ours"]["step"]["median"])
         pairs.append([f"{row['context']} + 2 × {row['answer']}", mine, *over, *held])
     return [
         *lines,
@@ -362,7 +330,7 @@ def _training(found: dict[str, Any]) -> list[str]:
         "The same for a DPO pair; the reference log-probabilities are known to both before the step. The last two: "
         "our peak memory over theirs.",
         "",
-        *_table(
+        *table(
             ["context + answers", "ours", *(PEERS[k] for k in chosen), "memory, fp32", "memory, defaults"],
             pairs,
         ),
@@ -385,21 +353,21 @@ def _optimizer(found: dict[str, Any]) -> list[str]:
         if key not in found["seconds"]:
             continue
         state, seconds = found["state_bytes"][key], found["seconds"][key]
-        kept = _mb(state["moments"]) + (f" + {_mb(state['other'])}" if state["other"] > 1e5 else "")
+        kept = mb(state["moments"]) + (f" + {mb(state['other'])}" if state["other"] > 1e5 else "")
         rows.append(
             [
                 name,
-                _optional(seconds, "form", lambda v: _ms(v["median"])),
-                _both(seconds["step"], _ms),
-                _ms(found["with_gradient"][key]["median"]),
+                _optional(seconds, "form", lambda v: ms(v["median"])),
+                both(seconds["step"], ms),
+                ms(found["with_gradient"][key]["median"]),
                 kept if sum(state.values()) else "none",
             ]
         )
     ratios: list[list[str]] = []
     keys = ("factored_over_public", "dense_over_public", "factored_over_adamw", "dense_over_adamw")
     for row in found["rows"]:
-        cells = [_optional(row, key, lambda v: _both(v, _times)) for key in keys]
-        ratios.append([str(row["rank"]), *cells, _percent(row["state_over_bound"])])
+        cells = [_optional(row, key, lambda v: both(v, times)) for key in keys]
+        ratios.append([str(row["rank"]), *cells, percent(row["state_over_bound"])])
     shapes = ", ".join(f"{n} of {a} × {b}" for a, b, n in found["shapes"])
     return [
         f"The matrices of {found['parameters'] / 1e6:.1f} million parameters ({shapes}; norms, no embedding), "
@@ -408,12 +376,12 @@ def _optimizer(found: dict[str, Any]) -> list[str]:
         "and every 200 by the public package (not timed). State: moments, and what else is kept, projections "
         "among it.",
         "",
-        *_table(["", "forming the gradient", "step", "together", "state"], rows),
+        *table(["", "forming the gradient", "step", "together", "state"], rows),
         "",
         "Ours over theirs: the factored step against forming the gradient and stepping, the dense step "
         "against the step alone. State: of a matrix, relative to 2 · rank · longer side floats, at most.",
         "",
-        *_table(
+        *table(
             [
                 *("rank", "factored vs public APOLLO", "dense vs public APOLLO"),
                 *("factored vs AdamW fused", "dense vs AdamW fused", "state"),
@@ -453,11 +421,11 @@ def _growth(found: dict[str, Any]) -> list[str]:
         rows: list[list[str]] = []
         for row in series["rows"]:
             about = f"{row['parameters'] / 1e6:.1f}M" if key == "model" else str(row[series["over"]])
-            cells = [_optional(row["seconds"], k, lambda v: _both(v, _ms)) for k in STEPS]
-            held = [_optional(row["peak_bytes"], k, _mb) for k in STEPS]
+            cells = [_optional(row["seconds"], k, lambda v: both(v, ms)) for k in STEPS]
+            held = [_optional(row["peak_bytes"], k, mb) for k in STEPS]
             rows.append([about, *cells, *held])
         names = [f"{what}, {how}" for what in ("time", "memory") for how in STEPS.values()]
-        lines += _table([GROWTHS[key][2], *names], rows)
+        lines += table([GROWTHS[key][2], *names], rows)
     return lines
 
 
@@ -474,15 +442,15 @@ def _projections(found: dict[str, Any]) -> list[str]:
     for kind, name in (("real", "corrections"), ("random", "random, rank 4")):
         for row in found["rows"][kind]:
             cells = [
-                f"{_percent(row[k]['error']['median'])} ({row[k]['q05']:.2f} to {row[k]['q95']:.2f})"
+                f"{percent(row[k]['error']['median'])} ({row[k]['q05']:.2f} to {row[k]['q95']:.2f})"
                 for k in ("signs", "gaussians")
             ]
             rows.append([f"{name}, rank {row['rank']}", *cells, _interval(row["difference"], _points)])
     second = [
         [
             str(row["rank"]),
-            *(_both(row["losses"][k], "{:.3g}".format) for k in ("signs", "gaussians")),
-            _interval(row["ratio"], _times),
+            *(both(row["losses"][k], "{:.3g}".format) for k in ("signs", "gaussians")),
+            _interval(row["ratio"], times),
         ]
         for row in found["trained"]
     ]
@@ -495,7 +463,7 @@ def _projections(found: dict[str, Any]) -> list[str]:
         "Difference: signs minus Gaussians in percentage points, with its 95 % interval over the seeds. "
         "At rank 1 a projection may come out near zero, so that single errors are huge.",
         "",
-        *_table(["gradients", "signs", "Gaussians", "difference"], rows),
+        *table(["gradients", "signs", "Gaussians", "difference"], rows),
         "",
         "![Error of the scales over the rank, signs and Gaussians](figures/projections.svg)",
         "",
@@ -503,7 +471,7 @@ def _projections(found: dict[str, Any]) -> list[str]:
         f"{found['start_loss']:.3g}, by both kinds, {found['trained'][0]['ratio']['n']} seeds; the ratio is the "
         "geometric mean over the seeds with its 95 % interval.",
         "",
-        *_table(["rank", "signs", "Gaussians", "signs over Gaussians"], second),
+        *table(["rank", "signs", "Gaussians", "signs over Gaussians"], second),
     ]
 
 
@@ -527,7 +495,7 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         ("curvature, own update, corrections", "taught_own_curvature", "{:.3g}".format),
         ("the same per squared length", "taught_own_curvature_per_length", "{:.3g}".format),
     ]
-    rows = [[name, *(_both(arms[a]["figures"][key], form) for a in ARMS)] for name, key, form in kinds]
+    rows = [[name, *(both(arms[a]["figures"][key], form) for a in ARMS)] for name, key, form in kinds]
     return [
         f"{found['num_taught']} corrections are taught down to a twentieth of their loss by four optimizers at lr "
         f"{found['lr']:g} (APOLLO with rank {found['rank']}, APOLLO-Mini with 1, Adam with APOLLO's floors but no "
@@ -537,7 +505,7 @@ def _flatness(found: dict[str, Any]) -> list[str]:
         "medians and extremes over the seeds. What follows: "
         "[chosen for memory, not for flatness](decisions/apollo-for-memory-not-flatness.md).",
         "",
-        *_table(["", *ARMS.values()], rows),
+        *table(["", *ARMS.values()], rows),
         "",
         "![Loss along random directions and along the own update](figures/flatness.svg)",
         "",
@@ -563,7 +531,7 @@ def _verdict(arms: dict[str, Any], key: str, where: str) -> str:
             verdict = "APOLLO ended **sharper** with every seed"
         else:
             verdict = "the seeds disagree"
-        said.append(f"{ARMS[arm]} over APOLLO {_both(found, _times)}: {verdict}")
+        said.append(f"{ARMS[arm]} over APOLLO {both(found, times)}: {verdict}")
     return f"- {where}: {'; '.join(said)}."
 
 
@@ -577,6 +545,8 @@ def figures(results: dict[str, Any]) -> dict[str, str]:
     if "growth" in results:
         for key, (file, title, over) in GROWTHS.items():
             drawn[file] = _growth_figure(results["growth"]["measured"][key], key, title, over)
+    if "vllm_serving" in results:
+        drawn[vllm_page.FIGURE] = vllm_page.figure(results["vllm_serving"]["measured"])
     return drawn
 
 
@@ -725,4 +695,6 @@ def render(results: dict[str, Any]) -> str:
         if name in results:
             entry = results[name]
             lines += ["", f"## {title}", "", *section(entry["measured"]), "", _where(entry)]
+    if any(name in results for name in vllm_page.PARTS):
+        lines += ["", "## Inside vLLM", "", *vllm_page.section(results), "", vllm_page.where(results)]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """Measure everything that docs/benchmarks.md says, and write it: `make bench`.
 
     python benchmarks/run.py [--quick] [--only NAME ...] [--model DIR] [--output DIR]
+    python benchmarks/run.py --vllm [...]    # those inside vLLM instead, in its environment: `make bench-vllm`
     python benchmarks/run.py --render        # only write the page again from results.json
 
 Figures go to results.json, the page is made from that file alone. With `--only` the others keep their last
@@ -46,6 +47,11 @@ NAMES = (
     *("serving", "engine", "step", "training", "optimizer", "growth", "rounding", "undo", "memory"),
     *("projections", "flatness"),
 )
+VLLM = (
+    *("vllm_write", "vllm_serving", "vllm_reload"),
+    *("vllm_checkpoint", "vllm_crash", "vllm_cost"),
+)
+"""Those that run in vLLM's environment."""
 RANDOM = ("training", "optimizer", "growth")
 """Benchmarks that make models of the size they want."""
 PEERS = {"training": "trl", "optimizer": "apollo_torch"}
@@ -56,6 +62,8 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 def _packages() -> list[str]:
     """What the figures depend on, peers where they are installed."""
     peers = [name.replace("_", "-") for name in PEERS.values() if importlib.util.find_spec(name)]
+    if importlib.util.find_spec("vllm"):
+        peers += importlib.metadata.packages_distributions()["vllm"][:1]
     return ["secondnature", "torch", "transformers", "numpy", *peers]
 
 
@@ -133,7 +141,8 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="smoke test: small and few, figures mean nothing"
     )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=(*NAMES, *VLLM), metavar="NAME", help="not all of them")
+    parser.add_argument("--vllm", action="store_true", help="those inside vLLM; run it in vLLM's environment")
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: the embedded model)")
     parser.add_argument("--output", type=Path, help="where results.json and benchmarks.md go")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page again")
@@ -141,6 +150,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: no server is left behind
     if options.quick and options.output is None:
         parser.error("--quick needs --output: its figures are not for the page")
+    chosen = options.only or (VLLM if options.vllm else NAMES)
     results_path = (options.output or ROOT / "benchmarks") / "results.json"
     page_path = (options.output or ROOT / "docs") / "benchmarks.md"
     from page import figures, render
@@ -152,11 +162,13 @@ def main() -> int:
         model = (options.model or embedded.path()).resolve()
         if not (model / "config.json").is_file():
             parser.error(f"{model}: no model there (no config.json)")
-        missing = [n for n in options.only if n in PEERS and not importlib.util.find_spec(PEERS[n])]
+        if not set(chosen).isdisjoint(VLLM) and not importlib.util.find_spec("vllm"):
+            parser.error("vLLM is not installed here; run `make bench-vllm`")
+        missing = [n for n in chosen if n in PEERS and not importlib.util.find_spec(PEERS[n])]
         if missing and not options.quick:
             parser.error(f"{', '.join(missing)}: peers are not installed here; run `make bench`")
         results_path.parent.mkdir(parents=True, exist_ok=True)
-        for name in options.only:
+        for name in chosen:
             results[name] = run(name, model, quick=options.quick)
             results_path.write_text(json.dumps(results, indent=1) + "\n")
     page_path.write_text(render(results))
@@ -164,11 +176,13 @@ def main() -> int:
         (page_path.parent / "figures").mkdir(exist_ok=True)
         (page_path.parent / "figures" / name).write_text(svg)
     print(f"{page_path}, {results_path}")
-    served = results.get("serving", {}).get("measured")
-    if served and (served["failed"] or served["stamped"] != served["requests"]):
-        print(f"{served['failed']} failed requests, {served['stamped']} of {served['requests']} stamped")
-        return 1
-    return 0
+    wrong = 0
+    for name in ("serving", "vllm_serving"):
+        served = results.get(name, {}).get("measured")
+        if served and (served["failed"] or served["stamped"] != served["requests"]):
+            print(f"{name}: {served['failed']} failed, {served['stamped']} of {served['requests']} stamped")
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":
