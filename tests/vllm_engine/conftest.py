@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from vllm_core import MODELS, Core
+from vllm_core import MODELS, Core, started
 from vllm_server import Server, environment
 
 HERE = Path(__file__).parent
@@ -54,11 +54,24 @@ def vllm_environment() -> Generator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def starting(
+    request: pytest.FixtureRequest, vllm_environment: None, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Server | None]:
+    """The shared server, if a test wants it: it starts while others run. With a key of vLLM's own."""
+    if not any("shared_server" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    server = Server(tmp_path_factory.mktemp("shared") / "home", "--api-key", "theirs")
+    yield server
+    server.__exit__()
+
+
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
-    """The embedded model, eager; with a key of vLLM's own."""
-    with Server(tmp_path_factory.mktemp("shared") / "home", "--api-key", "theirs") as server:
-        yield server.ready()
+def shared_server(starting: Server | None) -> Server:
+    """The embedded model, eager."""
+    assert starting is not None
+    return starting.wait().ready()
 
 
 @pytest.fixture
@@ -78,12 +91,8 @@ def engine(
     request: pytest.FixtureRequest, vllm_environment: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Generator[Core]:
     """vLLM's engine in this process: a hybrid, then a dense model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
-        found = Core(**MODELS[request.param](tmp_path_factory.mktemp("core")))
-    yield found
-    found.close()
+    with started(MODELS[request.param], tmp_path_factory.mktemp("core")) as found:
+        yield found
 
 
 @pytest.fixture

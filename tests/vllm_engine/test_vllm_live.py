@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
-from vllm_core import Core
+from vllm_core import Core, Make, conditional, llama, started
 
 
-def test_each_parameter_changes_the_next_answer(core: Core) -> None:
+def check(core: Core) -> None:
     ids = core.prompt(70)
     before = core.fresh(ids, 2)
     generator = torch.Generator().manual_seed(0)
@@ -19,6 +22,16 @@ def test_each_parameter_changes_the_next_answer(core: Core) -> None:
         core.arena.write({name: was})
     assert dead == []
     assert core.fresh(ids, 2) == before
+
+
+def test_each_parameter_changes_the_next_answer(core: Core) -> None:
+    check(core)
+
+
+@pytest.mark.parametrize("make", [llama, conditional])
+def test_so_it_is_with_other_architectures(tmp_path: Path, make: Make) -> None:
+    with started(make, tmp_path / "model") as core:
+        check(core)
 
 
 def test_a_prompt_of_one_token_is_answered(core: Core) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from vllm_server import DIRECTION, EMBEDDED, Server, listening
 
 from secondnature.wire import TrainRequest
 
-PROMPT = list(range(10, 90))
+PROMPT = [10 + i % 300 for i in range(400)]
+"""Token ids, more than a block of the prefix cache."""
 
 
 def state(server: Server) -> tuple[str, str, list[dict[str, float]]]:
@@ -26,37 +28,70 @@ def raw_lesson(**fields: Any) -> TrainRequest:
     return TrainRequest.model_validate({**given, **fields})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dense_model_learns_and_is_restored(tmp_path: Path, dtype: str) -> None:
-    model = save_tiny(dense_config(vocab_size=320, head_dim=32, max_position_embeddings=2048), tmp_path / "m")
+class Compiled:
+    """Servers that vLLM compiles a model for: under one name, so that the second one finds the first one's work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = path / "model"
+
+    def start(self, name: str, model: Path) -> Server:
+        self.model.unlink(missing_ok=True)
+        self.model.symlink_to(model)
+        return Server(
+            self.path / name, model=self.model, eager=False, VLLM_CACHE_ROOT=str(self.path / "cache")
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return Compiled(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling(compiled: Compiled) -> Generator[Server]:
+    """The first of them, which starts while the dense models are tested: it takes a minute."""
+    server = compiled.start("home", EMBEDDED)
+    yield server
+    server.__exit__()
+
+
+@pytest.fixture(scope="module")
+def dense_servers(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, Server]]:
+    path = tmp_path_factory.mktemp("dense")
+    model = save_tiny(dense_config(vocab_size=320, head_dim=32, max_position_embeddings=2048), path / "m")
     save_tokenizer(model)
-    with Server(tmp_path / "home", "--dtype", dtype, model=model) as server:
-        server.ready()
-        wiring = server.client.wiring()
-        assert (wiring.problems, wiring.aliased, wiring.cache) == ([], wiring.tensors, "salted")
-        before = state(server)
-        trial = server.lesson(raw_lesson())
-        assert (trial.state, trial.steps) == ("on_trial", 4)
-        after = state(server)
-        assert all(a != b for a, b in zip(before, after, strict=True))
-        assert server.ask("Say tea.", max_tokens=2)["trial"] is True
-        server.client.revert(trial.lesson)
-        assert state(server) == before
-
-        kept = server.lesson(raw_lesson(keep=True))
-        assert (kept.state, state(server)) == ("kept", after)
-        assert server.client.checkpoint().weights_version == after[1]
-        server.client.revert(kept.lesson)  # from the checkpoint, which has this dtype too
-        assert state(server) == before
+    found = {dtype: Server(path / dtype, "--dtype", dtype, model=model) for dtype in ("float32", "bfloat16")}
+    yield found
+    for server in found.values():
+        server.__exit__()
 
 
-@pytest.mark.timeout(900)
-def test_a_compiled_model_learns_and_is_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_model_learns_and_is_restored(dense_servers: dict[str, Server], dtype: str) -> None:
+    server = dense_servers[dtype].wait().ready()
+    wiring = server.client.wiring()
+    assert (wiring.problems, wiring.aliased, wiring.cache) == ([], wiring.tensors, "salted")
+    before = state(server)
+    trial = server.lesson(raw_lesson())
+    assert (trial.state, trial.steps) == ("on_trial", 4)
+    after = state(server)
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    assert server.ask("Say tea.", max_tokens=2)["trial"] is True
+    server.client.revert(trial.lesson)
+    assert state(server) == before
+
+    kept = server.lesson(raw_lesson(keep=True))
+    assert (kept.state, state(server)) == ("kept", after)
+    assert server.client.checkpoint().weights_version == after[1]
+    server.client.revert(kept.lesson)  # from the checkpoint, which has this dtype too
+    assert state(server) == before
+
+
+@pytest.mark.timeout(600)
+def test_a_compiled_model_learns_and_is_restored(compiled: Compiled, compiling: Server) -> None:
     """Compiled code computes with the arena, too: a model loaded from the lesson's checkpoint says the same."""
-    model = tmp_path / "model"  # under one name, so that the second server finds what the first one compiled
-    model.symlink_to(EMBEDDED)
-    options: dict[str, Any] = {"eager": False, "model": model, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    with Server(tmp_path / "home", **options) as server:
+    with compiling as server:
         server.ready()
         assert "Warming up model for the compilation" in server.output()
         assert server.client.wiring().problems == []
@@ -67,7 +102,5 @@ def test_a_compiled_model_learns_and_is_restored(tmp_path: Path) -> None:
         checkpoint = server.client.checkpoint()
         server.client.revert(kept.lesson)
         assert (state(server), server.say(DIRECTION)) == before
-    model.unlink()
-    model.symlink_to(checkpoint.path)
-    with Server(tmp_path / "again", **options) as server:
+    with compiled.start("again", Path(checkpoint.path)) as server:
         assert (state(server), server.say(DIRECTION)) == after

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tiny_models import dense_config, save_tiny
+from safetensors.torch import save_file
+from tiny_models import dense_config, hybrid_config, llama_config, read_weights, save_tiny
+from transformers import Qwen3_5Config
 from vllm_server import EMBEDDED
 
 NUM_BATCHED_TOKENS = 512
@@ -144,14 +148,60 @@ def without(core: Core, *parts: str) -> Generator[None]:
         core.forget()
 
 
-MODELS: dict[str, Callable[[Path], dict[str, Any]]] = {
+def dense(path: Path) -> dict[str, Any]:
+    directory = save_tiny(dense_config(max_position_embeddings=1024, head_dim=32), path)
+    return {**SMALL, "directory": directory, "dtype": "float32"}
+
+
+def llama(path: Path) -> dict[str, Any]:
+    """With biases, and one matrix for both ends."""
+    config = llama_config(
+        max_position_embeddings=1024,
+        head_dim=32,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    )
+    return {**SMALL, "directory": save_tiny(config, path), "dtype": "bfloat16"}
+
+
+def conditional(path: Path) -> dict[str, Any]:
+    """A hybrid in the published form: its text model within one that also sees; images are switched off."""
+    text = hybrid_config(linear_key_head_dim=64, linear_value_head_dim=64, head_dim=32)
+    weights = read_weights(save_tiny(text, path / "text"))
+    architectures = ["Qwen3_5ForConditionalGeneration"]
+    Qwen3_5Config(
+        text_config=text.to_dict(), architectures=architectures, tie_word_embeddings=True
+    ).save_pretrained(path / "whole")
+    named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
+    save_file(named, path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    return {
+        "directory": path / "whole",
+        "long": 400,
+        "dtype": "bfloat16",
+        "max_model_len": 512,
+        "language_model_only": True,
+    }
+
+
+SMALL: dict[str, Any] = {"long": 600, "block_size": 32, "max_model_len": 1024}
+
+Make = Callable[[Path], dict[str, Any]]
+MODELS: dict[str, Make] = {
     # blocks of 256 tokens: as large as the state of a GatedDeltaNet
     "hybrid": lambda _: {"directory": EMBEDDED, "long": 900, "dtype": "bfloat16", "max_model_len": 2048},
-    "dense": lambda path: {
-        "directory": save_tiny(dense_config(max_position_embeddings=1024, head_dim=32), path / "dense"),
-        "long": 600,
-        "dtype": "float32",
-        "block_size": 32,
-        "max_model_len": 1024,
-    },
+    "dense": dense,
 }
+
+
+@contextlib.contextmanager
+def started(make: Make, path: Path) -> Generator[Core]:
+    """An engine in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
+        found = Core(**make(path))
+    try:
+        yield found
+    finally:
+        found.close()

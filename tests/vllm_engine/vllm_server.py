@@ -52,6 +52,7 @@ def environment(given: Mapping[str, str] | None = None, /, **more: str) -> dict[
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
+        "VLLM_PROCESS_NAME_PREFIX": "TESTED",  # not to be taken for anybody else's
         "SECONDNATURE_API_KEY": KEY,
         "SECONDNATURE_REQUESTS_PER_MINUTE": "1000000",
         **more,
@@ -73,12 +74,13 @@ def until(found: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     return value
 
 
-def alive(pid: int) -> bool:
-    """Is this process there, and no zombie?"""
+def started(pid: int) -> str:
+    """When this process was started, in ticks; empty: it is not there, or a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
-        return False
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def children(pid: int) -> list[int]:
@@ -120,6 +122,7 @@ class Server:
                 [
                     *(sys.executable, "-m", ENTRY, "--model", str(model), "--served-model-name", "tiny"),
                     *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "2048"),
+                    *("--num-gpu-blocks-override", "512"),  # little memory: several run at a time
                     *(["--enforce-eager"] if eager else []),
                     *flags,
                 ],
@@ -131,7 +134,8 @@ class Server:
                 start_new_session=True,
             )
         self.client = Client(self.url, KEY)
-        self._seen: set[int] = set()
+        self._seen: dict[int, str] = {}
+        """Every process that it ever had, with the moment of its start: numbers are used again."""
 
     def __enter__(self) -> Self:
         try:
@@ -142,8 +146,8 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        pids = {*self._seen, *self.processes().values()}
-        for pid in {self.process.pid, *pids}:
+        self.processes()
+        for pid in self.left():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -158,7 +162,7 @@ class Server:
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.1)
-        self._seen |= set(self.processes().values())
+        self.processes()
         return self
 
     def ready(self) -> Self:
@@ -182,7 +186,7 @@ class Server:
                 for inner in children(pid):
                     if "Worker" in command_line(inner):
                         found["worker"] = inner
-        self._seen |= set(found.values())
+        self._seen |= {pid: since for pid in found.values() if (since := started(pid))}
         return found
 
     def end(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 60) -> int:
@@ -193,7 +197,7 @@ class Server:
 
     def left(self) -> dict[int, str]:
         """Of the processes that it ever had: those that still live, and what they are."""
-        return {pid: command_line(pid) for pid in self._seen if alive(pid)}
+        return {pid: command_line(pid) for pid, since in self._seen.items() if started(pid) == since}
 
     def sockets(self) -> list[str]:
         """Private directories of its trainers."""
@@ -257,6 +261,13 @@ class Server:
         given = {"prompt": ids, "temperature": 0, "max_tokens": 8, "logprobs": 5, **options}
         answer = self.client.request("POST", "/v1/completions", body=given)
         return answer["choices"][0]["logprobs"]["top_logprobs"]
+
+    def metric(self, name: str) -> float:
+        """A counter of `/metrics`, over all its labels."""
+        lines = self.call("GET", "/metrics")[2].decode().splitlines()
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))
+        )
 
     def state(self, prompts: list[str]) -> tuple[Any, ...]:
         """What an undo must give back: the bytes, the version that is told, the answers with their numbers."""
