@@ -72,6 +72,8 @@ def widen(source: Path, directory: Path, factor: int) -> Path:
     for name in SCALED:
         if hasattr(config, name):
             setattr(config, name, factor * getattr(config, name))
+    if config.num_attention_heads > 16 * config.num_key_value_heads:  # vLLM's attention on CPUs takes no more
+        config.num_key_value_heads *= factor
     shutil.copytree(
         source, directory, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "card.json")
     )

@@ -185,11 +185,14 @@ def vllm(
         started: list[int] = []
         try:
             with httpx2.Client(base_url=url, timeout=600, trust_env=False) as http:
-                _await(process, http, folder / "log", begun)
+                _await(process, http, begun)
                 start_s = time.monotonic() - begun
                 key = (home / "key").read_text().strip() if home is not None else None
                 with Client(url, key, timeout_s=600) as client:
                     yield Vllm(url, process.pid, http, start_s, client if plugin else None)
+        except Exception as e:
+            e.add_note("the log of vLLM ends with:\n" + _errors(folder / "log"))
+            raise
         finally:
             started = descendants(process.pid)
             process.terminate()
@@ -197,6 +200,12 @@ def vllm(
                 process.wait(60)
             end(started)
             process.wait(10)
+
+
+def _errors(log: Path) -> str:
+    """The last lines that speak of an error, or of us."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines if re.search("rror|secondnature", line)][-30:])
 
 
 def end(pids: Iterable[int]) -> None:
@@ -207,12 +216,11 @@ def end(pids: Iterable[int]) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _await(process: subprocess.Popen[bytes], http: httpx2.Client, log: Path, begun: float) -> None:
+def _await(process: subprocess.Popen[bytes], http: httpx2.Client, begun: float) -> None:
     while True:
         with suppress(httpx2.TransportError):
             if http.get("/health").status_code == 200:
                 return
         if process.poll() is not None or time.monotonic() - begun > START_S:
-            lines = [x for x in log.read_text(errors="replace").splitlines() if re.search("rror|second", x)]
-            raise RuntimeError("vLLM did not start:\n" + "\n".join(lines[-30:]))
+            raise RuntimeError("vLLM did not start")
         time.sleep(0.05)

@@ -114,7 +114,7 @@ def _theirs(model: Path, turns: int, exported: Path) -> dict[str, Any]:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Both ways, for both models."""
-    turns = 2 if settings.quick else 4
+    turns = 2 if settings.quick else 3
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="secondnature-bench-") as folder:
         models = [settings.model]

@@ -78,6 +78,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
         r"linear_key_head_dim 16.*both 128",
     ),
     "attention heads": (lambda p: save_tiny(dense_config(), p), {}, r"heads are 16 wide; .*one of 32, 64"),
+    "queries per key": (
+        lambda p: save_tiny(dense_config(head_dim=32, num_attention_heads=18, num_key_value_heads=1), p),
+        {},
+        r"18 heads of queries share one of keys; .*16 at most",
+    ),
     "adapters": (dense, {"enable_lora": True}, r"ConfigError: .*LoRA .*\(leave --enable-lora out\)"),
     "speculative": (
         dense,

@@ -203,6 +203,8 @@ def check(made: Any) -> None:
     _check_memory(directory, model.dtype.itemsize)
 
 
+MAX_QUERIES_PER_KEY = 16
+"""In vLLM's attention on CPUs: with more, its worker ends at the first batch (csrc/cpu/cpu_attn_impl.hpp)."""
 _GPU = "start it on CPUs; what is missing for GPUs: docs/decisions/vllm-on-gpus-and-many-ranks.md"
 
 
@@ -213,13 +215,20 @@ def _sees(made: Any) -> bool:
 
 
 def _check_attention(made: Any) -> None:
-    """Has vLLM a kernel for heads of this size? It finds out at the first prompt. Raises UnsupportedModel."""
+    """Has vLLM a kernel for such heads? It finds out when it is asked. Raises UnsupportedModel."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     found, known = int(made.model_config.get_head_size()), CPUAttentionBackend.get_supported_head_sizes()
     if found not in known:
         raise UnsupportedModel(
             f"the attention's heads are {found} wide; on CPUs vLLM expects one of {', '.join(map(str, known))}",
+            "serve it with the local engine (`secondnature serve`)",
+        )
+    text = made.model_config.hf_text_config
+    group = int(text.num_attention_heads) // int(text.num_key_value_heads)
+    if group > MAX_QUERIES_PER_KEY:
+        raise UnsupportedModel(
+            f"{group} heads of queries share one of keys; on CPUs vLLM expects {MAX_QUERIES_PER_KEY} at most",
             "serve it with the local engine (`secondnature serve`)",
         )
 
