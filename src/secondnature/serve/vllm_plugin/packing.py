@@ -17,7 +17,18 @@ from torch import Tensor
 __all__ = ["install", "is_plain"]
 
 
+FEW = 64
+"""Rows up to which the weight is the product's first factor."""
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`. For few rows the weight goes first: it is read as it lies, in two thirds of the time."""
+    if bias is None and x.dtype is torch.bfloat16 and not torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.size(-1))
+        if rows.size(0) == 1:
+            return torch.mv(weight, rows[0]).view(*x.shape[:-1], weight.size(0))
+        if rows.size(0) <= FEW:
+            return torch.mm(weight, rows.t()).t().contiguous().view(*x.shape[:-1], weight.size(0))
     return torch.nn.functional.linear(x, weight, bias)
 
 
