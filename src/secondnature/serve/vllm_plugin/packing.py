@@ -3,8 +3,8 @@
 
 vLLM's CPU build copies matrices into layouts of oneDNN or AMX at load and drops the Parameter, or keeps it as a
 dead second copy; on processors with avx512_bf16 also the convolution of a GatedDeltaNet. A write would then change
-nothing. Here matrices are multiplied by `F.linear`, and the convolution's kernels are given the plain weight. The
-costs at one token and at eight: docs/benchmarks.md, `engine`.
+nothing. Here matrices are multiplied as they lie, and the convolution's kernels are given the plain weight. The
+price: docs/benchmarks.md, Inside vLLM.
 """
 
 from __future__ import annotations
