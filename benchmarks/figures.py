@@ -99,12 +99,14 @@ def _panel(panel: Panel, left: float, top: float, key: str) -> str:
         return y0 - (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low)) * (y0 - y1)
 
     parts = [label(x0, top + 14, panel.title, "head", "start")]
+    names_of_shades: list[str] = []
     for x_from, x_to, text, ground in panel.shades:
         a, b = px(max(x_from, x_low)), px(min(x_to, x_high))
         parts.append(
             f'<rect x="{a:.1f}" y="{y1:g}" width="{b - a:.1f}" height="{y0 - y1:g}" fill="{ground}"/>'
         )
-        parts.append(label((a + b) / 2, y1 + 12, text, "shade"))
+        names_of_shades.append(label((a + b) / 2, y1 + 12, text, "shade"))
+    parts += names_of_shades  # over all grounds: one may be narrower than its name
     for t in y_ticks:
         parts.append(f'<line class="grid" x1="{x0:g}" y1="{py(t):.1f}" x2="{x1:g}" y2="{py(t):.1f}"/>')
         parts.append(label(x0 - 6, py(t) + 4, number(t), "tick", "end"))
