@@ -221,8 +221,8 @@ def where(results: dict[str, Any]) -> str:
     models = ", ".join(dict.fromkeys(f"`{e['model']}`" for e in entries))
     return (
         f"*{span}, commit {commits}, model {models}, {sum(e['seconds'] for e in entries):.0f} s; other "
-        f"programs meanwhile used up to {percent(max(e['others_cpu'] for e in entries))} of the machine's "
-        "CPU time*"
+        "programs, and processes of these servers that nobody waited for at their end, used up to "
+        f"{percent(max(e['others_cpu'] for e in entries))} of the machine's CPU time*"
     )
 
 
