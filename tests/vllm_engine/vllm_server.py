@@ -74,7 +74,7 @@ def until(found: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     return value
 
 
-def started(pid: int) -> str:
+def born(pid: int) -> str:
     """When this process was started, in ticks; empty: it is not there, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -186,7 +186,7 @@ class Server:
                 for inner in children(pid):
                     if "Worker" in command_line(inner):
                         found["worker"] = inner
-        self._seen |= {pid: since for pid in found.values() if (since := started(pid))}
+        self._seen |= {pid: since for pid in found.values() if (since := born(pid))}
         return found
 
     def end(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 60) -> int:
@@ -197,7 +197,7 @@ class Server:
 
     def left(self) -> dict[int, str]:
         """Of the processes that it ever had: those that still live, and what they are."""
-        return {pid: command_line(pid) for pid, since in self._seen.items() if started(pid) == since}
+        return {pid: command_line(pid) for pid, since in self._seen.items() if born(pid) == since}
 
     def sockets(self) -> list[str]:
         """Private directories of its trainers."""
