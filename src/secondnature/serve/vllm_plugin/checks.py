@@ -204,7 +204,7 @@ def check(made: Any) -> None:
 
 
 MAX_QUERIES_PER_KEY = 16
-"""In vLLM's attention on CPUs: with more, its worker ends at the first batch (csrc/cpu/cpu_attn_impl.hpp)."""
+"""In vLLM's attention on CPUs: with more, its worker ends at the first batch (cpu_attn_impl.hpp)."""
 _GPU = "start it on CPUs; what is missing for GPUs: docs/decisions/vllm-on-gpus-and-many-ranks.md"
 
 
@@ -224,8 +224,8 @@ def _check_attention(made: Any) -> None:
             f"the attention's heads are {found} wide; on CPUs vLLM expects one of {', '.join(map(str, known))}",
             "serve it with the local engine (`secondnature serve`)",
         )
-    text = made.model_config.hf_text_config
-    group = int(text.num_attention_heads) // int(text.num_key_value_heads)
+    queries = int(made.model_config.hf_text_config.num_attention_heads)
+    group = queries // int(made.model_config.get_total_num_kv_heads())
     if group > MAX_QUERIES_PER_KEY:
         raise UnsupportedModel(
             f"{group} heads of queries share one of keys; on CPUs vLLM expects {MAX_QUERIES_PER_KEY} at most",

@@ -22,7 +22,11 @@ FEW = 64
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`. For few rows the weight goes first: it is read as it lies, in two thirds of the time."""
+    """`F.linear`: x [..., in], weight [out, in], bias [out] -> [..., out].
+
+    For few rows of bf16 the weight goes first: a large matrix then takes 70 % of the time
+    (docs/decisions/packing-off.md). Not in compiled code: a branch on the number of rows would be fixed there.
+    """
     if bias is None and x.dtype is torch.bfloat16 and not torch.compiler.is_compiling():
         rows = x.reshape(-1, x.size(-1))
         if rows.size(0) == 1:

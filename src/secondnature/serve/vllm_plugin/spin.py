@@ -2,9 +2,8 @@
 """vLLM's processes wait for each other without keeping a core busy, so that the trainer gets one.
 
 On CPUs the engine core and its worker look for each other's messages in a loop around `sched_yield`: two cores at
-full load while anything is generated, whoever else needs them. Linux 6.18 (until "sched/fair: Fix zero_vruntime
-tracking fix", April 2026) even lets such a loop starve a process beside it for many seconds. Here the loop sleeps
-between two looks.
+full load while anything is generated, whoever else needs them. On Linux 6.18 such a loop was seen to starve a
+process beside it for up to 17 s (docs/decisions/waiting-without-a-core.md). Here it sleeps between two looks.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PAUSE_S = 50e-6
 
 
 def install() -> None:
-    """In this process (engine core, worker), on CPUs; harmless when called again."""
+    """Replace `sched_yield` in this process (engine core, worker), on CPUs; later calls change nothing."""
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
 
