@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from secondnature.errors import Busy, NotFound, WrongState
 from secondnature.evidence.certificate import verify
 from secondnature.records import Evidence, OptimizerSettings
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import content_id
 
 TAUGHT = ["tea", "oak", "red", "kite", "jam", "hats", "gold", "foam"]
 HELD_OUT = [w for w in WORDS if w not in TAUGHT]

@@ -16,7 +16,7 @@ from secondnature import wire
 from secondnature.errors import Cancelled
 from secondnature.lessons.trainer import Trainer
 from secondnature.train import worker
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import content_id
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,14 @@ class Home:
         with storage.storage_errors(path):
             return path.read_text().strip()
 
+    def base_version(self) -> str | None:
+        """The version of the model's own weights, as the home knows it; None: it is new, or cannot be read."""
+        try:
+            found = json.loads((self.path / "home.json").read_text()).get("base_version")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
+
     def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
         """Tie a new home to its model; check that an old one still belongs to it.
 
@@ -99,8 +107,8 @@ class Home:
         for key, what in (("fingerprint", "architecture"), ("base_version", "weights")):
             if known.get(key) != mine[key]:
                 raise BadCheckpoint(
-                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:17]}) are not "
-                    f"those of {model_dir} ({mine[key][:17]})",
+                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:19]}) are not "
+                    f"those of {model_dir} ({mine[key][:19]})",
                     "serve that model, or give this one another --home",
                 )
 

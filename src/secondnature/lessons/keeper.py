@@ -54,7 +54,8 @@ from secondnature.records import (
     to_jsonl,
     utc_now,
 )
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
 
 LOG = logging.getLogger(__name__)
@@ -287,8 +288,8 @@ class Keeper:
         job.phase = "training"
         done = self._train(job, examples, replay, answers_before)
         # ------------------------------------------------------------------------------------ on trial
-        weights = {n: t.clone() for n, t in self._arena.tensors.items()}
-        lesson = self.log.write_delta(job.lesson, self.log.truth(), weights)
+        before_it = self.log.durable_weights(check=False)  # `write_delta` sees whether they are the parent
+        lesson = self.log.write_delta(job.lesson, before_it, self._arena.tensors)
         assert lesson.version is not None, "write_delta names the version"
         self._clock.settle(lesson.version, trial=True)
         until = utc_now() + timedelta(seconds=self._settings.trial_lease_s)
@@ -455,15 +456,14 @@ class Keeper:
 
     def _restore(self) -> None:
         """Write the durable weights into the arena; nobody else may be writing."""
-        self._arena.settle()
+        self._arena.close_torn_write()
         try:
-            weights = self.log.truth()
-            self._arena.write(weights)
+            self._arena.write(self.log.durable_weights(check=False))
         except SecondnatureError as e:
             self.trouble = f"the weights could not be restored: {e}"
             LOG.exception("restore")
             return
-        version = content_id(self._arena.tensors)
+        version = content_id(self._arena.tensors, like=self._kept_version())
         if version != self._kept_version():
             self.trouble = f"the weights are {version} after an undo; expected {self._kept_version()}"
             LOG.error(self.trouble)
@@ -490,8 +490,7 @@ class Keeper:
         job.lesson = ended
 
     def _kept_version(self) -> str:
-        head = self.log.head()
-        return head.version if head is not None and head.version is not None else self.log.base_version
+        return self.log.kept_version()
 
     # --------------------------------------------------------------------------------------- commands
 
@@ -546,7 +545,7 @@ class Keeper:
         target = self.log.prepare_revert(lesson, self._clock.version)
         entry = self.log.create_revert(lesson)
         self._arena.write(target)
-        version = content_id(self._arena.tensors)
+        version = content_id(self._arena.tensors, like=entry.version)
         if version != entry.version:
             self.trouble = f"the weights are {version} after the revert; expected {entry.version}"
             raise WeightsError(self.trouble, "restart the server: it rebuilds them from disk")
@@ -556,7 +555,7 @@ class Keeper:
 
     def _checkpoint_command(self) -> CheckpointReply:
         version = self._kept_version()
-        self.log.save_checkpoint(self.log.truth(), version)
+        self.log.save_checkpoint(self.log.durable_weights(), version)
         self._checkpoint_due = None
         return self.checkpoint_state()
 

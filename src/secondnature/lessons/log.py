@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from secondnature.records import (
     utc_now,
 )
 from secondnature.weights import checkpoint, delta
-from secondnature.weights.arena import content_id
 from secondnature.wire import LessonDetail
 
 DELTA_FILE = "delta.safetensors"
@@ -168,25 +167,50 @@ class Log:
             return self._base_dir, 0
         return current, int(checkpoint.state(current).get("lesson", 0))
 
-    def truth(self) -> dict[str, torch.Tensor]:
-        """The weights that the disk stands for: checkpoint plus the deltas of the kept entries after it.
+    def durable_weights(
+        self, *, check: bool = True, without: Lesson | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the disk stands for, tensor by tensor in the order of names.
+
+        They are the checkpoint and the deltas of the kept entries after it, without the newest if so wanted.
+        `check`: as in `delta.replayed`; until the last tensor was taken they are unchecked.
 
         Raises:
             BadCheckpoint: the checkpoint is missing or damaged.
             BadDelta: a delta is missing, damaged, or does not continue the state before it.
         """
         directory, held = self._source()
-        weights = checkpoint.read(directory, self._dtypes)
-        for lesson in self.all():
-            if lesson.state == "kept" and lesson.number > held:
-                difference = delta.read(*self._delta_of(lesson))
-                if content_id(weights) != lesson.parent:
-                    raise BadDelta(
-                        f"lesson {lesson.id} starts from {lesson.parent}; the lessons before it end elsewhere",
-                        "restore the home from a backup",
-                    )
-                delta.apply_(weights, difference)
-        return weights
+        version = str(checkpoint.state(directory).get("version")) if held else self.base_version
+        kept = [x for x in self.all() if x.state == "kept" and x.number > held]
+        if without is not None and without in kept:
+            kept.remove(without)
+        elif without is not None:
+            undo = {
+                "kind": "revert",
+                "reverts": without.id,
+                "parent": without.version,
+                "version": without.parent,
+            }
+            kept.append(without.model_copy(update=undo))
+        links: list[delta.Link] = []
+        for lesson in kept:
+            path, sha256 = self._delta_of(lesson)
+            ends = {"before": str(lesson.parent), "after": str(lesson.version), "name": f"lesson {lesson.id}"}
+            if links and links[-1].delta.path == path:
+                links.pop()  # a lesson and its revert
+            else:
+                links.append(delta.Link(delta.open_(path, sha256), **ends))
+        source = checkpoint.stream(directory, self._dtypes)
+        return delta.replayed(source, links, source_id=version, check=check)
+
+    def truth(self) -> dict[str, torch.Tensor]:
+        """`durable_weights`, all at once: for tests of small models."""
+        return dict(self.durable_weights())
+
+    def check_durable_weights(self, without: Lesson | None = None) -> None:
+        """Read them all, to the byte, and keep none. Raises: as `durable_weights`."""
+        for _ in self.durable_weights(without=without):
+            pass
 
     def _delta_of(self, lesson: Lesson) -> tuple[Path, str | None]:
         while lesson.kind == "revert":
@@ -199,6 +223,11 @@ class Log:
         return max(
             (x for x in self._lessons.values() if x.state == "kept"), key=lambda x: x.number, default=None
         )
+
+    def kept_version(self) -> str:
+        """The version of the durable weights, as the entries name it."""
+        head = self.head()
+        return head.version if head is not None and head.version is not None else self.base_version
 
     def optimizer_file(self, rank: int | None = None) -> Path | None:
         """The optimizer's state that belongs to the present weights; None: a fresh one.
@@ -221,15 +250,23 @@ class Log:
         return "o" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def write_delta(
-        self, lesson: Lesson, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+        self, lesson: Lesson, before: Iterable[tuple[str, torch.Tensor]], after: Mapping[str, torch.Tensor]
     ) -> Lesson:
-        """Store what a lesson did to the weights; the entry with its version and checksum (not yet saved)."""
-        difference = delta.between(before, after)
-        sha256 = delta.write(difference, self.directory(lesson) / DELTA_FILE)
-        return lesson.model_copy(update={"version": difference.result, "delta_sha256": sha256})
+        """Store what a lesson did to the weights; the entry with its version and checksum (not yet saved).
 
-    def prepare_revert(self, lesson: Lesson, current: str) -> dict[str, torch.Tensor]:
-        """The weights as they were before a kept entry, checked to the byte; nothing is written yet.
+        Raises:
+            BadDelta: `before` (in the order of names) are not the weights that the lesson started from.
+        """
+        written = delta.write(self.directory(lesson) / DELTA_FILE, before, after, like=lesson.parent)
+        if written.base != lesson.parent:
+            raise BadDelta(
+                f"lesson {lesson.id} started from {lesson.parent}; the weights before it are {written.base}",
+                "restore the home from a backup",
+            )
+        return lesson.model_copy(update={"version": written.result, "delta_sha256": written.sha256})
+
+    def prepare_revert(self, lesson: Lesson, current: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights as they were before a kept entry, tensor by tensor; all were read and checked to the byte.
 
         Raises:
             WrongState: the entry is not kept, or later ones stand on it.
@@ -249,14 +286,8 @@ class Log:
                 f"later lessons stand on {lesson.id}: {', '.join(later)}",
                 "revert the newest first, one after another",
             )
-        weights = self.truth()
-        delta.apply_(weights, delta.read(*self._delta_of(lesson)))
-        found = content_id(weights)
-        if found != lesson.parent:
-            raise BadDelta(
-                f"undoing {lesson.id} would give {found}; expected {lesson.parent}", "restore from a backup"
-            )
-        return weights
+        self.check_durable_weights(without=lesson)
+        return self.durable_weights(without=lesson, check=False)
 
     def create_revert(self, lesson: Lesson) -> Lesson:
         """The entry that takes a kept one back; kept from the moment it is written."""
@@ -284,7 +315,7 @@ class Log:
         version = None if directory == self._base_dir else str(checkpoint.state(directory).get("version"))
         return directory, version, held
 
-    def save_checkpoint(self, weights: dict[str, torch.Tensor], version: str) -> Path:
+    def save_checkpoint(self, weights: Iterable[tuple[str, torch.Tensor]], version: str) -> Path:
         """Make the working copy hold the present kept weights.
 
         Raises:
@@ -301,7 +332,7 @@ class Log:
             "lesson": held,
             "saved_at": utc_now().isoformat(),
         }
-        return checkpoint.save(self._home.model_root, directory, weights, note)
+        return checkpoint.save(self._home.model_root, directory, weights, note, self._dtypes)
 
 
 def _read_lesson(path: Path) -> Lesson:

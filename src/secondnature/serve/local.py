@@ -38,7 +38,8 @@ from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 from secondnature.wire import Wiring
 
 LOG = logging.getLogger("secondnature")
@@ -99,17 +100,18 @@ def assemble(settings: Settings) -> Generator[Parts]:
     """
     torch.set_num_threads(settings.engine_threads)
     directory = model_directory(settings)
-    base = checkpoint.read(directory)
-    base_version = content_id(base)
+    arena = Arena.reserve(checkpoint.specs(directory))
+    for name, tensor in checkpoint.stream(directory):
+        arena.fill(name, tensor)
     with contextlib.ExitStack() as stack:
         home = Home(settings.home)
         stack.callback(home.close)
+        base_version = content_id(arena.tensors, like=home.base_version())
         home.bind(directory, load.fingerprint(directory), base_version)
         log = Log(home, directory, base_version)
-        weights = log.truth()
-        arena = Arena.create(weights)
-        clock = Clock(arena, content_id(weights))
-        del base, weights
+        if log.kept_version() != base_version:
+            arena.write(log.durable_weights())
+        clock = Clock(arena, log.kept_version())
         model = load.build(directory, arena.tensors)
         self_test(model)
         tokenizer = chat.read_tokenizer(directory)

@@ -31,7 +31,7 @@ from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
 from secondnature.web.metrics import register
 from secondnature.weights import checkpoint
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import ContentHasher
 from secondnature.wire import Wiring
 
 __all__ = ["begin"]
@@ -166,21 +166,20 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     headers = {name: names.Header.of(tensor) for name, tensor in arena.tensors.items()}
     arena.seen_as(names.views(names.plan(directory, headers), arena.tensors))
     dtypes = {name: tensor.dtype for name, tensor in arena.tensors.items()}
-    base = checkpoint.read(directory, dtypes)
-    for name, tensor in base.items():
+    hasher = ContentHasher(home.base_version())
+    for name, tensor in checkpoint.stream(directory, dtypes):
+        hasher.add(name, tensor)
         if not torch.equal(tensor, arena.tensors[name]):
             raise UnsupportedModel(
                 f"{name}: the engine holds other values than {directory}",
                 "it changes weights while loading them, and a lesson's undo would not know how",
             )
-    version = content_id(base)
+    version = hasher.id()
     home.bind(directory, load.fingerprint(directory), version, "vllm")
     log = Log(home, directory, version, dtypes)
-    weights = log.truth()
-    kept = content_id(weights)
-    if kept != version:
-        arena.write(weights)
-    return Clock(arena, kept), log
+    if log.kept_version() != version:
+        arena.write(log.durable_weights())
+    return Clock(arena, log.kept_version()), log
 
 
 def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
