@@ -18,6 +18,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     ├── TooLarge(ValueError)           413  a body or a field over its limit
     ├── Busy(RuntimeError)             429  a queue is full, or too many requests
     ├── StorageError(OSError)          507  the disk refused (full, read-only); nothing was acknowledged
+    │   └── NotDurable                      written and seen by all, but a loss of power may still take it back
     ├── WeightsError(RuntimeError)     500  weights could not be read, mapped or written
     │   ├── UnsupportedModel           400  the architecture or dtype cannot be trained here
     │   ├── BadCheckpoint                   a file of weights is broken or of another model
@@ -50,6 +51,7 @@ __all__ = [
     "Exploded",
     "HomeInUse",
     "NonFinite",
+    "NotDurable",
     "NotFound",
     "SandboxFailed",
     "SecondnatureError",
@@ -159,6 +161,10 @@ class StorageError(SecondnatureError, OSError):
     """The disk refused; nothing was acknowledged."""
 
     status = 507
+
+
+class NotDurable(StorageError):
+    """The new content is in place, but the disk did not say that it would outlast a loss of power."""
 
 
 class WeightsError(SecondnatureError, RuntimeError):

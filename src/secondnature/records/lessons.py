@@ -58,10 +58,14 @@ class Cause(Record):
 
     corrections: list[str] = []
     """Digests (`Correction.digest`), in order; the texts lie beside it in corrections.jsonl."""
+    examples: list[str] = []
+    """Digests of the examples' tokens, in order, however they were given; empty in entries of older versions."""
     num_examples: int = 0
     num_replay: int = 0
+    num_replay_left_out: int = 0
+    """Examples that were not replayed: a probe asks just that, or they do not fit the model."""
     num_retries: int = 0
-    """How often the same corrections were tried before: each halves the gate's alpha."""
+    """How often the same set of examples was judged before this lesson began: each halves the gate's alpha."""
 
 
 class Moved(Record):
@@ -87,6 +91,10 @@ class Lesson(Record):
     """`0001-listening`: number and behaviour."""
     number: int
     job: str
+    idempotency_key: str | None = None
+    """Of the request that made it: sent again, it gets the same answer, and no second lesson."""
+    request_digest: str | None = None
+    """Of that request, where it had such a key."""
     kind: Literal["train", "revert"] = "train"
     state: LessonState = "queued"
     behaviour: str | None = None
@@ -112,6 +120,10 @@ class Lesson(Record):
     optimizer_before: str | None = None
     """Id of the lesson whose directory holds the optimizer's state before this one; None: a fresh state."""
     optimizer_after: str | None = None
+    optimizer_sha256: str | None = None
+    """Checksum of the file with the optimizer's state after it."""
+    stopped_by: str = ""
+    """Why training stopped."""
     verdict: Verdict | None = None
     reason: str = ""
     """One sentence: why it was kept or undone."""

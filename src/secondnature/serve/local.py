@@ -31,8 +31,8 @@ from secondnature.engines.local.engine import Engine
 from secondnature.engines.stamps import Clock
 from secondnature.errors import ConfigError, SecondnatureError
 from secondnature.lessons.home import Home
-from secondnature.lessons.keeper import Keeper
 from secondnature.lessons.log import Log
+from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
@@ -72,9 +72,9 @@ class Parts:
         return self.teaching.clock
 
     @property
-    def keeper(self) -> Keeper:
+    def runner(self) -> Runner:
         """The one that changes them."""
-        return self.teaching.keeper
+        return self.teaching.runner
 
 
 def model_directory(settings: Settings) -> Path:
@@ -142,8 +142,8 @@ def assemble(settings: Settings) -> Generator[Parts]:
             wiring=lambda: _wiring(model, arena),
         )
         parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer))
-        teaching.keeper.start()
-        stack.callback(teaching.keeper.stop)
+        teaching.runner.start()
+        stack.callback(teaching.runner.stop)
         yield parts
 
 

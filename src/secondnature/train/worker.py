@@ -426,6 +426,7 @@ def main(endpoint: str, parent: int) -> None:
     socket.setsockopt(zmq.LINGER, 2000)
     socket.connect(endpoint)
     try:
+        socket.send(wire.encode(wire.Hello(os.getpid())))
         Worker(socket, parent).serve()
     finally:
         socket.close()

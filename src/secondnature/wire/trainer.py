@@ -86,6 +86,12 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Server -> trainer: end the process."""
 
 
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """Trainer -> server: here I am; the first word of either."""
+
+    pid: int
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """Trainer -> server: mapped and checked."""
 
@@ -119,7 +125,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 ToTrainer = Attach | Train | Cancel | Shutdown
-ToServer = Ready | Progress | Done | Failed
+ToServer = Hello | Ready | Progress | Done | Failed
 _encoder = msgspec.msgpack.Encoder()
 _to_trainer: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""The teaching parts around a running vLLM: home, arena, clock, keeper, trainer, routes (vLLM's API server).
+"""The teaching parts around a running vLLM: home, arena, clock, runner, trainer, routes (vLLM's API server).
 
 Start-up: the home was locked when the configuration was checked. Here the engine's memory is mapped, compared with
 the checkpoint that it was loaded from, brought to what the home's log stands for, and only then does vLLM open its
@@ -98,8 +98,8 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
     )
-    register(teaching.keeper, teaching.clock)
-    teaching.keeper.start()
+    register(teaching.runner, teaching.clock)
+    teaching.runner.start()
     LOG.info("secondnature: %s serves %s, home %s", name, teaching.clock.version, teaching.home.path)
 
 
@@ -206,6 +206,6 @@ def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
 
 def _stop(teaching: Teaching, ours: OwnThread) -> None:
     """Undo what is open, end the trainer, give the home back."""
-    teaching.keeper.stop()
+    teaching.runner.stop()
     ours.stop()
     teaching.home.close()
