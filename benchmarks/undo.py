@@ -17,10 +17,10 @@ import torch
 from common import THREADS, Settings, alternate, examples, load, ratio, say, spread, timed
 from torch import Tensor
 
+from secondnature.lessons.home import Home
+from secondnature.lessons.log import DELTA_FILE, Log
 from secondnature.model.load import fingerprint
 from secondnature.records import Lesson, OptimizerSettings
-from secondnature.serve.home import Home
-from secondnature.serve.log import DELTA_FILE, Log
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import train_step
 from secondnature.weights import checkpoint, delta
