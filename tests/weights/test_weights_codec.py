@@ -20,7 +20,7 @@ def test_a_block_and_its_difference_give_the_other_block(data: st.DataObject, si
     before, mask = (
         np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), np.uint8) for _ in range(2)
     )
-    after = before ^ (mask if data.draw(st.booleans()) else mask & 1)
+    after = np.bitwise_xor(before, mask if data.draw(st.booleans()) else mask & np.uint8(1))
     packed = codec.Packer().difference(before, after)
     assert (packed == b"") == bool((before == after).all())
     assert len(packed) <= codec.max_packed_bytes(size)

@@ -50,9 +50,10 @@ def test_the_kernels_barrier_works_here() -> None:
 def test_the_barrier_stands_between_counters_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begun, barrier, weights, barrier, done; and a barrier on both sides of a look."""
     seen: list[tuple[int, int]] = []
-    memory = np.zeros(HEADER_BYTES // 8, np.uint64)
+    raw = bytearray(HEADER_BYTES)
+    memory = np.frombuffer(raw, np.uint64)
     monkeypatch.setattr(counters, "_barrier", lambda: seen.append((int(memory[1]), int(memory[2]))))
-    mine = Counters(memoryview(memory).cast("B"))
+    mine = Counters(memoryview(raw))
     with mine.writing():
         seen.append((-1, -1))
     assert seen == [(1, 0), (-1, -1), (1, 0)]

@@ -65,6 +65,7 @@ print(json.dumps({"model": arena.nbytes, "start": at_start * 1024 - arena.nbytes
 """
 
 
+@pytest.mark.slow
 def test_every_step_stays_far_below_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LlamaConfig(
         vocab_size=8192,

@@ -8,6 +8,7 @@ only what was made here is ever removed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -135,7 +136,8 @@ def save(
     clean(root)
     taken = {p.name for p in root.iterdir()}
     name = str(note["version"])
-    final = root / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+    numbered = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    final = root / next(n for n in numbered if n not in taken)
     temporary = storage.temporary_name(root / name)
     if isinstance(tensors, Mapping):
         dtypes = {name: tensor.dtype for name, tensor in named(tensors)}
@@ -246,8 +248,7 @@ def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], t
                     "are these weights of another model?",
                 )
             file.seek(starts[spec.key])
-            for block in blocks(tensor):
-                file.write(block.data)
+            file.writelines(block.data for block in blocks(tensor))
             del tensor  # before the next one is made
         if missing:
             raise BadCheckpoint(f"tensor {next(iter(missing))} was not given", "are the weights complete?")

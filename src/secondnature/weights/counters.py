@@ -91,7 +91,7 @@ class Counters:
 
     def __init__(self, memory: memoryview) -> None:
         if isinstance(_barrier, WeightsError):
-            raise _barrier
+            raise WeightsError(_barrier.message, _barrier.hint)
         self._order = _barrier
         # [magic, writes begun, writes done, requests in flight]; aligned 8-byte stores, one writer of each
         self._words = np.frombuffer(memory, dtype=np.uint64, count=4)

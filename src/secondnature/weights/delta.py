@@ -82,16 +82,13 @@ def write(
                     f"the weights before have tensor {name} where those after have {wanted or 'no more'}",
                     "are they of the same model, in the order of names?",
                 )
-            start, changed = file.tell(), False
-            for was, is_ in zip(old.passing(name, tensor), new.passing(name, now), strict=True):
-                packed = packer.difference(was, is_)
-                changed = changed or bool(packed)
-                file.write(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
-            if changed:
+            start = file.tell()
+            if _write_blocks(file, packer, old.passing(name, tensor), new.passing(name, now)):
                 places[name] = ("U8", (file.tell() - start,), file.tell() - start)
                 sizes[f"bytes:{name}"] = str(now.nbytes)
             else:
                 file.seek(start)
+            del tensor  # before the next one is made
         missing = next(expected, None)
         if missing is not None:
             raise BadDelta(f"the weights before have no tensor {missing}", "are they of the same model?")
@@ -102,6 +99,18 @@ def write(
         file.write(header(places, metadata, room))
         sha256 = _sha256(file)
     return Written(base, result, sha256)
+
+
+def _write_blocks(
+    file: BinaryIO, packer: codec.Packer, before: Iterator[codec.Bytes], after: Iterator[codec.Bytes]
+) -> bool:
+    """One tensor's blocks; whether any has changed."""
+    changed = False
+    for was, is_ in zip(before, after, strict=True):
+        packed = packer.difference(was, is_)
+        changed = changed or bool(packed)
+        file.write(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
+    return changed
 
 
 def _room(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> int:
