@@ -11,10 +11,20 @@ import contextlib
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import BinaryIO
 
 from secondnature.errors import StorageError
 
-__all__ = ["append_line", "make_dir", "read_lines", "storage_errors", "sync_dir", "write_bytes", "write_text"]
+__all__ = [
+    "append_line",
+    "make_dir",
+    "read_lines",
+    "replacing",
+    "storage_errors",
+    "sync_dir",
+    "write_bytes",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -49,26 +59,33 @@ def make_dir(path: Path) -> Path:
     return path
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file as a whole; durable when this returns.
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends; durable after it.
 
     Raises:
-        StorageError: the disk refused; the old content is still there.
+        StorageError: the disk refused; the old content is still there, as after any other error in the block.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_dir(path.parent)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole; durable when this returns. Raises as `replacing` does."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:

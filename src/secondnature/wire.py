@@ -147,7 +147,7 @@ class ReplaySettings(Body):
     """What is mixed in against forgetting."""
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
-    """Share of replayed examples in a batch."""
+    """Share of replayed examples in a batch, which has at most 4096 examples, replay included."""
     match: ReplayMatch | None = None
     """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
     model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
@@ -426,6 +426,12 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Server -> trainer: end the process."""
 
 
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """Trainer -> server: the first word, before anything heavy is imported; `Attach` may be sent now."""
+
+    pid: int
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """Trainer -> server: mapped and checked."""
 
@@ -434,10 +440,31 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """Trainer -> server: one line of metrics.jsonl (`kind`: step, look, kl)."""
+    """Trainer -> server: one line of metrics.jsonl (`kind`: step, look, kl), or how far a phase is.
+
+    `{"kind": "phase", "phase": a TrainerPhase, "done": n, "total": m}` (0: not known) is news, not a record: it is
+    told some times a second at most, and written nowhere.
+    """
 
     job: str
+    """Empty while the weights are mapped."""
     metric: dict[str, Any]
+
+
+TrainerPhase = Literal[
+    "mapping the weights",
+    "checking the model",
+    "loading the optimizer's state",
+    "recording answers for the KL",
+    "recording replay",
+    "reading the teacher",
+    "reading references",
+    "looking at development probes",
+    "training",
+    "measuring the KL",
+    "saving the optimizer's state",
+]
+"""What the trainer is doing, in the order in which a lesson comes through; looks come between the steps."""
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
@@ -449,6 +476,9 @@ class Done(msgspec.Struct, tag="done", frozen=True):
     kl: dict[str, float]
     moved: list[dict[str, Any]]
     stopped_by: str
+    """Why no further step was made: a key of `records.STOPPED_BY`, which has the sentences."""
+    optimizer_sha256: str = ""
+    """Of the optimizer's state as it lies on disk, 64 hex digits."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -459,7 +489,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 ToTrainer = Attach | Train | Cancel | Shutdown
-ToServer = Ready | Progress | Done | Failed
+ToServer = Hello | Ready | Progress | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_trainer: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)

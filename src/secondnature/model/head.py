@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from secondnature.model.gradients import GradientSink
 from secondnature.model.upcast import stored_linear
 
-__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps"]
+__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps", "token_ranks"]
 
 MAX_LOGITS = 2**22
 """Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
@@ -100,6 +100,35 @@ def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits:
     rows = max(1, max_logits // hidden_ND.shape[0])
     bias = head.linear.bias
     return _Sliced.apply(hidden_ND, weight, bias, targets_N, rows, sink, name)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def token_ranks(
+    head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits: int = MAX_LOGITS
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N) of the targets, in nats, and whether each is the likeliest token (N).
+
+    Of equally likely tokens the first counts, as in a greedy answer. Without gradients.
+    """
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, rows = found[0], max(1, max_logits // hidden_ND.shape[0])
+    bias: Any = head.linear.bias
+    picked_N, best_N, token_N, sums = None, None, None, []
+    for start in range(0, weight.shape[0], rows):
+        logits, _ = _slice(hidden_ND, weight, bias, start, rows)
+        sums.append(torch.logsumexp(logits, dim=1))
+        here, column = _within(targets_N, start, logits.shape[1])
+        target = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+        top, place = logits.max(dim=1)
+        if picked_N is None or best_N is None or token_N is None:
+            picked_N, best_N, token_N = target, top, place
+            continue
+        picked_N = torch.where(here, target, picked_N)
+        token_N = torch.where(top > best_N, place + start, token_N)
+        best_N = torch.maximum(top, best_N)
+    assert picked_N is not None
+    return picked_N - torch.logsumexp(torch.stack(sums), dim=0), targets_N == token_N
 
 
 class _Sliced(torch.autograd.Function):

@@ -373,6 +373,8 @@ class Keeper:
         )
 
         def on_progress(metric: dict[str, object]) -> None:
+            if metric.get("kind") == "phase":  # news, not a record
+                return
             self.log.add_metric(job.lesson, metric)
             if metric.get("kind") == "step":
                 job.step = int(str(metric["step"]))
