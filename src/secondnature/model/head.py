@@ -25,10 +25,12 @@ from torch.nn import functional as F
 from secondnature.model.gradients import GradientSink
 from secondnature.model.upcast import stored_linear
 
-__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps", "token_ranks"]
+__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps", "token_ranks", "whole_logits"]
 
 MAX_LOGITS = 2**22
 """Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
+MAX_CAST = 2**24
+"""Elements of the head's weight that are cast at a time where no gradient asks for the whole (64 MB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Head:
     """The two parts of a language model: logits = linear(body(ids).last_hidden_state)."""
 
     body: nn.Module
-    linear: nn.Module
+    linear: Any
 
 
 _FOUND: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
@@ -102,6 +104,22 @@ def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits:
     return _Sliced.apply(hidden_ND, weight, bias, targets_N, rows, sink, name)  # pyright: ignore[reportReturnType]
 
 
+def whole_logits(head: Head, hidden_ND: Tensor) -> Tensor:
+    """All logits (N, V); without gradients the weight is cast a piece at a time, and never whole."""
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, bias = found[0], head.linear.bias
+    rows = max(1, MAX_CAST // weight.shape[1])
+    if torch.is_grad_enabled() or weight.dtype == hidden_ND.dtype or weight.shape[0] <= rows:
+        return head.linear(hidden_ND)
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight))
+    for start in range(0, len(weight), rows):
+        here = slice(start, start + rows)
+        part = weight[here].to(hidden_ND.dtype)
+        logits_NV[:, here] = F.linear(hidden_ND, part, None if bias is None else bias[here])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    return logits_NV
+
+
 @torch.no_grad()
 def token_ranks(
     head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits: int = MAX_LOGITS
@@ -112,8 +130,8 @@ def token_ranks(
     """
     found = stored_linear(head.linear)
     assert found is not None, "find_head has seen to it"
-    weight, rows = found[0], max(1, max_logits // hidden_ND.shape[0])
-    bias: Any = head.linear.bias
+    weight, bias = found[0], head.linear.bias
+    rows = max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight.shape[1]))
     picked_N, best_N, token_N, sums = None, None, None, []
     for start in range(0, weight.shape[0], rows):
         logits, _ = _slice(hidden_ND, weight, bias, start, rows)

@@ -136,7 +136,7 @@ class Apollo:
         if self.task_vector is not None:
             if name not in self.task_vector:
                 self.task_vector[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                self._norms_before[name] = float(parameter.float().norm())
+                self._norms_before[name] = float(torch.linalg.vector_norm(parameter, dtype=torch.float32))
                 self._noise[name] = 0.0
             total = self.task_vector[name]
         noise = write_(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
-from secondnature.model.head import find_head, target_logps, token_logps, token_ranks
+from secondnature.model.head import find_head, target_logps, token_logps, token_ranks, whole_logits
 
 __all__ = [
     "Prefix",
@@ -223,7 +223,7 @@ def continuation_logits(
     counts = [len(c) for c in continuations] if last is None else list(last)
     head = find_head(model)
     rows = _outputs(model if head is None else head.body, prefix, continuations, counts, version)
-    return list((rows if head is None else head.linear(rows)).split(counts))
+    return list((rows if head is None else whole_logits(head, rows)).split(counts))
 
 
 def continuation_logps(

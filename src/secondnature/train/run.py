@@ -29,6 +29,7 @@ from secondnature.train.apollo import Apollo
 from secondnature.train.guard import Bounds, vocab_size
 from secondnature.train.looks import look_at
 from secondnature.train.losses import Reference
+from secondnature.train.memory import give_back
 from secondnature.train.phases import Check, Phases, Report
 from secondnature.train.state import load_optimizer, save_optimizer
 from secondnature.train.step import StepResult, references, train_step
@@ -39,6 +40,8 @@ __all__ = ["MAX_KL_TOKENS", "PAUSE_S", "TrainingRun", "model_in"]
 LOG = logging.getLogger("secondnature.trainer")
 PAUSE_S = 0.05
 """How often a pausing trainer looks whether the requests are answered."""
+GIVE_BACK_S = 1.0
+"""Between two times that freed memory is returned while steps are made."""
 MAX_KL_TOKENS = 64
 """Positions of an answer at which the lesson's KL is measured, from its first token on."""
 
@@ -83,6 +86,7 @@ class TrainingRun:
         self._share = share
         self._bounds: Bounds | None = None
         self._other_at_start = 0.0
+        self._gave_back = time.monotonic()
         try:
             settings = OptimizerSettings.model_validate(job.optimizer)
         except ValidationError as e:
@@ -185,6 +189,7 @@ class TrainingRun:
             chosen = fresh + [num_new + i for i in old if i < num_pool]
             held = [material.anchors[i - num_pool] for i in old if i >= num_pool]
             result = self._step(material, chosen, held, check)
+            self._give_back()
             if self._bounds is None and result.wrote:
                 self._bounds = Bounds.after(job.objective, result.losses, result.grad_norm)
             rate = result.num_tokens / max(time.monotonic() - begun, 1e-9)
@@ -209,6 +214,12 @@ class TrainingRun:
         while self.arena.load and time.monotonic() < until:
             time.sleep(min(PAUSE_S, max(0.0, until - time.monotonic())))
             check()
+
+    def _give_back(self) -> None:
+        """What the step has freed, unless that was done a moment ago: pages come back at a price."""
+        if time.monotonic() - self._gave_back >= GIVE_BACK_S:
+            give_back()
+            self._gave_back = time.monotonic()
 
     def _cool(self, step: int) -> None:
         """The learning rate of this step: it falls in a straight line over the last `cooldown` of the steps."""

@@ -58,6 +58,7 @@ class Worker:
             return self._attached(message)
         if isinstance(message, wire.Train):
             self._answered(message.job, lambda: self._trained(message))
+            _give_back()
         elif isinstance(message, wire.Shutdown):
             self._ended = True
         return None
@@ -123,6 +124,13 @@ class Worker:
         if isinstance(message, wire.Shutdown):
             self._ended = True
             raise Cancelled("the server is shutting down")
+
+
+def _give_back() -> None:
+    """What a job held."""
+    from secondnature.train.memory import give_back
+
+    give_back(collect=True)
 
 
 def end_with(parent: int, endpoint: str) -> None:
