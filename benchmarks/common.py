@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from secondnature.model.load import build, context_limit, encode_answer, encode_chat, read_tokenizer
+from secondnature.model.chat import encode_answer, encode_chat, read_tokenizer
+from secondnature.model.load import build, context_limit
 from secondnature.records import Correction, Example, Message
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena

@@ -20,7 +20,8 @@ from secondnature.train import phases
 from secondnature.train.looks import look_at
 from secondnature.train.phases import Phases
 from secondnature.train.run import TrainingRun
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 
 Made = tuple[Arena, nn.Module]
 

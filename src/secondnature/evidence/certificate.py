@@ -59,7 +59,7 @@ def compare(
     gate: GateSettings,
     num_retries: int = 0,
 ) -> Comparison:
-    """Judge one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
+    """Prober one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
     alpha = level(gate, num_retries)
     after = before + gains - losses
     figures: dict[str, Any] = {

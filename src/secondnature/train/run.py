@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from secondnature import wire
-from secondnature.data.replay import batches
 from secondnature.errors import BadInput, Exploded, NonFinite, TrainingError
 from secondnature.model import names
 from secondnature.model.load import build
 from secondnature.records import STOPPED_BY, Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
 from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
 from secondnature.train.apollo import Apollo
+from secondnature.train.batches import batches
 from secondnature.train.guard import Bounds, vocab_size
 from secondnature.train.looks import look_at
 from secondnature.train.losses import Reference

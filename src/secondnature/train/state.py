@@ -51,7 +51,7 @@ def save_optimizer(optimizer: Apollo, path: Path, each: Each = unwatched) -> str
     tensors, metadata = optimizer.state_dict()
     order = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
     hasher = hashlib.sha256()
-    with storage.replacing(path) as file:
+    with storage.writing(path) as file:
         header = _header({name: tensors[name] for name in order}, metadata)
         hasher.update(header)
         file.write(header)
