@@ -169,6 +169,7 @@ class Reporter:
 def main(arguments: list[str] | None = None) -> int:
     """Train (or go on training), evaluate, write the model to `--out`."""
     args = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: nothing is downloaded
     import torch
     from transformers.utils import logging
 

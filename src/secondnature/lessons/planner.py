@@ -228,9 +228,8 @@ class Planner:
         batch_size = min(request.batch_size, num_examples)
         steps = _steps(request, math.ceil(num_examples / batch_size))
         share = request.replay.share
-        own = _spread(
-            replay.own, steps * num_replayed(batch_size, share)
-        )  # more would be sampled for nothing
+        num_old = num_replayed(batch_size, share) if replay.works or replay.own else 0
+        own = _spread(replay.own, steps * num_old)  # more would be sampled for nothing
         return Plan(
             objective=objective,
             steps=steps,

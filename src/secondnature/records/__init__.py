@@ -40,6 +40,7 @@ from secondnature.records.jsonl import (
 )
 from secondnature.records.lessons import (
     OPEN_STATES,
+    STOPPED_BY,
     Cause,
     ErrorInfo,
     Example,
@@ -65,6 +66,7 @@ __all__ = [
     "MAX_LINE_BYTES",
     "OPEN_STATES",
     "SCHEMA_VERSION",
+    "STOPPED_BY",
     "Cause",
     "Check",
     "Comparison",

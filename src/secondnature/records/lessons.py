@@ -36,13 +36,16 @@ class OptimizerSettings(Record):
     eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps of a lesson, from its first, over which the learning rate rises in a straight line. Every lesson warms
+    up anew, also where it continues with the optimizer's state of an earlier one."""
     scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     """Multiplies the per-tensor alpha."""
     proj_refresh: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     """Steps after which the projections are drawn anew."""
     norm_growth_limit: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] = 1.01
     cooldown: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    """Share of a lesson's steps, at its end, over which the learning rate falls towards 0 in a straight line."""
+    """Share of a lesson's steps, at its end, over which the learning rate falls towards 0 in a straight line; like
+    `warmup_steps` it counts the lesson's own steps."""
 
 
 class ErrorInfo(Record):
@@ -173,3 +176,14 @@ class KlMetric(Record):
     """Mean over the prompt's positions."""
     num_tokens: int = 0
     """Positions that were compared, of all prompts together."""
+
+
+STOPPED_BY: dict[str, str] = {
+    "max_steps": "all steps that were asked for were made",
+    "until_margin": "the margin that was asked for was reached",
+    "until_passed": "as many development probes passed as were asked for",
+    "until_margin and until_passed": "the margin was reached, and as many probes passed as were asked for",
+    "the other side gave way": "the other side of the behaviour gave way: more steps would have done harm",
+    "learned": "every example was learned: no further step would have had anything to learn from",
+}
+"""Why training stopped: what the trainer says (`wire.Done.stopped_by`), and the sentence for whoever reads it."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # this module is a process's main; before transformers reads it
+
 import torch
 import transformers
 import uvicorn

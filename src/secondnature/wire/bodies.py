@@ -133,7 +133,7 @@ class ReplaySettings(Body):
     """What is mixed in against forgetting."""
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
-    """Share of replayed examples in a batch."""
+    """Share of replayed examples in a batch, which has at most 4096 examples, replay included."""
     match: ReplayMatch | None = None
     """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
     model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
