@@ -106,6 +106,7 @@ class Trained:
                 "loss": done.loss,
                 "kl": done.kl,
                 "optimizer_after": job.lesson.id,
+                "optimizer_sha256": done.optimizer_sha256 or None,
                 "stopped_by": done.stopped_by,
                 "reason": done.stopped_by,
             }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -143,10 +144,8 @@ def end_with(parent: int, endpoint: str) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_S)
-        path = Path(endpoint.removeprefix("ipc://"))
-        with contextlib.suppress(OSError):  # nobody else is left to clean up
-            path.unlink()
-            path.parent.rmdir()
+        directory = Path(endpoint.removeprefix("ipc://")).parent  # nobody else is left to clean up
+        shutil.rmtree(directory, ignore_errors=True)
         os._exit(0)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
