@@ -1,0 +1,102 @@
+"""What the gate asks for, and the certificate that says what it found: counts, and what follows (any process)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from secondnature.records.base import SCHEMA_VERSION, Record
+
+Verdict = Literal["kept", "undone", "inconclusive"]
+
+
+class GateSettings(Record):
+    """When a lesson is kept. Lowering a minimum is allowed and said in the evidence."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] = 0.025
+    min_gain_probes: Annotated[int, Field(ge=1, le=100_000)] = 60
+    min_gain_seeds: Annotated[int, Field(ge=1, le=100_000)] = 20
+    guard_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.05
+    min_guard_probes: Annotated[int, Field(ge=1, le=100_000)] = 300
+    other_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.10
+    min_other_probes: Annotated[int, Field(ge=1, le=100_000)] = 120
+
+
+class Flip(Record):
+    """A probe whose verdict changed, with both answers."""
+
+    prompt: str
+    before: str
+    after: str
+    gained: bool
+
+
+class Comparison(Record):
+    """One probe set before and after a lesson: the counts, and what follows from them."""
+
+    name: str
+    """The behaviour the set measures."""
+    role: Literal["gain", "other", "guard"]
+    n: int
+    num_seeds: int
+    before: int
+    """How many passed before."""
+    after: int
+    gains: int
+    """fail -> pass"""
+    losses: int
+    """pass -> fail"""
+    before_interval: tuple[float, float]
+    """Clopper-Pearson, 95 %."""
+    after_interval: tuple[float, float]
+    difference_interval: tuple[float, float] | None = None
+    margin: float | None = None
+    """Non-inferiority margin (a share); None for the gain."""
+    alpha: float
+    method: str
+    """Name and version of the test, e.g. `mcnemar-midp/1`."""
+    p: float | None = None
+    passed: bool | None = None
+    """None: not judged (a guard the model failed anyway, or too few probes)."""
+    harm_p: float | None = None
+    """One-sided p of "more losses than gains"; harm is shown where it is small and the test was not passed."""
+    harmed: bool = False
+    n_needed: int | None = None
+    """The n that would do, where the set was too small to say; None where no n would."""
+    mean_margin_before: float | None = None
+    mean_margin_after: float | None = None
+    clusters: list[tuple[int, int, int]] = []
+    """Per scenario seed: (n, gains, losses); p of the cluster test follows from it. Empty: one probe per seed."""
+    flips: list[Flip] = []
+    note: str = ""
+
+
+class Evidence(Record):
+    """The certificate of a lesson: every figure can be recomputed from the counts in it."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    sentence: str
+    """The verdict in one sentence."""
+    before_version: str
+    after_version: str
+    comparisons: list[Comparison]
+    behaviour: str = ""
+    gate: GateSettings = GateSettings()
+    d_prime_before: float | None = None
+    """z(hit rate on the right side) - z(false-accept rate on the other side); 0 for a yes-sayer."""
+    d_prime_after: float | None = None
+    d_prime_after_low: float | None = None
+    """One-sided lower limit of d' after the lesson (delta method, level alpha)."""
+    d_prime_change_high: float | None = None
+    """One-sided upper limit of the change of d'; below 0 a fall is shown."""
+    d_prime_passed: bool | None = None
+    alpha: float
+    """The level of the tests: `gate.alpha` halved `num_retries` times."""
+    num_retries: int = 0
+    seed: int = 0
+    probes_sha256: str
+    """Hash over the digests of all probes that were asked."""
+    created_at: datetime

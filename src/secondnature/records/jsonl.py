@@ -1,0 +1,98 @@
+"""Files of one record per line: read whole or refused, with the file, the line and the mend (any process).
+
+Everything is read before anything is used (plan, validate, apply).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from secondnature.errors import BadRecord, TooLarge
+
+MAX_LINE_BYTES = 1_000_000
+"""A longer line in a JSONL file is refused: no correction is a megabyte."""
+MAX_FILE_BYTES = 100_000_000
+R = TypeVar("R", bound=BaseModel)
+
+
+def describe_errors(problems: Sequence[Any]) -> str:
+    """The first of pydantic's problems in one line: where, what, how many more."""
+    first: dict[str, Any] = problems[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        what = f"unknown field `{where}`"
+    else:
+        what = str(first["msg"]).removeprefix("Value error, ")
+        what = f"{where}: {what}" if where else what
+        if isinstance(first.get("input"), bool | int | float):
+            what += f" (found {first['input']!r})"[:80]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return what + more
+
+
+def describe(error: ValidationError) -> str:
+    """`describe_errors` of a validation error."""
+    return describe_errors(error.errors(include_url=False, include_input=False, include_context=False))
+
+
+def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
+    """All records of a JSONL text, or an error that names the line; nothing is half read.
+
+    Raises:
+        BadRecord: not UTF-8, not JSON, an unknown field, a wrong value, or no record at all.
+        TooLarge: a line over `MAX_LINE_BYTES`.
+    """
+    expected = f"expected one {kind.__name__.lower()} per line, as JSON"
+    records: list[R] = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise TooLarge(
+                f"{where}: {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read", "split or shorten it"
+            )
+        try:
+            records.append(kind.model_validate(json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError as e:
+            raise BadRecord(
+                f"{where}: not UTF-8 text (byte {e.start}); {expected}", "is it a binary file?"
+            ) from None
+        except json.JSONDecodeError as e:
+            raise BadRecord(
+                f"{where}, column {e.colno}: not JSON ({e.msg}); {expected}", "mend the line"
+            ) from None
+        except RecursionError:
+            raise BadRecord(f"{where}: nested too deeply; {expected}", "mend the line") from None
+        except ValidationError as e:
+            raise BadRecord(f"{where}: {describe(e)}", "see docs/reference/files.md for the fields") from None
+    if not records:
+        raise BadRecord(f"{source}: no records found; {expected}", "is it the right file?")
+    return records
+
+
+def read_jsonl(path: Path, kind: type[R]) -> list[R]:
+    """All records of a JSONL file (see `parse_jsonl`).
+
+    Raises:
+        BadRecord: the file is missing, unreadable or has a broken line.
+        TooLarge: the file is over `MAX_FILE_BYTES`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise TooLarge(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read", "split the file")
+        data = path.read_bytes()
+    except OSError as e:
+        raise BadRecord(f"{path}: {e.strerror or e}", "check the path") from None
+    return parse_jsonl(data, kind, source=str(path))
+
+
+def to_jsonl(records: list[Any]) -> str:
+    """Records as JSONL, fields that are None left out."""
+    return "".join(r.model_dump_json(exclude_none=True) + "\n" for r in records)

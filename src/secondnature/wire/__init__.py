@@ -1,0 +1,112 @@
+"""Every message that crosses a boundary, and the client (any process).
+
+HTTP bodies are pydantic models, the trainer's messages msgspec structs: nothing is ever unpickled. `Client` is
+imported when it is asked for, so that server and trainer do without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from secondnature.wire.bodies import (
+    BIG,
+    Body,
+    ChatCompletionRequest,
+    CheckpointReply,
+    CompletionRequest,
+    CorrectionsReply,
+    ErrorReply,
+    FeedbackReply,
+    FeedbackRequest,
+    Health,
+    ImportRequest,
+    JobList,
+    JobStatus,
+    LessonDetail,
+    LessonInfo,
+    LessonList,
+    Objective,
+    ReplayMatch,
+    ReplaySettings,
+    SdftSettings,
+    Stop,
+    StreamOptions,
+    TrainReply,
+    TrainRequest,
+    Wiring,
+)
+from secondnature.wire.trainer import (
+    Attach,
+    Cancel,
+    Done,
+    Failed,
+    Layout,
+    Look,
+    Progress,
+    Ready,
+    Shutdown,
+    ToServer,
+    ToTrainer,
+    Train,
+    Work,
+    decode_for_server,
+    decode_for_trainer,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from secondnature.wire.client import Client
+
+__all__ = [
+    "BIG",
+    "Attach",
+    "Body",
+    "Cancel",
+    "ChatCompletionRequest",
+    "CheckpointReply",
+    "Client",
+    "CompletionRequest",
+    "CorrectionsReply",
+    "Done",
+    "ErrorReply",
+    "Failed",
+    "FeedbackReply",
+    "FeedbackRequest",
+    "Health",
+    "ImportRequest",
+    "JobList",
+    "JobStatus",
+    "Layout",
+    "LessonDetail",
+    "LessonInfo",
+    "LessonList",
+    "Look",
+    "Objective",
+    "Progress",
+    "Ready",
+    "ReplayMatch",
+    "ReplaySettings",
+    "SdftSettings",
+    "Shutdown",
+    "Stop",
+    "StreamOptions",
+    "ToServer",
+    "ToTrainer",
+    "Train",
+    "TrainReply",
+    "TrainRequest",
+    "Wiring",
+    "Work",
+    "decode_for_server",
+    "decode_for_trainer",
+    "encode",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`Client`, at its first use. Raises AttributeError."""
+    if name == "Client":
+        from secondnature.wire.client import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,338 @@
+"""The bodies of HTTP, in both directions (any process). The OpenAPI document is made from them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from secondnature.records import (
+    Correction,
+    ErrorInfo,
+    Evidence,
+    Example,
+    GateSettings,
+    KlSet,
+    Lesson,
+    LessonState,
+    Message,
+    Name,
+    OptimizerSettings,
+    Probe,
+    Prompt,
+    Text,
+    TokenIds,
+    Unicode,
+)
+
+
+class Body(BaseModel):
+    """Base of our own bodies: an unknown field is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Objective = Literal["sft", "orpo", "dpo", "dpop", "sdft"]
+ReplayMatch = Literal["answer", "distribution"]
+Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+BIG = 2**62
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class _Sampling(BaseModel):
+    """Fields that both kinds of completion share. What OpenAI clients may send besides is accepted and ignored
+    only where ignoring it cannot change the answer; `n > 1`, `tools` and penalties are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[Unicode, Field(max_length=500)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    seed: Annotated[int, Field(ge=-BIG, le=BIG)] | None = None
+    stop: Annotated[Unicode, Field(min_length=1, max_length=200)] | Stop | None = None
+    n: Literal[1] = 1
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    user: Annotated[Unicode, Field(max_length=500)] | None = None
+    metadata: dict[Unicode, Unicode] | None = None
+    cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
+
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+
+class ChatCompletionRequest(_Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(_Sampling):
+    """`POST /v1/completions`: text or token ids."""
+
+    prompt: (
+        Annotated[Unicode, Field(min_length=1, max_length=2_000_000)]
+        | Annotated[TokenIds, Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+
+
+class FeedbackRequest(Body):
+    """`POST /v1/feedback`: what the user thinks of a completion."""
+
+    completion_id: Annotated[Unicode, Field(min_length=1, max_length=200)]
+    rating: Annotated[int, Field(ge=-1, le=1)] | None = None
+    corrected: Annotated[Text, Field(min_length=1)] | None = None
+    text: Annotated[Text, Field(min_length=1)] | None = None
+    """What the user said about the answer."""
+    behaviour: Name | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.rating is None and self.corrected is None and self.text is None:
+            raise ValueError("nothing said: expected at least one of rating, corrected, text")
+        return self
+
+
+class FeedbackReply(Body):
+    """The correction's id, after it is durable."""
+
+    id: str
+    correction: Correction
+
+
+class CorrectionsReply(Body):
+    """`GET /v1/corrections`, and the answer to an import."""
+
+    corrections: list[Correction]
+
+
+class ImportRequest(Body):
+    """`POST /v1/corrections`: an import; all of it or nothing."""
+
+    corrections: Annotated[list[Correction], Field(min_length=1, max_length=10_000)]
+
+
+class ReplaySettings(Body):
+    """What is mixed in against forgetting."""
+
+    share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
+    """Share of replayed examples in a batch."""
+    match: ReplayMatch | None = None
+    """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
+    model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
+    made, unless `until_margin` or `until_passed` is reached. Default: `answer` for `examples` and lessons,
+    `distribution` for the model's own answers to `prompts`."""
+    weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 1.0
+    """Of the KL, beside the loss of the new examples. Used with `distribution` only."""
+    examples: Annotated[list[Correction], Field(max_length=10_000)] = []
+    """General examples of the user (`chosen` is the wanted answer)."""
+    prompts: Annotated[list[Prompt], Field(max_length=10_000)] = []
+    """General prompts: the model's own answers to them, sampled before the first write, are replayed."""
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 0.0
+    """Of those answers; 0: greedy."""
+    lessons: bool = True
+    """Also replay the corrections of earlier kept lessons; those without a written answer as `prompts`."""
+
+
+class SdftSettings(Body):
+    """Self-distillation: the model with the user's comment in its context teaches the model without it."""
+
+    samples: Annotated[int, Field(ge=1, le=32)] = 4
+    """Answers sampled per correction, before the first write."""
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
+    """Of the samples; 0: greedy, all of a correction alike."""
+
+
+class LessonInfo(Body):
+    """What a lesson is about."""
+
+    behaviour: Name | None = None
+    note: Annotated[Unicode, Field(max_length=2000)] = ""
+
+
+class TrainRequest(Body):
+    """`POST /v1/train`. Exactly one source: `examples`, `corrections` or `ledger: true`."""
+
+    examples: Annotated[list[Example], Field(min_length=1, max_length=10_000)] | None = None
+    corrections: Annotated[list[Correction], Field(min_length=1, max_length=10_000)] | None = None
+    ledger: bool = False
+    objective: Objective | None = None
+    """Default: `orpo` where every example has a rejected answer, else `sft`. `sdft` learns from `feedback`, without
+    a written answer."""
+    sdft: SdftSettings = SdftSettings()
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Passes over the examples. Default 1, or as many as `max_steps` asks for."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    until_margin: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)] | None = None
+    """Stop as soon as the mean margin on the development probes (else the examples) reaches this, in nats."""
+    until_passed: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Stop as soon as this share of the development probes has the wanted answer as its greedy one. With
+    `until_margin`: both."""
+    learned_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 1e-3
+    """Examples below this loss, nats per token, give no gradient: an answer can be the greedy one long before it
+    is certain, and every step beyond that costs elsewhere."""
+    look_every: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Steps between two looks at the margins."""
+    development: Annotated[list[Probe], Field(max_length=1000)] = []
+    """Probes with `prefers` that are looked at while training; never those of the gate."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    replay: ReplaySettings = ReplaySettings()
+    dry_run: bool = False
+    """Check and plan everything, write nothing."""
+    keep: bool = False
+    """Keep at once, unjudged. Not together with `probes`."""
+    probes: Annotated[list[Probe], Field(max_length=20_000)] = []
+    gate: GateSettings = GateSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    lesson: LessonInfo = LessonInfo()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        given = [
+            k for k, v in (("examples", self.examples), ("corrections", self.corrections)) if v is not None
+        ]
+        given += ["ledger"] if self.ledger else []
+        if len(given) != 1:
+            raise ValueError(
+                f"found {given or 'no source'}; expected one of examples, corrections, ledger: true"
+            )
+        if self.keep and self.probes:
+            raise ValueError("found both `keep` and `probes`; with probes the gate decides")
+        if self.objective in ("orpo", "dpo", "dpop") and self.examples is not None:
+            missing = [i for i, e in enumerate(self.examples) if e.rejected_ids is None]
+            if missing:
+                raise ValueError(f"`{self.objective}` needs rejected_ids; missing in example {missing[0]}")
+        if self.objective == "sdft" and self.examples is not None:
+            raise ValueError(
+                "`sdft` learns from what the user said; token-id `examples` have no `feedback`: send `corrections`"
+            )
+        if self.until_passed is not None and not any(p.side == "right" for p in self.development):
+            raise ValueError("`until_passed` needs `development` probes of the side `right`")
+        for i, probe in enumerate(self.development):
+            if probe.check.prefers is None:
+                raise ValueError(f"development probe {i} has no `prefers`; the trainer looks at margins only")
+        if self.probes and self.lesson.behaviour is None:
+            raise ValueError("`probes` need `lesson.behaviour`: it says which probes must improve")
+        return self
+
+
+class TrainReply(Body):
+    """202: accepted; `plan` says what a dry run found."""
+
+    job: str
+    lesson: str | None = None
+    state: LessonState | Literal["planned"]
+    plan: dict[str, Any] | None = None
+
+
+class JobStatus(Body):
+    """`GET /v1/train/status?job=`."""
+
+    job: str
+    lesson: str
+    state: LessonState
+    phase: str = ""
+    """What is being done: waiting, measuring before, training, measuring after, ..."""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    losses: list[float] = []
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    kl: dict[KlSet, float] = {}
+    """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
+    weights_version: str
+    evidence: Evidence | None = None
+    error: ErrorInfo | None = None
+
+
+class JobList(Body):
+    """`GET /v1/train/status` without a job."""
+
+    jobs: list[JobStatus]
+
+
+class LessonList(Body):
+    """`GET /v1/lessons`: oldest first."""
+
+    lessons: list[Lesson]
+    weights_version: str
+    optimizer_version: str | None = None
+    """Content id of the optimizer's state; None before the first kept lesson."""
+    trial: bool = False
+
+
+class LessonDetail(Body):
+    """`GET /v1/lessons/{id}`: all that lies in the lesson's directory but the weights."""
+
+    lesson: Lesson
+    evidence: Evidence | None = None
+    corrections: list[Correction] = []
+    metrics: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+
+
+class CheckpointReply(Body):
+    """`POST /v1/checkpoint` and `GET /v1/checkpoint`."""
+
+    path: str
+    weights_version: str
+    """The version that the files hold."""
+    current: bool
+    """Whether that is the version being served."""
+    saved_at: datetime | None = None
+
+
+class ErrorReply(Body):
+    """Every error answer: found / expected in the message, what to do in the hint."""
+
+    error: ErrorInfo
+
+
+class Health(Body):
+    """`GET /v1/health` (with the local engine also `/health`)."""
+
+    status: Literal["ok", "degraded"]
+    model: str
+    weights_version: str
+    trial: bool
+    trainer: Literal["ready", "starting", "busy", "down"]
+    detail: str = ""
+
+
+class Wiring(Body):
+    """`GET /v1/wiring`: what the running engine computes with."""
+
+    engine: Literal["local", "vllm"]
+    engine_version: str
+    """Of vLLM, or of transformers."""
+    tensors: int
+    """Parameters of the engine's model."""
+    aliased: int
+    """Of these, how many are the arena's memory."""
+    nbytes: int
+    """Size of the arena."""
+    writes: int
+    """In-place writes since the start; never goes back."""
+    cache: Literal["none", "off", "salted", "unsalted"]
+    """The prefix cache: there is none, it is off, or its blocks are salted with the epoch."""
+    problems: list[str]
+    """What does not hold; empty where all is well."""
