@@ -202,7 +202,7 @@ def test_many_probes_of_few_scenarios_are_too_few() -> None:
     assert of(guarded, "code").passed is False  # 60 scenarios cannot rule out 5 points
     assert of(guarded, "code").n_needed == 77 * 5
     assert of(guarded, "talk").passed  # 100 can
-    assert of(guarded, "talk").method.endswith("+scenario-means/1")
+    assert "+scenario-means/1" in of(guarded, "talk").method
 
 
 def test_a_lowered_minimum_is_allowed_and_said() -> None:
@@ -297,7 +297,7 @@ counts = st.fixed_dictionaries({k: st.integers(0, 40) for k in ("both", "losses"
 
 
 @settings(deadline=None, max_examples=15)
-@given(counts, counts, counts, st.integers(1, 4), st.integers(0, 3))
+@given(counts, counts, counts, st.integers(1, 4), st.integers(0, 400))
 def test_every_certificate_verifies_after_a_round_trip(
     gain: dict[str, Any], other: dict[str, Any], guard: dict[str, Any], per_seed: int, num_retries: int
 ) -> None:

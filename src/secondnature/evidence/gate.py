@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from secondnature.errors import BadInput
-from secondnature.evidence.certificate import ProbeRole, certify, compare
+from secondnature.evidence.certificate import certify
+from secondnature.evidence.decision import ProbeRole, compare
 from secondnature.evidence.power import noninferiority_n_needed
 from secondnature.evidence.statistics import clopper_pearson
 from secondnature.records import (

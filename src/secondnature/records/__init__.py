@@ -23,7 +23,9 @@ from secondnature.records.conversation import (
     SampleAnswer,
 )
 from secondnature.records.evidence import (
+    EVIDENCE_VERSION,
     Comparison,
+    Decision,
     Evidence,
     Flip,
     GateSettings,
@@ -61,6 +63,7 @@ from secondnature.records.probes import (
 )
 
 __all__ = [
+    "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
     "OPEN_STATES",
@@ -70,6 +73,7 @@ __all__ = [
     "Comparison",
     "Conversation",
     "Correction",
+    "Decision",
     "ErrorInfo",
     "Evidence",
     "Example",

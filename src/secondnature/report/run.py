@@ -117,10 +117,11 @@ def _read_json(path: Path, kind: type[R]) -> R | None:
     if text is None:
         return None
     value = _load(text, str(path))
-    version = value.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    newest: int = kind.model_fields["schema_version"].default
+    version = value.get("schema_version", newest)
+    if not isinstance(version, int) or version > newest:
         raise BadRecord(
-            f"{path}: schema_version {version!r}; expected {SCHEMA_VERSION} or older", "update secondnature"
+            f"{path}: schema_version {version!r}; expected {newest} or older", "update secondnature"
         )
     try:
         return kind.model_validate_json(text)
