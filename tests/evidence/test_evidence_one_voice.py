@@ -136,11 +136,11 @@ def decision_in(cell: str) -> set[Decision]:
 
 
 def test_harm_is_claimed_only_where_it_is_shown() -> None:
-    """Twelve losses and eight gains: a fall, but no harm is shown; twelve and none: it is."""
+    """Twenty losses and fourteen gains: a fall, but no harm is shown; twenty and none: it is."""
     gate = GateSettings()
     gain = compared("listening", "gain", ((3, 0, 49, 8), []), gate, 0)
-    for gains, decision, verdict in ((8, "not_shown", "inconclusive"), (0, "harmed", "undone")):
-        code = compared("code", "guard", ((280, 12, gains, 8 - gains), []), gate, 0)
+    for gains, decision, verdict in ((14, "not_shown", "inconclusive"), (0, "harmed", "undone")):
+        code = compared("code", "guard", ((266, 20, gains, 14 - gains), []), gate, 0)
         evidence = certificate([gain, code], gate)
         assert (code.decision, evidence.verdict) == (decision, verdict)
         assert ("did harm" in evidence.sentence) == (decision == "harmed")

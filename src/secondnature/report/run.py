@@ -7,7 +7,6 @@ that this version does not know is skipped; a broken line is an error that names
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -28,6 +27,7 @@ from secondnature.records import (
     SampleAnswer,
     StepMetric,
     describe,
+    parse_json,
     read_jsonl,
 )
 
@@ -131,12 +131,7 @@ def _read_json(path: Path, kind: type[R]) -> R | None:
 
 def _load(text: str, where: str) -> dict[str, Any]:
     """One JSON object; a number that is not finite (NaN, Infinity) reads as null."""
-    try:
-        value: Any = json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as e:
-        raise BadRecord(f"{where}: not JSON ({e.msg}, column {e.colno})", "mend it or remove it") from None
-    except RecursionError:
-        raise BadRecord(f"{where}: nested too deeply", "mend it or remove it") from None
+    value = parse_json(text, where=where, mend="mend it or remove it")
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: {type(value).__name__}; expected a JSON object", "mend it or remove it")
     return cast("dict[str, Any]", value)

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secondnature.records import Comparison, Evidence
+from secondnature.records.visible import visible
 from secondnature.report.words import (
     ROLES,
     difference,
@@ -60,4 +61,4 @@ def markdown_table(evidence: Evidence) -> str:
 
     lines = [row(_HEADINGS), "|" + " --- |" * len(_HEADINGS)]
     lines += [row(_cells(c)) for c in evidence.comparisons]
-    return "\n".join([*lines, "", evidence.sentence.replace("\n", " "), ""])
+    return visible("\n".join([*lines, "", evidence.sentence.replace("\n", " "), ""]))
