@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from secondnature.model.load import build, context_limit, encode_answer, encode_chat, read_tokenizer
+from secondnature.model.chat import encode_answer, encode_chat, read_tokenizer
+from secondnature.model.load import build, context_limit
 from secondnature.records import Correction, Example, Message
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena

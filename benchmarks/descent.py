@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondnature.model.load import build, encode_answer, read_tokenizer
+from secondnature.model.chat import encode_answer, read_tokenizer
+from secondnature.model.load import build
 from secondnature.records import Correction, Message, Probe, read_jsonl
 from secondnature.weights import checkpoint
 

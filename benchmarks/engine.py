@@ -17,8 +17,8 @@ import torch
 from common import THREADS, Settings, alternate, load, prompt_ids, ratio, say, spread, timed
 from transformers import AutoModelForCausalLM
 
-from secondnature.serve.engine import Engine
-from secondnature.serve.generation import GenerationRequest
+from secondnature.engines.base import GenerationRequest
+from secondnature.engines.local.engine import Engine
 
 PAD_ID = 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import THREADS
 
-from secondnature.serve.home import running_server
+from secondnature.lessons.home import running_server
 from secondnature.wire import Client
 
 START_S = 180.0

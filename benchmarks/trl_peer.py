@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from secondnature import embedded
-from secondnature.model.load import read_tokenizer
+from secondnature.model.chat import read_tokenizer
 from secondnature.records import Example
 
 HAS_TRL = importlib.util.find_spec("trl") is not None

@@ -17,14 +17,15 @@ import torch
 from common import THREADS, Settings, alternate, examples, load, ratio, say, spread, timed
 from torch import Tensor
 
+from secondnature.lessons.home import Home
+from secondnature.lessons.log import DELTA_FILE, Log
 from secondnature.model.load import fingerprint
 from secondnature.records import Lesson, OptimizerSettings
-from secondnature.serve.home import Home
-from secondnature.serve.log import DELTA_FILE, Log
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import train_step
 from secondnature.weights import checkpoint, delta
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 
 RATES = (1e-5, 1e-4)
 STEPS = (1, 5, 20)
@@ -44,7 +45,9 @@ def _revert(log: Log, lesson: Lesson, arena: Arena) -> None:
 
 def _apply(path: Path, sha256: str, weights: dict[str, Tensor], wanted: str) -> None:
     """The difference alone, on weights that are there."""
-    delta.apply_(weights, delta.read(path, sha256))
+    stored = delta.open_(path, sha256)
+    for name, tensor in weights.items():
+        stored.apply_(name, tensor)
     assert content_id(weights) == wanted, "not undone to the byte"
 
 
@@ -61,8 +64,8 @@ def _one(settings: Settings, before: dict[str, Tensor], arena: Arena) -> dict[st
         home = Home(Path(folder))
         log = _open_log(home, settings.model, base)
         lesson = log.create("train", "measured", parent=base)
-        seconds_write = timed(lambda: log.write_delta(lesson, before, now))
-        lesson = log.write_delta(lesson, before, now).model_copy(update={"state": "kept"})
+        seconds_write = timed(lambda: log.write_delta(lesson, sorted(before.items()), now))
+        lesson = log.write_delta(lesson, sorted(before.items()), now).model_copy(update={"state": "kept"})
         log.save(lesson)
         path = log.directory(lesson) / DELTA_FILE
         assert lesson.delta_sha256 is not None

@@ -22,7 +22,7 @@ from common import PROMPTS, Settings, corrections, say
 from vllm_process import NAME, Vllm, vllm
 from vllm_serving import lesson
 
-from secondnature.model.load import encode_answer, read_tokenizer
+from secondnature.model.chat import encode_answer, read_tokenizer
 from secondnature.records import Message, OptimizerSettings, Probe, read_jsonl
 from secondnature.wire import TrainRequest
 

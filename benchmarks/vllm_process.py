@@ -144,7 +144,7 @@ def _stand_in(folder: Path) -> Path:
     about = folder / "site" / f"{STAND_IN}-0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {STAND_IN}\nVersion: 0\n")
-    entry = f"{STAND_IN} = secondnature.serve.vllm_plugin.absent:stand_in"
+    entry = f"{STAND_IN} = secondnature.engines.vllm.torchvision_stub:stand_in"
     (about / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entry}\n")
     return about.parent
 

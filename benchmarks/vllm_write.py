@@ -234,7 +234,7 @@ class _Engine:
     def __init__(self, model: Path) -> None:
         from vllm import LLM
 
-        from secondnature.serve.vllm_plugin.share import attach
+        from secondnature.engines.vllm.share import attach
 
         llm = LLM(str(model), enforce_eager=True, max_model_len=2048, disable_log_stats=True)
         self.engine: Any = llm.llm_engine

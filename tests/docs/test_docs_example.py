@@ -12,7 +12,7 @@ from pages import ROOT
 from tiny_models import in_arena
 from tiny_server import correction
 
-from secondnature.model.load import read_tokenizer
+from secondnature.model.chat import read_tokenizer
 from secondnature.model.upcast import collect
 from secondnature.records import to_jsonl
 from secondnature.train.prefix import continuation_logps, freeze

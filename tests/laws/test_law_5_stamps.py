@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tiny_server import Running, teach
 
+from secondnature.engines.stamps import Clock
 from secondnature.model.load import build
-from secondnature.serve.clock import Clock
 from secondnature.weights.arena import Arena
 
 PROMPT = [3, 85, 83, 69, 4]

@@ -11,7 +11,7 @@ from tiny_server import KEY, Running
 
 import secondnature
 from secondnature.config import Settings
-from secondnature.serve.guards import INFERENCE_PATHS, OPEN_PATHS
+from secondnature.web.guards import INFERENCE_PATHS, OPEN_PATHS
 
 SOURCE = Path(secondnature.__file__).parent
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}

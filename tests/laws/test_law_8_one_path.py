@@ -12,7 +12,7 @@ from tiny_server import Running
 import secondnature
 
 CLI = Path(secondnature.__file__).parent / "cli"
-BEHIND_THE_DOOR = ("serve", "train", "weights", "model", "data")
+BEHIND_THE_DOOR = ("serve", "web", "lessons", "engines", "train", "weights", "model")
 ALLOWED = {"app.py": {"secondnature.serve.local"}}
 """`secondnature serve` is the server's process."""
 
@@ -42,7 +42,7 @@ def test_the_command_line_imports_no_room_behind_the_door() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["from secondnature.serve.log import Log", "import secondnature.weights.arena"]
+    "text", ["from secondnature.lessons.log import Log", "import secondnature.weights.arena"]
 )
 def test_the_scan_finds_what_it_looks_for(text: str) -> None:
     assert behind(text)

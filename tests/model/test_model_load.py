@@ -24,15 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from secondnature.errors import BadCheckpoint, BadInput, UnsupportedModel
-from secondnature.model.load import (
-    build,
-    context_limit,
-    encode_answer,
-    encode_chat,
-    fingerprint,
-    plan,
-    read_tokenizer,
-)
+from secondnature.model.chat import encode_answer, encode_chat, read_tokenizer
+from secondnature.model.load import build, context_limit, fingerprint, plan
 from secondnature.model.upcast import collect, compute_dtype
 from secondnature.records import Message
 

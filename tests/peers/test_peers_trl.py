@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondnature import embedded
+from secondnature.model.chat import read_tokenizer
 from secondnature.model.head import target_logps
-from secondnature.model.load import read_tokenizer
 from secondnature.model.upcast import collect
 from secondnature.records import Example
 from secondnature.train.losses import DPO_BETA, DPOP_LAMBDA, ORPO_LAMBDA, Reference, dpo, dpop, orpo, sft

@@ -28,10 +28,10 @@ import torch
 from tiny_server import Running, running
 from transformers import AutoModelForCausalLM
 
-from secondnature.model.load import encode_chat, read_tokenizer
+from secondnature.engines.base import GenerationRequest
+from secondnature.engines.local.engine import Engine
+from secondnature.model.chat import encode_chat, read_tokenizer
 from secondnature.records import Probe
-from secondnature.serve.engine import Engine
-from secondnature.serve.generation import GenerationRequest
 from secondnature.wire import TrainRequest
 
 REALDATA = os.environ.get("SECONDNATURE_REALDATA")

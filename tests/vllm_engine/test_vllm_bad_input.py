@@ -17,7 +17,7 @@ import pytest
 from tiny_models import dense_config, gpt2_config, hybrid_config, save_tiny
 from vllm_server import EMBEDDED, Server, environment
 
-from secondnature.serve.vllm_plugin import checks, general
+from secondnature.serve.vllm import checks, general
 
 
 def dense(path: Path, **edited: Any) -> Path:
@@ -185,7 +185,7 @@ print(json.dumps({
     "lora": made.lora_config is not None,
     "routes": len(load_endpoint_plugins(("generate",))),
     "changed": [hasattr(AsyncEngineArgs, "secondnature"), hasattr(KVCacheManager, "secondnature"),
-                hasattr(Worker, "secondnature_manifest"), "secondnature.serve.vllm_plugin.packing" in sys.modules],
+                hasattr(Worker, "secondnature_manifest"), "secondnature.engines.vllm.packing" in sys.modules],
 }))
 """
 

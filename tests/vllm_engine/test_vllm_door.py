@@ -12,7 +12,7 @@ from openai import OpenAI
 from vllm_server import DIRECTION, EMBEDDED, KEY, Server
 
 from secondnature.records import Message
-from secondnature.serve.vllm_plugin.door import OURS
+from secondnature.web.beside_vllm import OURS
 from secondnature.wire import FeedbackRequest
 
 OUR_ROUTES = [

@@ -40,7 +40,7 @@ class Core:
     def __init__(self, directory: Path, *, long: int, **options: Any) -> None:
         from vllm import LLM
 
-        from secondnature.serve.vllm_plugin.share import attach
+        from secondnature.engines.vllm.share import attach
 
         self.long = long
         """Tokens of a prompt that takes more than one step and fills several blocks."""
@@ -135,7 +135,7 @@ def _answer(output: Any) -> Answer:
 @contextlib.contextmanager
 def without(core: Core, *parts: str) -> Generator[None]:
     """These parts of the plug-in's work left undone."""
-    from secondnature.serve.vllm_plugin.cache import EPOCHS
+    from secondnature.engines.vllm.cache import EPOCHS
 
     assert parts
     core.forget()

@@ -1,6 +1,4 @@
-"""The room of the servers: engine, routes, the life of lessons. Heavy; import the modules.
+"""The room that puts servers together, and knows all others: `local` (one process), `vllm` (inside vLLM).
 
-`engine` generates; `home` owns the directory; `log` is the history of lessons; `trainer` is the far process's
-near side; `judge` asks probes; `keeper` leads each lesson through its life; `routes` is HTTP; `local` puts it
-together and runs it.
+Heavy; import the modules.
 """

@@ -23,25 +23,24 @@ import torch
 import transformers
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import Response
 from torch import nn
 
 from secondnature import config
 from secondnature.config import Settings
+from secondnature.engines.local.engine import Engine
+from secondnature.engines.stamps import Clock
 from secondnature.errors import ConfigError, SecondnatureError
-from secondnature.model import load
-from secondnature.serve import completions
-from secondnature.serve.application import Teaching, application, put_together
-from secondnature.serve.clock import Clock
-from secondnature.serve.engine import Engine
-from secondnature.serve.home import Home
-from secondnature.serve.keeper import Keeper
-from secondnature.serve.log import Log
-from secondnature.serve.metrics import exposition
+from secondnature.lessons.home import Home
+from secondnature.lessons.keeper import Keeper
+from secondnature.lessons.log import Log
+from secondnature.lessons.teaching import Teaching, put_together
+from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
+from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
-from secondnature.weights.arena import Arena, content_id
-from secondnature.wire import Health, Wiring
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
+from secondnature.wire import Wiring
 
 LOG = logging.getLogger("secondnature")
 KEEP_ALIVE_S = 30
@@ -101,20 +100,21 @@ def assemble(settings: Settings) -> Generator[Parts]:
     """
     torch.set_num_threads(settings.engine_threads)
     directory = model_directory(settings)
-    base = checkpoint.read(directory)
-    base_version = content_id(base)
+    arena = Arena.reserve(checkpoint.specs(directory))
+    for name, tensor in checkpoint.stream(directory):
+        arena.fill(name, tensor)
     with contextlib.ExitStack() as stack:
         home = Home(settings.home)
         stack.callback(home.close)
+        base_version = content_id(arena.tensors, like=home.base_version())
         home.bind(directory, load.fingerprint(directory), base_version)
         log = Log(home, directory, base_version)
-        weights = log.truth()
-        arena = Arena.create(weights)
-        clock = Clock(arena, content_id(weights))
-        del base, weights
+        if log.kept_version() != base_version:
+            arena.write(log.durable_weights())
+        clock = Clock(arena, log.kept_version())
         model = load.build(directory, arena.tensors)
         self_test(model)
-        tokenizer = load.read_tokenizer(directory)
+        tokenizer = chat.read_tokenizer(directory)
         limit = load.context_limit(directory)
         engine = Engine(
             model,
@@ -161,27 +161,6 @@ def _wiring(model: nn.Module, arena: Arena) -> Wiring:
         cache="none",
         problems=[f"{n} is not in the arena" for n, p in parameters.items() if p.data_ptr() not in slots],
     )
-
-
-def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> FastAPI:
-    """The whole server: completions and what teaches."""
-    app = application(teaching)
-    app.include_router(
-        completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
-    )
-
-    @app.get("/health")
-    def health() -> Health:  # pyright: ignore[reportUnusedFunction]
-        """As `/v1/health`."""
-        return teaching.health()
-
-    @app.get("/metrics")
-    def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
-        """Counters for Prometheus."""
-        text = exposition(engine, teaching.keeper, teaching.clock)
-        return Response(text, media_type="text/plain; version=0.0.4")
-
-    return app
 
 
 def main(settings: Settings) -> int:

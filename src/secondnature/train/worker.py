@@ -29,7 +29,6 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from secondnature import storage, wire
-from secondnature.data.replay import batches
 from secondnature.errors import (
     BadCheckpoint,
     BadInput,
@@ -44,6 +43,7 @@ from secondnature.model.load import build
 from secondnature.records import Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
 from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
 from secondnature.train.apollo import Apollo
+from secondnature.train.batches import batches
 from secondnature.train.guard import Bounds, vocab_size
 from secondnature.train.losses import Reference
 from secondnature.train.prefix import self_test

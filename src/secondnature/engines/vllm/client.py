@@ -1,0 +1,205 @@
+# pyright: reportMissingImports=false
+"""vLLM as what answers probes: through the client that the requests of users take (vLLM's API server).
+
+A request of ours is a coroutine on vLLM's loop, which only waits; nothing here computes there. Probes stay in the
+background: while users are being answered, only a few of them are in the engine at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from secondnature.engines.base import (
+    Done,
+    FinishReason,
+    GenerationHandle,
+    GenerationRequest,
+    GenerationResult,
+    Span,
+    TokenLogprob,
+)
+from secondnature.engines.stamps import Clock
+from secondnature.errors import (
+    BadExample,
+    BadInput,
+    ContextOverflow,
+    NonFinite,
+    SecondnatureError,
+    Unreachable,
+)
+
+__all__ = ["VllmEngine"]
+
+LOG = logging.getLogger("secondnature")
+AT_ONCE = 64
+"""Background requests in the engine while no user waits; it batches as many as it has been told to."""
+AT_ONCE_UNDER_LOAD = 8
+POLL_S = 0.02
+
+
+class VllmEngine:
+    """Answers `GenerationRequest`s with a running vLLM. `submit` is safe from any thread but the loop's."""
+
+    def __init__(
+        self,
+        client: Any,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        *,
+        vocab_size: int,
+        max_context: int,
+        load: Callable[[], int],
+        priorities: bool,
+    ) -> None:
+        """Nothing is started.
+
+        Args:
+            client: vLLM's `EngineClient`.
+            loop: on which it lives.
+            clock: tells which weights there are.
+            vocab_size: ids of prompts are below this.
+            max_context: prompt and answer together, in tokens.
+            load: how many requests of users are being answered now.
+            priorities: the scheduler knows them (`--scheduling-policy priority`): ours come last.
+        """
+        self._client = client
+        self._loop = loop
+        self._clock = clock
+        self._vocab_size = vocab_size
+        self._max_context = max_context
+        self._load = load
+        self._priority = 1 if priorities else 0
+        self._inside = 0
+        """Ours in the engine; changed on the loop only."""
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request.
+
+        Raises:
+            BadExample: no prompt, or ids outside the vocabulary.
+            ContextOverflow: prompt and answer do not fit.
+            BadInput: another field is out of range.
+            Unreachable: the server is shutting down.
+        """
+        request.check()
+        ids = request.prompt_ids
+        if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise BadExample(
+                f"{len(ids)} token ids; expected at least one, all from 0 to {self._vocab_size - 1}",
+                "use this model's tokenizer",
+            )
+        room = self._max_context - len(ids)
+        answer = max(room, 1) if request.max_tokens is None else request.max_tokens
+        if answer > room:
+            raise ContextOverflow(
+                f"prompt of {len(ids)} tokens and answer of {answer}; the engine reads {self._max_context}",
+                "shorten it, or start vLLM with a longer --max-model-len",
+            )
+        if request.logprobs is not None and request.score_from is None:
+            raise BadInput("log-probabilities of an answer were asked for", "ask vLLM's own routes for them")
+        if self._loop.is_closed():
+            raise Unreachable("the server is shutting down", "start it again")
+        running: list[asyncio.Task[None]] = []
+
+        def wake() -> None:  # somebody cancelled it
+            if running and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(running[0].cancel)
+
+        handle = GenerationHandle(request, wake)
+
+        def start() -> None:
+            running.append(self._loop.create_task(self._drive(handle, answer)))
+
+        self._loop.call_soon_threadsafe(start)
+        return handle
+
+    async def _drive(self, handle: GenerationHandle, max_tokens: int) -> None:
+        """One request, to its `Done`, whatever happens."""
+        entered = False
+        try:
+            while self._inside >= (AT_ONCE_UNDER_LOAD if self._load() else AT_ONCE) and not handle.cancelled:
+                await asyncio.sleep(POLL_S)
+            if handle.cancelled:
+                raise asyncio.CancelledError
+            self._inside += 1
+            entered = True
+            result = await self._ask(handle.request, max_tokens)
+        except asyncio.CancelledError:
+            result = _ended(handle.request, "cancelled", None)
+        except SecondnatureError as e:
+            result = _ended(handle.request, "error", e)
+        except Exception as e:  # noqa: BLE001  (whatever vLLM raises: without a Done the judge would wait for ever)
+            LOG.warning("a probe failed: %r", e)
+            error = SecondnatureError(
+                f"vLLM could not answer: {type(e).__name__}: {e}", "see the server's log"
+            )
+            result = _ended(handle.request, "error", error)
+        finally:
+            self._inside -= entered
+        handle.emit(Done(result))
+
+    async def _ask(self, request: GenerationRequest, max_tokens: int) -> GenerationResult:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        scoring = request.score_from is not None
+        params = SamplingParams(
+            max_tokens=max(1, max_tokens),  # vLLM generates at least one; it is dropped below
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed if request.temperature > 0 else None,
+            stop=list(request.stop),
+            prompt_logprobs=(request.logprobs or 0) if scoring else None,
+            ignore_eos=request.ignore_eos,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        span = Span.begin(self._clock.read())
+        last: Any = None
+        async for output in self._client.generate(
+            {"prompt_token_ids": list(request.prompt_ids)},
+            params,
+            request_id=f"secondnature-{secrets.token_hex(8)}",
+            priority=self._priority,
+        ):
+            last = output
+        span = span.seen(self._clock.read())
+        if last is None or not last.outputs:
+            raise SecondnatureError("vLLM ended a probe without an answer", "see the server's log")
+        answer = last.outputs[0]
+        scored: list[TokenLogprob] = []
+        if scoring:
+            assert request.score_from is not None
+            scored = _scores(last.prompt_logprobs, request.prompt_ids, request.score_from)
+        return GenerationResult(
+            text="" if max_tokens == 0 else str(answer.text),
+            token_ids=[] if max_tokens == 0 else list(answer.token_ids),
+            finish_reason="stop" if answer.finish_reason == "stop" else "length",
+            num_prompt_tokens=len(request.prompt_ids),
+            prompt_tokens=scored,
+            stop_reason=answer.stop_reason,
+            weights=span,
+        )
+
+
+def _scores(found: Any, ids: list[int], start: int) -> list[TokenLogprob]:
+    """vLLM's log-probabilities of the prompt's tokens from `start` on. Raises NonFinite."""
+    scored: list[TokenLogprob] = []
+    for i in range(start, len(ids)):
+        entry = found[i][ids[i]]
+        if not math.isfinite(entry.logprob):
+            raise NonFinite(f"the log-probability of token {i} is {entry.logprob}", "the weights are damaged")
+        scored.append(TokenLogprob(ids[i], entry.decoded_token or "", float(entry.logprob)))
+    return scored
+
+
+def _ended(
+    request: GenerationRequest, how: FinishReason, error: SecondnatureError | None
+) -> GenerationResult:
+    return GenerationResult(
+        text="", token_ids=[], finish_reason=how, num_prompt_tokens=len(request.prompt_ids), error=error
+    )

@@ -1,0 +1,130 @@
+"""The model's own answers, sampled before a lesson's first write (server).
+
+Two kinds of examples need them. Self-distillation: the student's answers to a corrected prompt, along which it is
+compared with a teacher, the same weights with the user's comment in their context. Replay of general prompts: what
+the model says now is what it is held to. Both are asked through the engine that serves, in the background; the
+lesson has not begun to write, so every answer is by the weights before it.
+
+The teacher's context is the conversation as it would have gone on: the prompt, the answer that was wrong, what the
+user said about it. Where the user wrote the wanted answer and nothing else, they say that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secondnature import wire
+from secondnature.errors import ContextOverflow
+from secondnature.lessons.prober import Prober
+from secondnature.model.chat import encode_chat
+from secondnature.records import Correction, Message
+
+__all__ = ["Distilled", "Own", "OwnAnswers", "comment", "teacher_messages"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A general prompt whose answer, by the model as it is, is replayed."""
+
+    context: list[int]
+    label: str
+    """How an error names it: `replay prompt 3`."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A correction that is taught by its comment."""
+
+    correction: Correction
+    context: list[int]
+    """The plain prompt: what the student reads."""
+    label: str
+
+
+def comment(correction: Correction) -> str | None:
+    """What the teacher is told about the wrong answer; None: nothing is known."""
+    if correction.feedback:
+        return correction.feedback
+    return f"I wanted this answer: {correction.chosen[0].content}" if correction.chosen else None
+
+
+def teacher_messages(correction: Correction, said: str) -> list[Message]:
+    """The conversation that the teacher answers: prompt, wrong answer (`said` if it is not recorded), comment."""
+    wrong = correction.rejected or [Message(role="assistant", content=said)]
+    told = comment(correction)
+    assert told is not None, "only corrections that say something are distilled"
+    return [*correction.prompt, *wrong, Message(role="user", content=told)]
+
+
+class OwnAnswers:
+    """Asks for the answers that a lesson needs of the model as it is. Used by the keeper's thread."""
+
+    def __init__(self, prober: Prober, tokenizer: Any, *, context_limit: int) -> None:
+        self._prober = prober
+        self._tokenizer = tokenizer
+        self._limit = context_limit
+
+    def own(
+        self,
+        prompts: Sequence[Own],
+        attend: Callable[[], None],
+        *,
+        temperature: float,
+        seed: int,
+        hold: bool,
+    ) -> list[wire.Work]:
+        """One replay example per prompt: the model's own answer to it."""
+        contexts = [p.context for p in prompts]
+        answers = self._prober.answers(contexts, attend, temperature=temperature, seed=seed)
+        return [
+            wire.Work(p.context, r.token_ids, label=p.label, hold=hold)
+            for p, r in zip(prompts, answers, strict=True)
+        ]
+
+    def distil(
+        self,
+        corrections: Sequence[Distilled],
+        settings: wire.SdftSettings,
+        attend: Callable[[], None],
+        *,
+        seed: int,
+    ) -> list[wire.Work]:
+        """The examples of self-distillation: one answer to every correction, then the next to every one.
+
+        Raises:
+            ContextOverflow: prompt, wrong answer and comment leave no room for an answer.
+        """
+        said = self._prober.answers([c.context for c in corrections], attend)
+        teachers = [
+            encode_chat(self._tokenizer, teacher_messages(c.correction, r.text))
+            for c, r in zip(corrections, said, strict=True)
+        ]
+        rooms = [
+            self._limit - max(len(c.context), len(t)) for c, t in zip(corrections, teachers, strict=True)
+        ]
+        for c, teacher, room in zip(corrections, teachers, rooms, strict=True):
+            if room < 1:
+                raise ContextOverflow(
+                    f"{c.label}: {len(teacher)} tokens with the wrong answer and the comment; the model reads "
+                    f"{self._limit}",
+                    "shorten the conversation or the comment",
+                )
+        asked = [(k, i) for k in range(settings.samples) for i in range(len(corrections))]
+        answers = self._prober.answers(
+            [corrections[i].context for _, i in asked],
+            attend,
+            temperature=settings.temperature,
+            seed=seed,
+            max_tokens=[rooms[i] for _, i in asked],
+        )
+        return [
+            wire.Work(
+                corrections[i].context,
+                answer.token_ids,
+                label=f"{corrections[i].label}, answer {k}",
+                teacher=teachers[i],
+            )
+            for (k, i), answer in zip(asked, answers, strict=True)
+        ]

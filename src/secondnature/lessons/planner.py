@@ -1,0 +1,360 @@
+"""From a request to a plan: everything that can be wrong with a training job is found here, before a write.
+
+Pure data in, pure data out (plan, validate, apply): corrections become token ids, defaults are spelled out, and
+what cannot be trained on is refused by name. A dry run ends here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from secondnature import wire
+from secondnature.errors import BadExample, BadInput, ContextOverflow
+from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
+from secondnature.model.chat import encode_answer, encode_chat
+from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe
+from secondnature.train.batches import num_replayed
+
+T = TypeVar("T")
+DEFAULT_LR = 1e-5
+DEFAULT_MAX_STEPS = 100
+"""Where only a margin says when to stop."""
+MAX_KL_PROMPTS = 16
+"""Prompts per set on which KL(base || tuned) is measured."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt that is answered before and after the lesson: for the reader, and for the KL between the two."""
+
+    on: KlSet
+    context: list[int]
+    prompt: list[Message] | None = None
+    """None: a raw example, whose text is not shown."""
+    wanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training job with every default resolved."""
+
+    objective: str
+    steps: int
+    batch_size: int
+    seed: int
+    examples: list[wire.Work]
+    replay: list[wire.Work]
+    distilled: list[Distilled]
+    """With `sdft`, instead of `examples`: the answers are sampled when the lesson begins."""
+    sdft: wire.SdftSettings
+    own: list[Own]
+    """Replay whose answers are sampled when the lesson begins."""
+    own_temperature: float
+    hold_own: bool
+    """The answers to `own` are held by distribution."""
+    replay_share: float
+    replay_match: wire.ReplayMatch
+    replay_weight: float
+    learned_loss: float
+    optimizer: OptimizerSettings
+    development: list[wire.Look]
+    until_margin: float | None
+    until_passed: float | None
+    look_every: int
+    corrections: list[Correction]
+    """What the examples were made from; empty for raw token ids."""
+    samples: list[Sample]
+    """Prompts that are answered before and after the lesson."""
+    skipped: int
+    """Corrections from which this objective learns nothing."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the lesson, sampled ones included."""
+        return len(self.examples) + len(self.distilled) * self.sdft.samples
+
+    def cause(self, num_retries: int) -> Cause:
+        """What the lesson's entry says about its origin."""
+        return Cause(
+            corrections=[c.digest() for c in self.corrections],
+            num_examples=self.num_examples,
+            num_replay=len(self.replay) + len(self.own),
+            num_retries=num_retries,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings, as they are written into the lesson."""
+        return {
+            "objective": self.objective,
+            **({"sdft": self.sdft.model_dump(mode="json")} if self.distilled else {}),
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "replay_share": self.replay_share,
+            "replay_match": self.replay_match,
+            **(
+                {
+                    "replay_prompts_match": "distribution" if self.hold_own else "answer",
+                    "replay_temperature": self.own_temperature,
+                }
+                if self.own
+                else {}
+            ),
+            "replay_weight": self.replay_weight,
+            "learned_loss": self.learned_loss,
+            "until_margin": self.until_margin,
+            "until_passed": self.until_passed,
+            "look_every": self.look_every,
+            "optimizer": self.optimizer.model_dump(mode="json"),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What a dry run answers."""
+        return {
+            **self.settings(),
+            "num_examples": self.num_examples,
+            "num_replay": len(self.replay) + len(self.own),
+            "num_development": len(self.development),
+            "num_skipped": self.skipped,
+            "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
+            "longest_example_tokens": max(
+                [len(e.context) + len(e.continuation) for e in self.examples]
+                + [len(d.context) for d in self.distilled]
+            ),
+        }
+
+
+class Planner:
+    """Makes plans for one model."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        context_limit: int,
+        highest_rank: int,
+        default_lr: float | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._limit = context_limit
+        self._highest_rank = highest_rank
+        self._default_lr = default_lr or DEFAULT_LR
+
+    def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
+        """The job that a request asks for.
+
+        Args:
+            request: validated body of `POST /v1/train`.
+            ledger: all corrections of the home (used with `ledger: true`).
+            earlier: corrections of the kept lessons, for replay.
+
+        Raises:
+            BadInput: nothing to learn, or an option that does not go with the examples or the model.
+            BadExample: token ids outside the vocabulary, or a rejected answer that is the wanted one.
+            ContextOverflow: an example longer than the model can read.
+        """
+        if request.optimizer.rank > self._highest_rank:
+            raise BadInput(
+                f"rank {request.optimizer.rank} fits no matrix of the model; the highest that does is "
+                f"{self._highest_rank}",
+                f"set `optimizer.rank` to 1 to {self._highest_rank}",
+            )
+        corrections, skipped = self._corrections(request, ledger)
+        distilled: list[Distilled] = []
+        if request.examples is not None:
+            examples = [
+                wire.Work(e.context_ids, e.continuation_ids, e.rejected_ids, e.weight, f"example {i}")
+                for i, e in enumerate(request.examples)
+            ]
+        elif request.objective == "sdft":
+            examples = []
+            distilled = [self._distilled(c, f"correction {i}") for i, c in enumerate(corrections)]
+        else:
+            examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
+        mine = {c.digest() for c in corrections}
+        match = request.replay.match or "answer"
+        hold_own = (request.replay.match or "distribution") == "distribution"
+        general = [c for c in request.replay.examples if c.chosen is not None]
+        prompts = [p.prompt for p in request.replay.prompts]
+        if request.replay.lessons:
+            others = [c for c in earlier if c.digest() not in mine]
+            general += [c for c in others if c.chosen is not None]
+            prompts += [c.prompt for c in others if c.chosen is None]
+        share = request.replay.share
+        replay: list[wire.Work] = []
+        own: list[Own] = []
+        if share > 0:
+            hold = match == "distribution"
+            replay = [self._work(c, f"replay {i}", hold=hold) for i, c in enumerate(general)]
+            own = [Own(encode_chat(self._tokenizer, p), f"replay prompt {i}") for i, p in enumerate(prompts)]
+        for work in (*examples, *replay):
+            self._check(work)
+        for asked in own:  # with room for an answer of one token
+            self._check(wire.Work(asked.context, [0], label=asked.label))
+        for work in examples:
+            if work.rejected == work.continuation:
+                raise BadExample(
+                    f"{work.label}: the rejected answer is the wanted one; expected two different answers",
+                    "correct one of them, or leave `rejected` out",
+                )
+        objective = request.objective or ("orpo" if all(e.rejected for e in examples) else "sft")
+        num_examples = len(examples) + len(distilled) * request.sdft.samples
+        if objective not in ("sft", "sdft"):
+            missing = next((e.label for e in examples if e.rejected is None), None)
+            if missing is not None:
+                raise BadInput(
+                    f"{missing} has no rejected answer; `{objective}` needs one", "use `sft`, or add it"
+                )
+        development = [self._look(p, i) for i, p in enumerate(request.development)]
+        alone = bool(distilled) or any(e.rejected is None for e in examples)
+        if request.until_margin is not None and not development and alone:
+            raise BadInput(
+                "`until_margin` has nothing to look at: no development probes, and an example lacks `rejected` "
+                "(or, with `sdft`, is not written yet)",
+                "send `development` probes with `prefers`, or use `max_steps`",
+            )
+        batch_size = min(request.batch_size, num_examples)
+        steps = _steps(request, math.ceil(num_examples / batch_size))
+        own = _spread(own, steps * num_replayed(batch_size, share))  # more would be sampled for nothing
+        return Plan(
+            objective=objective,
+            steps=steps,
+            batch_size=batch_size,
+            seed=request.seed,
+            examples=examples,
+            replay=replay,
+            distilled=distilled,
+            sdft=request.sdft,
+            own=own,
+            own_temperature=request.replay.temperature,
+            hold_own=hold_own,
+            replay_share=share if replay or own else 0.0,
+            replay_match=match,
+            replay_weight=request.replay.weight,
+            learned_loss=request.learned_loss,
+            optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
+            development=development,
+            until_margin=request.until_margin,
+            until_passed=request.until_passed,
+            look_every=request.look_every,
+            corrections=corrections,
+            samples=self._samples(corrections, examples, general, prompts),
+            skipped=skipped,
+        )
+
+    def _samples(
+        self,
+        corrections: list[Correction],
+        examples: list[wire.Work],
+        general: list[Correction],
+        prompts: list[list[Message]],
+    ) -> list[Sample]:
+        """Some of the prompts taught, in order, and some of those replayed, spread over all of them."""
+        new = [
+            Sample(
+                "new",
+                encode_chat(self._tokenizer, c.prompt),
+                c.prompt,
+                c.chosen[0].content if c.chosen else None,
+            )
+            for c in corrections[:MAX_KL_PROMPTS]
+        ]
+        new = new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
+        replayed = [c.prompt for c in general] + prompts
+        chosen = _spread(replayed, MAX_KL_PROMPTS)
+        return new + [Sample("replay", encode_chat(self._tokenizer, p), p) for p in chosen]
+
+    def _corrections(
+        self, request: wire.TrainRequest, ledger: list[Correction]
+    ) -> tuple[list[Correction], int]:
+        if request.examples is not None:
+            return [], 0
+        given = ledger if request.ledger else list(request.corrections or [])
+        if not given:
+            raise BadInput(
+                "the ledger is empty", "record corrections first: POST /v1/feedback, or `/no` in the chat"
+            )
+        behaviour = request.lesson.behaviour
+        if request.ledger and behaviour is not None:
+            given = [c for c in given if c.behaviour in (None, behaviour)]
+        if request.objective == "sdft":
+            teachable = [c for c in given if comment(c) is not None]
+            if not teachable:
+                raise BadInput(
+                    f"none of {len(given)} corrections says what was wrong; `sdft` learns from `feedback`",
+                    "say it: `/why` in the chat, `text` in POST /v1/feedback, `feedback` in a file",
+                )
+            return teachable, len(given) - len(teachable)
+        teachable = [c for c in given if c.chosen is not None]
+        if request.ledger:  # what lies there cannot be mended by the caller: it is passed over, and counted
+            teachable = [c for c in teachable if not self._says_nothing_new(c)]
+        if not teachable:
+            told = any(c.feedback for c in given)
+            raise BadInput(
+                f"none of {len(given)} corrections says what was wanted",
+                "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file"
+                + ("; or learn from what was said about it: `objective: sdft`" if told else ""),
+            )
+        return teachable, len(given) - len(teachable)
+
+    def _says_nothing_new(self, correction: Correction) -> bool:
+        """Both answers are the same to the model."""
+        work = self._work(correction, "")
+        return work.rejected == work.continuation
+
+    def _distilled(self, correction: Correction, label: str) -> Distilled:
+        """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
+        found = Distilled(correction, encode_chat(self._tokenizer, correction.prompt), label)
+        teacher = encode_chat(self._tokenizer, teacher_messages(correction, ""))
+        self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
+        return found
+
+    def _work(self, correction: Correction, label: str, *, hold: bool = False) -> wire.Work:
+        assert correction.chosen is not None, "only corrections with a wanted answer become examples"
+        context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
+        rejected = None
+        if correction.rejected is not None:
+            _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
+        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+
+    def _look(self, probe: Probe, index: int) -> wire.Look:
+        assert probe.check.prefers is not None, "checked by the request"
+        wanted, unwanted = (
+            encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
+            for text in probe.check.prefers
+        )
+        look = wire.Look(encode_chat(self._tokenizer, probe.prompt), wanted, unwanted, probe.side)
+        self._check(wire.Work(look.context, look.wanted, look.unwanted, 1.0, f"development probe {index}"))
+        return look
+
+    def _check(self, work: wire.Work) -> None:
+        longest = max(len(work.continuation), len(work.rejected or []))
+        if len(work.context) + longest > self._limit:
+            raise ContextOverflow(
+                f"{work.label}: {len(work.context)} + {longest} tokens; the model reads {self._limit}",
+                "shorten the conversation or the answer",
+            )
+        top = max(*work.context, *work.continuation, *(work.rejected or [0]), 0)
+        if top >= self._vocab_size:
+            raise BadExample(
+                f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
+                "were the ids made with this model's tokenizer?",
+            )
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    """At most `count` of them, in order, from all over the list."""
+    count = min(len(items), count)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _steps(request: wire.TrainRequest, per_epoch: int) -> int:
+    if request.epochs is None and request.max_steps is None:
+        until = request.until_margin is not None or request.until_passed is not None
+        return DEFAULT_MAX_STEPS if until else per_epoch
+    asked = [s for s in (request.max_steps, request.epochs and request.epochs * per_epoch) if s]
+    return min(asked)

@@ -1,0 +1,160 @@
+"""The judge asks probes: greedy answers through the engine, in the background, many at once (server).
+
+The answers are those that users get: same engine, same weights, same chat template. An answer is cached by
+(weights version, probe), so the "after" of one lesson is the "before" of the next for free. Whether an answer
+passes is decided by `evidence.checks`, generated code in a subprocess with limits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from secondnature.engines.base import (
+    GenerationHandle,
+    GenerationRequest,
+    GenerationResult,
+    Generator,
+    score_request,
+)
+from secondnature.errors import Busy, ContextOverflow, SecondnatureError
+from secondnature.evidence.checks import judge_probes
+from secondnature.model.chat import encode_answer, encode_chat
+from secondnature.records import Message, Outcome, Probe
+
+MAX_ANSWER_TOKENS = 160
+MAX_CACHED = 100_000
+AT_ONCE = 256
+"""Requests handed to the engine at a time; it decodes as many as it has rows for."""
+
+
+class Prober:
+    """Asks probes of the weights that are being served. Used by the keeper's thread."""
+
+    def __init__(self, engine: Generator, tokenizer: Any, *, context_limit: int) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._limit = context_limit
+        self._cache: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+
+    def check(self, probes: Sequence[Probe]) -> None:
+        """Every probe fits the model, with room for an answer. Raises ContextOverflow."""
+        for i, probe in enumerate(probes):
+            prompt = len(encode_chat(self._tokenizer, probe.prompt))
+            pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
+            longest = max((len(self._answer(probe, text)) for pair in pairs for text in pair), default=1)
+            if prompt + longest > self._limit:
+                raise ContextOverflow(
+                    f"probe {i}: {prompt} + {longest} tokens; the model reads {self._limit}", "shorten it"
+                )
+
+    def outcomes(self, probes: Sequence[Probe], version: str, attend: Callable[[], None]) -> list[Outcome]:
+        """Ask every probe once (or take what these weights answered before), in order.
+
+        Args:
+            probes: asked through the engine, as background requests.
+            version: of the weights, which must not change meanwhile: the cache's key.
+            attend: called while waiting; may raise to give up.
+        """
+        missing = [p for p in probes if (version, p.digest()) not in self._cache]
+        for start in range(0, len(missing), AT_ONCE):
+            for probe, outcome in self._ask(missing[start : start + AT_ONCE], attend):
+                self._cache[version, probe.digest()] = outcome
+        found = [self._cache[version, p.digest()] for p in probes]
+        for _ in range(len(self._cache) - MAX_CACHED):
+            self._cache.popitem(last=False)
+        return found
+
+    def answers(
+        self,
+        contexts: Sequence[list[int]],
+        attend: Callable[[], None],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: Sequence[int] | None = None,
+    ) -> list[GenerationResult]:
+        """One answer to each context (token ids), at most `MAX_ANSWER_TOKENS` long; the first is drawn with `seed`,
+        the next with `seed + 1`. `max_tokens`: what else bounds each.
+        """
+        found: list[GenerationResult] = []
+        bounds = max_tokens or [self._limit] * len(contexts)
+        requests = [
+            GenerationRequest(
+                ids,
+                max_tokens=min(MAX_ANSWER_TOKENS, self._limit - len(ids), bound),
+                temperature=temperature,
+                seed=seed + i,
+                background=True,
+            )
+            for i, (ids, bound) in enumerate(zip(contexts, bounds, strict=True))
+        ]
+        for start in range(0, len(requests), AT_ONCE):
+            found += self._wait(requests[start : start + AT_ONCE], attend)
+        return found
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _answer(self, probe: Probe, text: str) -> list[int]:
+        return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
+
+    def _ask(self, probes: Sequence[Probe], attend: Callable[[], None]) -> list[tuple[Probe, Outcome]]:
+        prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
+        pairs = [p.check.prefers or p.margin for p in probes]
+        spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
+        results = dict(zip(spoken, self.answers([prompts[i] for i in spoken], attend), strict=True))
+        margins = self._margins(probes, prompts, pairs, attend)
+        texts = [results[i].text if i in results else "" for i in range(len(probes))]
+        attend()
+        return list(zip(probes, judge_probes(probes, texts, margins), strict=True))
+
+    def _margins(
+        self,
+        probes: Sequence[Probe],
+        prompts: list[list[int]],
+        pairs: list[tuple[str, str] | None],
+        attend: Callable[[], None],
+    ) -> list[float | None]:
+        """log p(wanted) - log p(unwanted) of every probe that names a pair, nats over the whole answers."""
+        chosen = [i for i, pair in enumerate(pairs) if pair is not None]
+        requests = [
+            score_request(prompts[i], self._answer(probes[i], text), background=True)
+            for i in chosen
+            for text in pairs[i] or ()
+        ]
+        totals = [sum(t.logprob for t in r.prompt_tokens) for r in self._wait(requests, attend)]
+        found: list[float | None] = [None] * len(probes)
+        for k, i in enumerate(chosen):
+            found[i] = totals[2 * k] - totals[2 * k + 1]
+        return found
+
+    def _submit(self, request: GenerationRequest, attend: Callable[[], None]) -> GenerationHandle:
+        """Probes give way: where users fill the queue, wait."""
+        while True:
+            try:
+                return self._engine.submit(request)
+            except Busy:
+                attend()
+                time.sleep(0.05)
+
+    def _wait(
+        self, requests: Sequence[GenerationRequest], attend: Callable[[], None]
+    ) -> list[GenerationResult]:
+        handles: list[GenerationHandle] = []
+        try:
+            for request in requests:
+                handles.append(self._submit(request, attend))
+            while not all(h.done for h in handles):
+                attend()
+                time.sleep(0.01)
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        results = [h.result() for h in handles]
+        failed: SecondnatureError | None = next((r.error for r in results if r.error is not None), None)
+        if failed is not None:
+            raise failed
+        return results

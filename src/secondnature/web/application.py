@@ -1,0 +1,106 @@
+"""What the servers of both engines have in common: the teaching parts put together, their routes, errors, guards.
+
+The local engine adds its completions to this application; inside vLLM it stands beside vLLM's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from secondnature import __version__
+from secondnature.engines.local.engine import Engine
+from secondnature.errors import BadInput, NotFound, SecondnatureError
+from secondnature.lessons.teaching import Teaching
+from secondnature.records import describe_errors
+from secondnature.web import completions
+from secondnature.web import teaching as routes
+from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Guards, error_body
+from secondnature.web.metrics import exposition
+from secondnature.wire import Health, Wiring
+
+LOG = logging.getLogger("secondnature")
+
+
+def application(teaching: Teaching) -> FastAPI:
+    """The teaching routes, the errors they answer and the guards before them; more routers may be added."""
+    app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(routes.router(teaching.keeper, teaching.ledger, teaching.memory, teaching.clock))
+
+    @app.get("/v1/health", responses=routes.ERRORS)
+    def health() -> Health:  # pyright: ignore[reportUnusedFunction]
+        """Is it well, and what does it serve?"""
+        return teaching.health()
+
+    @app.get("/v1/wiring", responses=routes.ERRORS)
+    def wiring() -> Wiring:  # pyright: ignore[reportUnusedFunction]
+        """Does the engine compute with the memory that lessons are written into? Looks at it anew each time."""
+        return teaching.wiring()
+
+    _speak_errors(app)
+    settings = teaching.settings
+    inference = settings.inference_key.get_secret_value() if settings.inference_key else None
+    app.add_middleware(
+        Guards,
+        key=teaching.key,
+        inference_key=inference,
+        hosts=LOOPBACK_NAMES if settings.host in LOOPBACK_HOSTS else None,
+        max_body_bytes=settings.max_body_bytes,
+        requests_per_minute=settings.requests_per_minute,
+    )
+    return app
+
+
+def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> FastAPI:
+    """The whole server: completions and what teaches."""
+    app = application(teaching)
+    app.include_router(
+        completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
+    )
+
+    @app.get("/health")
+    def health() -> Health:  # pyright: ignore[reportUnusedFunction]
+        """As `/v1/health`."""
+        return teaching.health()
+
+    @app.get("/metrics")
+    def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Counters for Prometheus."""
+        text = exposition(engine, teaching.keeper, teaching.clock)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def _speak_errors(app: FastAPI) -> None:
+    """Every error is `{"error": {type, message, hint}}`, never a traceback."""
+
+    @app.exception_handler(SecondnatureError)
+    def ours(_: Request, error: SecondnatureError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        return JSONResponse(error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        found = BadInput(describe_errors(error.errors()), "see /openapi.json or docs/reference/routes.md")
+        return JSONResponse(error_body(found), found.status)
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        if error.status_code == 404:
+            found: SecondnatureError = NotFound(f"no route {request.url.path[:200]}", "see /openapi.json")
+        else:
+            found = BadInput(
+                f"{request.method} {request.url.path[:200]}: {error.detail}", "see /openapi.json"
+            )
+        return JSONResponse(error_body(found), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    def unforeseen(request: Request, error: Exception) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        LOG.error("%s %s", request.method, request.url.path, exc_info=error)
+        found = SecondnatureError("internal error", "please report it, with the server's log")
+        return JSONResponse(error_body(found), 500)

@@ -1,0 +1,128 @@
+"""The routes that teach: feedback, training, lessons, checkpoint (server; shared by every engine).
+
+Thin: a body comes in typed, goes to the keeper or the ledger, and the answer goes out typed. They run in the
+thread pool, never on the event loop: completions keep streaming whatever a lesson does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from secondnature import wire
+from secondnature.engines.stamps import Clock
+from secondnature.errors import BadInput
+from secondnature.lessons.keeper import Keeper
+from secondnature.lessons.ledger import Ledger
+from secondnature.lessons.memory import Memory, Said
+from secondnature.records import Correction, Lesson, Message
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": text, "model": wire.ErrorReply}
+    for code, text in (
+        (400, "What was sent is wrong; nothing was written"),
+        (401, "No key, or the wrong one"),
+        (404, "No such thing"),
+        (409, "Not now"),
+        (413, "Too large"),
+        (429, "Too many at once"),
+        (500, "The server's own fault"),
+        (503, "Shutting down"),
+        (507, "The disk refused; nothing was acknowledged"),
+    )
+}
+
+
+def _correction(body: wire.FeedbackRequest, said: Said) -> Correction:
+    if said.prompt is None:
+        raise BadInput(f"completion {body.completion_id} was no chat", "give feedback on chat completions")
+    answer = [Message(role="assistant", content=said.answer)] if said.answer else None
+    wanted = [Message(role="assistant", content=body.corrected)] if body.corrected is not None else None
+    return Correction(
+        prompt=said.prompt,
+        chosen=wanted,
+        rejected=answer if wanted is None or wanted != answer else None,
+        behaviour=body.behaviour,
+        feedback=body.text,
+        rating=body.rating,
+        completion_id=body.completion_id,
+        weights_version=said.weights_version,
+    )
+
+
+def router(keeper: Keeper, ledger: Ledger, memory: Memory, clock: Clock) -> APIRouter:
+    """All routes that teach, for any FastAPI application."""
+    routes = APIRouter(responses=ERRORS)
+
+    @routes.post("/v1/feedback", response_model_exclude_none=True)
+    def feedback(body: wire.FeedbackRequest) -> wire.FeedbackReply:  # pyright: ignore[reportUnusedFunction]
+        """Say what was wrong with a completion; durable when it answers."""
+        (added,) = ledger.add([_correction(body, memory.recall(body.completion_id))])
+        return wire.FeedbackReply(id=str(added.id), correction=added)
+
+    @routes.get("/v1/corrections", response_model_exclude_none=True)
+    def corrections() -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
+        """The ledger, oldest first."""
+        return wire.CorrectionsReply(corrections=ledger.all())
+
+    @routes.post("/v1/corrections", response_model_exclude_none=True)
+    def import_corrections(body: wire.ImportRequest) -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
+        """Add corrections, all or none; durable when it answers."""
+        return wire.CorrectionsReply(corrections=ledger.add(body.corrections))
+
+    @routes.post("/train", status_code=202, include_in_schema=False, response_model_exclude_none=True)
+    @routes.post("/v1/train", status_code=202, response_model_exclude_none=True)
+    def train(body: wire.TrainRequest) -> wire.TrainReply:  # pyright: ignore[reportUnusedFunction]
+        """Start a lesson; with `dry_run`, only plan it."""
+        return keeper.submit(body)
+
+    @routes.get("/train/status", include_in_schema=False, response_model_exclude_none=True)
+    @routes.get("/v1/train/status", response_model_exclude_none=True)
+    def status(job: str | None = None) -> wire.JobStatus | wire.JobList:  # pyright: ignore[reportUnusedFunction]
+        """How a job is doing; without `job`, all of them."""
+        return keeper.status(job) if job is not None else wire.JobList(jobs=keeper.statuses())
+
+    @routes.delete("/v1/train/{job}", response_model_exclude_none=True)
+    def cancel(job: str) -> wire.JobStatus:  # pyright: ignore[reportUnusedFunction]
+        """End a job; it is undone when this answers."""
+        return keeper.cancel(job)
+
+    @routes.get("/v1/lessons", response_model_exclude_none=True)
+    def lessons() -> wire.LessonList:  # pyright: ignore[reportUnusedFunction]
+        """The log, oldest first."""
+        stamp = clock.read()
+        return wire.LessonList(
+            lessons=keeper.log.all(),
+            weights_version=stamp.version,
+            optimizer_version=keeper.log.optimizer_version(),
+            trial=stamp.trial,
+        )
+
+    @routes.get("/v1/lessons/{lesson_id}", response_model_exclude_none=True)
+    def lesson(lesson_id: str) -> wire.LessonDetail:  # pyright: ignore[reportUnusedFunction]
+        """One lesson with its evidence, corrections and metrics."""
+        return keeper.log.detail(lesson_id)
+
+    @routes.post("/v1/lessons/{lesson_id}/keep", response_model_exclude_none=True)
+    def keep(lesson_id: str) -> Lesson:  # pyright: ignore[reportUnusedFunction]
+        """Keep a lesson that is on trial."""
+        return keeper.keep(lesson_id)
+
+    @routes.post("/v1/lessons/{lesson_id}/revert", response_model_exclude_none=True)
+    def revert(lesson_id: str) -> Lesson:  # pyright: ignore[reportUnusedFunction]
+        """Undo a lesson, to the byte; answers the entry of the log that says so."""
+        return keeper.revert(lesson_id)
+
+    @routes.post("/checkpoint", include_in_schema=False, response_model_exclude_none=True)
+    @routes.post("/v1/checkpoint", response_model_exclude_none=True)
+    def checkpoint() -> wire.CheckpointReply:  # pyright: ignore[reportUnusedFunction]
+        """Make the working copy's files current now."""
+        return keeper.checkpoint()
+
+    @routes.get("/v1/checkpoint", response_model_exclude_none=True)
+    def checkpoint_state() -> wire.CheckpointReply:  # pyright: ignore[reportUnusedFunction]
+        """What the working copy's files hold."""
+        return keeper.checkpoint_state()
+
+    return routes

@@ -1,0 +1,219 @@
+"""The batch equals single runs: whatever joins, leaves or is read in pieces, for every kind of model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_models import (
+    KINDS,
+    byte_tokenizer,
+    generate_alone,
+    logprobs_alone,
+    make_model,
+    prompts,
+    real_chat_model,
+)
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from secondnature.engines.base import GenerationRequest, score_request
+from secondnature.engines.local.engine import Engine
+from secondnature.engines.local.rows import Rows
+from secondnature.errors import UnsupportedModel
+from secondnature.model.load import build
+
+LENGTHS = (5, 1, 17, 70, 2, 33)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.set_num_threads(1)
+    return make_model(request.param)
+
+
+def greedy(prompt: list[int], num: int, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(prompt, max_tokens=num, temperature=0.0, ignore_eos=True, **fields)
+
+
+@torch.inference_mode()
+def test_padded_logits_equal_single_ones(model: Any) -> None:
+    texts = prompts(*LENGTHS)
+    rows = Rows(model)
+    logits = [rows.prefill(texts, 1)[:, -1]]
+    for step in range(12):
+        logits.append(rows.step([(7 * i + step) % 256 for i in range(len(texts))]))
+    for i, prompt in enumerate(texts):
+        told = [(7 * i + step) % 256 for step in range(12)]
+        alone = model(input_ids=torch.tensor([prompt + told]), use_cache=False).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.stack([x[i] for x in logits]), alone, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_rows_join_and_leave_at_any_time_without_touching_the_others(model: Any) -> None:
+    rng = random.Random(3)
+    rows, texts, seen = Rows(model), list[list[int]](), list[list[torch.Tensor]]()
+    pool = prompts(*[rng.randrange(1, 60) for _ in range(40)], seed=1)
+    done = 0
+    while pool or texts:
+        if pool and (not texts or rng.random() < 0.4):
+            group = [pool.pop() for _ in range(min(len(pool), rng.randrange(1, 4)))]
+            new = Rows(model)
+            first = new.prefill(group, 1)[:, -1]
+            chosen = [i for i in range(len(group)) if rng.random() < 0.9]
+            rows.append(new, chosen)
+            texts += [list(group[i]) for i in chosen]
+            seen += [[first[i]] for i in chosen]
+        if texts:
+            tokens = [rng.randrange(256) for _ in texts]
+            logits = rows.step(tokens)
+            for i, token in enumerate(tokens):
+                texts[i].append(token)
+                seen[i].append(logits[i])
+        leaving = [i for i in range(len(texts)) if rng.random() < (0.08 if pool else 0.4)]
+        for i in leaving:
+            count = len(seen[i])
+            alone = model(input_ids=torch.tensor([texts[i]]), use_cache=False).logits[0, -count:]
+            torch.testing.assert_close(torch.stack(seen[i]), alone, rtol=0, atol=1e-4)
+            done += 1
+        order = rows.remove(leaving)
+        texts, seen = [texts[i] for i in order], [seen[i] for i in order]
+        assert rows.lengths == [len(t) for t in texts]
+    assert done >= 25
+
+
+@torch.inference_mode()
+def test_columns_are_given_back_and_grow_again(model: Any) -> None:
+    texts = prompts(300, 4, 9)
+    rows = Rows(model)
+    rows.prefill(texts, 1)
+    texts = [texts[i] for i in rows.remove([0])]
+    assert rows.num_columns == 9
+    assert rows.window.end == 9  # the columns of the long row are used again
+    for step in range(80):
+        for i, logits in enumerate(rows.step([step, step + 1])):
+            texts[i].append(step + i)
+            if step % 20 == 19:
+                alone = model(input_ids=torch.tensor([texts[i]]), use_cache=False).logits[0, -1]
+                torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
+        if step == 50:  # a longer one joins, and what it needs is zero in the others
+            new = Rows(model)
+            (other,) = prompts(200, seed=4)
+            new.prefill([other], 1)
+            rows.append(new, [0])
+            assert rows.num_columns == 200
+            assert rows.remove([2]) == [0, 1]
+
+
+@torch.inference_mode()
+def test_a_row_that_was_nan_does_not_poison_the_next_one_in_its_place() -> None:
+    model = make_model("hybrid")
+    rows = Rows(model)
+    first, second = prompts(40, 30)
+    rows.prefill([first, second], 1)
+    for layer in rows.layers:
+        for state in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if state is not None:
+                state[1] = float("nan")
+    rows.remove([1])
+    new = Rows(model)
+    logits = [new.prefill([second[:3]], 1)[:, -1]]
+    rows.append(new, [0])
+    logits.append(rows.step([1, 2])[1:])
+    alone = model(input_ids=torch.tensor([[*second[:3], 2]]), use_cache=False).logits[0, -2:]
+    torch.testing.assert_close(torch.cat(logits), alone, rtol=0, atol=1e-4)
+
+
+def test_crowd_equals_transformers_generate(model: Any) -> None:
+    texts = prompts(*LENGTHS, 120, 9, 64)
+    with Engine(model, byte_tokenizer(), prefill_tokens=96) as engine:
+        results = engine.generate([greedy(p, 10 + 3 * i) for i, p in enumerate(texts)])
+    for i, (prompt, result) in enumerate(zip(texts, results, strict=True)):
+        assert result.token_ids == generate_alone(model, prompt, 10 + 3 * i)
+        assert (result.finish_reason, result.num_completion_tokens) == ("length", 10 + 3 * i)
+
+
+def test_prompt_read_in_pieces_equals_whole(model: Any) -> None:
+    (prompt,) = prompts(300)
+    for piece in (29, 64, 300):
+        with Engine(model, byte_tokenizer(), prefill_tokens=piece) as engine:
+            assert engine.generate([greedy(prompt, 12)])[0].token_ids == generate_alone(model, prompt, 12)
+            (scored,) = engine.generate([score_request(prompt[:100], prompt[100:], top=2)])
+        alone = logprobs_alone(model, prompt)
+        told = torch.tensor([t.logprob for t in scored.prompt_tokens]).double()
+        expected = alone[99:-1].gather(-1, torch.tensor(prompt[100:])[:, None])[:, 0]
+        torch.testing.assert_close(told, expected, rtol=0, atol=1e-4)
+
+
+def test_scores_of_a_crowd_equal_plain_forwards(model: Any) -> None:
+    texts = prompts(2, 9, 33, 40, 5, 90, 21)
+    pairs = [(p[: max(1, len(p) // 3)], p[max(1, len(p) // 3) :]) for p in texts]
+    with Engine(model, byte_tokenizer(), prefill_tokens=128) as engine:
+        told = engine.score(pairs)
+    for (context, continuation), scores in zip(pairs, told, strict=True):
+        alone = logprobs_alone(model, [*context, *continuation])[len(context) - 1 : -1]
+        expected = alone.gather(-1, torch.tensor(continuation)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(scores).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_eager_attention_works_as_well() -> None:
+    model = make_model("hybrid", attention="eager")
+    texts = prompts(*LENGTHS)
+    with Engine(model, byte_tokenizer()) as engine:
+        for prompt, result in zip(texts, engine.generate([greedy(p, 8) for p in texts]), strict=True):
+            assert result.token_ids == generate_alone(model, prompt, 8)
+
+
+def test_a_model_that_nobody_here_made_up_to_its_last_position() -> None:
+    model, tokenizer = real_chat_model()
+    questions = ["hi there", "what do you like to eat?", "do you have a dog?", "i am sad.", "who are you?"]
+    texts = [tokenizer(f"[INST] {q}[/INST]", add_special_tokens=False)["input_ids"] for q in questions]
+    with Engine(model, tokenizer) as engine:
+        results = engine.generate([greedy(p, 64 - len(p)) for p in texts])
+        told = engine.generate([GenerationRequest(p, temperature=0.0) for p in texts])
+    for prompt, result, spoken in zip(texts, results, told, strict=True):
+        alone = generate_alone(model, prompt, 64 - len(prompt))
+        assert result.token_ids == alone
+        assert spoken.finish_reason in ("stop", "length")
+        assert spoken.token_ids == alone[: len(spoken.token_ids)]
+        assert (
+            spoken.finish_reason == "length" or spoken.token_ids[-1] in model.generation_config.eos_token_id
+        )
+        assert spoken.text == tokenizer.decode(spoken.token_ids, skip_special_tokens=True)
+
+
+def test_weights_of_the_arena_kind_are_live(tmp_path: Path) -> None:
+    source = make_model("hybrid")
+    source.config.save_pretrained(tmp_path)
+    weights = {name: p.detach().bfloat16() for name, p in source.named_parameters()}
+    model = build(tmp_path, weights)
+    texts = prompts(*LENGTHS)
+    with Engine(model, byte_tokenizer()) as engine:
+        before = [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])]
+        assert before == [generate_alone(model, p, 12) for p in texts]
+        old = {name: w.clone() for name, w in weights.items()}
+        for name, w in weights.items():
+            if "norm" not in name:
+                w.add_(torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).bfloat16() * 0.1)
+        after = [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])]
+        assert after == [generate_alone(model, p, 12) for p in texts]
+        assert after != before
+        for name, w in weights.items():
+            w.copy_(old[name])
+        assert [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])] == before
+
+
+def test_sliding_windows_are_refused_by_name() -> None:
+    config = MistralConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=16,
+    )
+    with pytest.raises(UnsupportedModel, match="layer 0 keeps its state as DynamicSlidingWindowLayer"):
+        Engine(AutoModelForCausalLM.from_config(config), byte_tokenizer())

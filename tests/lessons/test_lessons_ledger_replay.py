@@ -1,0 +1,85 @@
+"""The ledger loses nothing that was acknowledged; the replay mix deals fairly and repeatably."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from secondnature.lessons.ledger import Ledger
+from secondnature.records import Correction
+from secondnature.train.batches import batches
+
+
+def correction(text: str) -> Correction:
+    return Correction.model_validate({"prompt": "Paint it red.", "completion": text})
+
+
+def test_what_was_added_is_there_after_a_restart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    added = ledger.add([correction("one"), correction("two\nlines")])
+    assert Ledger(tmp_path / "ledger.jsonl").all() == added
+    assert len({c.id for c in added}) == 2
+
+
+def test_a_torn_line_spoils_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).add([correction("one")])
+    with path.open("a") as file:
+        file.write('{"prompt": [{"role"')
+    ledger = Ledger(path)
+    assert ledger.num_torn == 1
+    ledger.add([correction("two")])
+    again = Ledger(path)
+    assert [c.chosen[0].content for c in again.all() if c.chosen] == ["one", "two"]
+
+
+def test_a_full_disk_refuses_and_keeps_the_old(tmp_path: Path) -> None:
+    code = f"""
+import resource, signal
+from pathlib import Path
+from secondnature.lessons.ledger import Ledger
+from secondnature.errors import StorageError
+from secondnature.records import Correction
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+ledger = Ledger(Path({str(tmp_path)!r}) / "ledger.jsonl")
+ledger.add([Correction.model_validate({{"prompt": "a", "completion": "b"}})])
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+try:
+    ledger.add([Correction.model_validate({{"prompt": "a" * 1000, "completion": "b"}})])
+except StorageError as e:
+    print("refused:", e)
+print(len(ledger.all()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.startswith("refused:")
+    assert done.stdout.rstrip().endswith("1")
+    assert len(Ledger(tmp_path / "ledger.jsonl").all()) == 1
+    assert (tmp_path / "ledger.jsonl").read_bytes().endswith(b"\n")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 400
+
+
+def test_every_example_is_dealt_once_an_epoch() -> None:
+    dealt = list(batches(6, 0, batch_size=3, steps=4, share=0.25, seed=3))
+    first, second = dealt[0][0] + dealt[1][0], dealt[2][0] + dealt[3][0]
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert first != second
+    assert all(old == [] for _, old in dealt)
+    assert dealt == list(batches(6, 0, batch_size=3, steps=4, share=0.25, seed=3))
+    assert dealt != list(batches(6, 0, batch_size=3, steps=4, share=0.25, seed=8))
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "expected"), [(0.25, 6, 2), (0.5, 4, 4), (0.25, 1, 1), (0.0, 6, 0)]
+)
+def test_the_share_of_replay(share: float, size: int, expected: int) -> None:
+    dealt = list(batches(size, 50, batch_size=size, steps=50, share=share, seed=0))
+    assert {len(old) for _, old in dealt} == {expected}
+    counts = Counter(i for _, old in dealt for i in old)
+    assert not counts or max(counts.values()) - min(counts.get(i, 0) for i in range(50)) <= 1
