@@ -26,7 +26,7 @@ CALLS = {
     "send_pyobj",
     "pd.read_pickle",
 }
-RUNS_CODE = {"evidence/zygote.py", "embedded/answers.py"}
+RUNS_CODE = {"evidence/sandbox/zygote.py", "embedded/answers.py"}
 """Where text is run on purpose: answers in the sandbox's child; the training text's own functions."""
 
 

@@ -63,7 +63,7 @@ def _card(directory: Path) -> dict[str, Any]:
     """The model's card (`card.json`), or nothing."""
     try:
         return json.loads((directory / "card.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

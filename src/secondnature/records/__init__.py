@@ -23,7 +23,9 @@ from secondnature.records.conversation import (
     SampleAnswer,
 )
 from secondnature.records.evidence import (
+    EVIDENCE_VERSION,
     Comparison,
+    Decision,
     Evidence,
     Flip,
     GateSettings,
@@ -34,6 +36,7 @@ from secondnature.records.jsonl import (
     MAX_LINE_BYTES,
     describe,
     describe_errors,
+    parse_json,
     parse_jsonl,
     read_jsonl,
     to_jsonl,
@@ -62,6 +65,7 @@ from secondnature.records.probes import (
 )
 
 __all__ = [
+    "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
     "OPEN_STATES",
@@ -72,6 +76,7 @@ __all__ = [
     "Comparison",
     "Conversation",
     "Correction",
+    "Decision",
     "ErrorInfo",
     "Evidence",
     "Example",
@@ -101,6 +106,7 @@ __all__ = [
     "describe",
     "describe_errors",
     "digest",
+    "parse_json",
     "parse_jsonl",
     "read_jsonl",
     "to_jsonl",
