@@ -7,44 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from failing_disk import CALLS, disk
 
 from secondnature import storage
 from secondnature.errors import NotDurable, StorageError
 
-CALLS = ("open", "write", "fsync", "replace", "rename", "ftruncate", "mkdir")
 OLD, NEW = ["1", '{"a": "two"}'], ['{"a": 3}', "4", "5"]
-
-
-class Disk:
-    """Lets the n-th of the calls that change a disk fail; counts them."""
-
-    def __init__(self, fail_at: int | None, error: BaseException | None = None) -> None:
-        self.fail_at, self.made = fail_at, list[str]()
-        self.error = error or OSError(errno.EIO, "Input/output error")
-
-    def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self.made.append(name)
-            if len(self.made) - 1 == self.fail_at:
-                raise self.error
-            return call(*args, **kwargs)
-
-        return wrapper
-
-
-@contextmanager
-def disk(fail_at: int | None = None, error: BaseException | None = None) -> Generator[Disk]:
-    found = Disk(fail_at, error)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, found.wrapped(name, getattr(os, name)))
-        yield found
 
 
 def replace(path: Path) -> None:

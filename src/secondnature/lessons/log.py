@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from secondnature import storage
-from secondnature.errors import BadDelta, NotFound, WrongState
+from secondnature.errors import BadDelta, NotFound, TooNew, WrongState
 from secondnature.lessons.home import Home
 from secondnature.records import (
     OPEN_STATES,
@@ -31,6 +31,7 @@ from secondnature.records import (
     read_jsonl,
     utc_now,
 )
+from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
 from secondnature.weights.arena import content_id
 from secondnature.wire import LessonDetail
@@ -116,7 +117,7 @@ class Log:
 
     def save(self, lesson: Lesson) -> Lesson:
         """Write an entry's state; durable when this returns."""
-        storage.write_text(self.directory(lesson) / "lesson.json", lesson.model_dump_json(indent=2) + "\n")
+        storage.write_text(self.directory(lesson) / "lesson.json", lesson.to_disk(indent=2) + "\n")
         self._lessons[lesson.id] = lesson
         return lesson
 
@@ -141,14 +142,15 @@ class Log:
         """One entry with everything in its directory but the weights."""
         lesson = self.get(lesson_id)
         directory = self.directory(lesson)
-        evidence = directory / "evidence.json"
         corrections = directory / "corrections.jsonl"
+        metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
             lesson=lesson,
-            evidence=Evidence.model_validate_json(evidence.read_bytes()) if evidence.is_file() else None,
-            corrections=read_jsonl(corrections, Correction) if corrections.is_file() else [],
-            metrics=_read_dicts(directory / "metrics.jsonl"),
-            answers=_read_dicts(directory / "answers.jsonl"),
+            evidence=_read_evidence(directory / "evidence.json"),
+            corrections=read_jsonl(corrections, Correction, own=True) if corrections.is_file() else [],
+            metrics=[value for _, value in metrics.values if isinstance(value, dict)],
+            metrics_skipped=len(metrics.skipped) or None,
+            answers=[value for _, value in storage.read_durable(directory / "answers.jsonl").values],
         )
 
     def num_tries(self, digests: list[str]) -> int:
@@ -306,16 +308,16 @@ class Log:
 
 def _read_lesson(path: Path) -> Lesson:
     try:
-        raw = json.loads(path.read_bytes())
-        found = raw.get("schema_version") if isinstance(raw, dict) else None
-        if isinstance(found, int) and found > SCHEMA_VERSION:
-            raise BadDelta(f"{path}: written by a newer version (schema {found})", "upgrade secondnature")
-        return Lesson.model_validate(raw)
-    except (OSError, ValueError, ValidationError) as e:
+        return Lesson.from_disk(migrate("lesson", json.loads(path.read_bytes()), str(path)))
+    except TooNew:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
         raise BadDelta(
             f"{path}: cannot be read: {str(e).splitlines()[0]}", "restore it from a backup"
         ) from None
 
 
-def _read_dicts(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in storage.read_lines(path)]
+def _read_evidence(path: Path) -> Evidence | None:
+    if not path.is_file():
+        return None
+    return Evidence.from_disk(migrate("evidence", json.loads(path.read_bytes()), str(path)))

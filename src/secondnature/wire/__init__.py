@@ -33,6 +33,7 @@ from secondnature.wire.bodies import (
     StreamOptions,
     TrainReply,
     TrainRequest,
+    UnreadableLine,
     Wiring,
 )
 from secondnature.wire.trainer import (
@@ -95,6 +96,7 @@ __all__ = [
     "Train",
     "TrainReply",
     "TrainRequest",
+    "UnreadableLine",
     "Wiring",
     "Work",
     "decode_for_server",

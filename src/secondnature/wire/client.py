@@ -172,9 +172,13 @@ class Client:
         """Record what the user thinks of a completion; durable when this returns."""
         return FeedbackReply.model_validate(self.request("POST", "/v1/feedback", body=body))
 
+    def ledger(self) -> CorrectionsReply:
+        """The ledger, and what of it could not be read."""
+        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections"))
+
     def corrections(self) -> list[Correction]:
-        """The ledger."""
-        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections")).corrections
+        """The corrections of the ledger."""
+        return self.ledger().corrections
 
     def import_corrections(self, corrections: list[Correction]) -> list[Correction]:
         """Add corrections to the ledger, all or none; durable when this returns."""
