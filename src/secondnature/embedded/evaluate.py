@@ -309,7 +309,7 @@ MEASURED = (
 def _measure(
     directory: Path, num_cases: int, say: Say | None, plan: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    from secondnature.embedded.build import load_model
+    from secondnature.embedded.files import load_model
     from secondnature.embedded.open_answers import measure_feelings, measure_imagination
 
     began = time.monotonic()

@@ -26,9 +26,18 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from secondnature import storage
-from secondnature.errors import BadDelta, BadRecord, NotDurable, NotFound, SecondnatureError, WrongState
+from secondnature.errors import (
+    BadDelta,
+    DamagedFile,
+    NotDurable,
+    NotFound,
+    SecondnatureError,
+    TooNew,
+    WrongState,
+)
 from secondnature.lessons.home import Home
 from secondnature.records import (
+    EVIDENCE_VERSION,
     OPEN_STATES,
     SCHEMA_VERSION,
     Correction,
@@ -39,6 +48,7 @@ from secondnature.records import (
     read_jsonl,
     utc_now,
 )
+from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import Named
 from secondnature.wire import LessonDetail
@@ -229,35 +239,40 @@ class Log:
     # -------------------------------------------------------------------------------------- what lies in it
 
     def detail(self, lesson_id: str) -> LessonDetail:
-        """One entry with everything in its directory but the weights. Raises NotFound, BadRecord."""
+        """One entry with everything in its directory but the weights. Raises NotFound, DamagedFile."""
         lesson = self.get(lesson_id)
         directory = self.directory(lesson)
-        moved = _read_json(directory / MOVED_FILE, list)
+        moved = _read_whole(directory / MOVED_FILE)
+        metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
             lesson=lesson.model_copy(update={"moved": [Moved.model_validate(m) for m in moved or []]}),
             evidence=self.evidence(lesson),
             corrections=self.corrections(lesson),
-            metrics=_read_dicts(directory / "metrics.jsonl"),
-            answers=_read_dicts(directory / "answers.jsonl"),
+            metrics=[value for _, value in metrics.values if isinstance(value, dict)],
+            metrics_skipped=len(metrics.skipped) or None,
+            answers=[value for _, value in storage.read_durable(directory / "answers.jsonl").values],
         )
 
     def evidence(self, lesson: Lesson) -> Evidence | None:
-        """The certificate, where there is one. Raises BadRecord: the file is damaged."""
+        """The certificate, where there is one. Raises DamagedFile."""
         path = self.directory(lesson) / "evidence.json"
+        raw = _read_whole(path)
         try:
-            return Evidence.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as e:
-            what = describe(e) if isinstance(e, ValidationError) else str(e.strerror)
-            raise BadRecord(f"{path}: {what}", "restore it from a backup") from None
+            found = None if raw is None else Evidence.from_disk(raw)
+        except ValidationError as e:
+            raise DamagedFile(f"{path}: {describe(e)}", "restore it from a backup") from None
+        if found is not None and found.schema_version > EVIDENCE_VERSION:
+            raise TooNew(
+                f"{path}: schema_version {found.schema_version}; known up to {EVIDENCE_VERSION}", "upgrade"
+            )
+        return found
 
     def corrections(self, lesson: Lesson) -> list[Correction]:
         """What was taught, where it was not token ids. Raises BadRecord: the file is damaged."""
         known = self._corrections.get(lesson.id)
         if known is None:
             path = self.directory(lesson) / "corrections.jsonl"
-            known = read_jsonl(path, Correction) if path.is_file() else []
+            known = read_jsonl(path, Correction, own=True) if path.is_file() else []
             if lesson.state == "kept":  # asked for by every lesson after it
                 self._corrections[lesson.id] = known
         return known
@@ -504,7 +519,10 @@ class Log:
 
 
 def _text(lesson: Lesson) -> str:
-    return lesson.model_dump_json(indent=2, exclude={"moved"}) + "\n"
+    """An entry as it lies on disk: without the long table, which has a file of its own."""
+    raw = json.loads(lesson.to_disk())
+    raw.pop("moved", None)
+    return json.dumps(raw, ensure_ascii=False, indent=2) + "\n"
 
 
 def _write_moved(directory: Path, moved: list[Moved]) -> None:
@@ -514,40 +532,20 @@ def _write_moved(directory: Path, moved: list[Moved]) -> None:
 
 def _read_lesson(path: Path) -> Lesson:
     try:
-        raw = json.loads(path.read_bytes())
-        found = raw.get("schema_version") if isinstance(raw, dict) else None
-        if isinstance(found, int) and found > SCHEMA_VERSION:
-            raise BadDelta(f"{path}: written by a newer version (schema {found})", "upgrade secondnature")
-        return Lesson.model_validate(raw)
-    except (OSError, ValueError, ValidationError) as e:
+        return Lesson.from_disk(migrate("lesson", json.loads(path.read_bytes()), str(path)))
+    except TooNew:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
         raise BadDelta(
             f"{path}: cannot be read: {str(e).splitlines()[0]}", "restore it from a backup"
         ) from None
 
 
-def _read_json(path: Path, kind: type) -> Any:
-    """What a whole file holds, or None where there is none. Raises BadRecord."""
+def _read_whole(path: Path) -> Any:
+    """What a file that is written whole holds, or None where there is none. Raises DamagedFile."""
     try:
-        found = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
-        raise BadRecord(f"{path}: {e}", "restore it from a backup") from None
-    if not isinstance(found, kind):
-        raise BadRecord(
-            f"{path}: a {type(found).__name__}; expected a {kind.__name__}", "restore it from a backup"
-        )
-    return found
-
-
-def _read_dicts(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that is appended without fsync: what a crash tore is passed over."""
-    found: list[dict[str, Any]] = []
-    for line in storage.read_lines(path):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    except (OSError, ValueError, RecursionError) as e:
+        raise DamagedFile(f"{path}: {str(e).splitlines()[0]}", "restore it from a backup") from None

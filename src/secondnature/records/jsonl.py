@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from secondnature.errors import BadRecord, TooLarge
+from secondnature.records.base import Record
 
 MAX_LINE_BYTES = 1_000_000
 """A longer line in a JSONL file is refused: no correction is a megabyte."""
@@ -64,14 +65,18 @@ def parse_json(data: bytes | str, *, where: str, expected: str = "", mend: str =
         raise BadRecord(f"{where}: a whole number of more than {digits} digits{expected}", mend) from None
 
 
-def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
+def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -> list[R]:
     """All records of a JSONL text, or an error that names the line; nothing is half read.
+
+    Args:
+        own: of our own home: unknown fields are a newer version's, and kept (`Record.from_disk`).
 
     Raises:
         BadRecord: not UTF-8, not JSON, an unknown field, a wrong value, or no record at all.
         TooLarge: a line over `MAX_LINE_BYTES`.
     """
     expected = f"expected one {kind.__name__.lower()} per line, as JSON"
+    extra = "allow" if own else None
     records: list[R] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
@@ -83,7 +88,7 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
             )
         value = parse_json(line, where=where, expected=f"; {expected}", mend="mend the line")
         try:
-            records.append(kind.model_validate(value))
+            records.append(kind.model_validate(value, extra=extra))
         except ValidationError as e:
             raise BadRecord(f"{where}: {describe(e)}", "see docs/reference/files.md for the fields") from None
     if not records:
@@ -91,7 +96,7 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
     return records
 
 
-def read_jsonl(path: Path, kind: type[R]) -> list[R]:
+def read_jsonl(path: Path, kind: type[R], *, own: bool = False) -> list[R]:
     """All records of a JSONL file (see `parse_jsonl`).
 
     Raises:
@@ -105,9 +110,9 @@ def read_jsonl(path: Path, kind: type[R]) -> list[R]:
         data = path.read_bytes()
     except OSError as e:
         raise BadRecord(f"{path}: {e.strerror or e}", "check the path") from None
-    return parse_jsonl(data, kind, source=str(path))
+    return parse_jsonl(data, kind, source=str(path), own=own)
 
 
-def to_jsonl(records: list[Any]) -> str:
-    """Records as JSONL, fields that are None left out."""
-    return "".join(r.model_dump_json(exclude_none=True) + "\n" for r in records)
+def to_jsonl(records: Sequence[Record]) -> str:
+    """Records as JSONL, fields that are None left out, unknown ones of newer versions kept."""
+    return "".join(r.to_disk(exclude_none=True) + "\n" for r in records)

@@ -64,7 +64,11 @@ def router(runner: Runner, ledger: Ledger, memory: Memory, clock: Clock) -> APIR
     @routes.get("/v1/corrections", response_model_exclude_none=True)
     def corrections() -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
         """The ledger, oldest first."""
-        return wire.CorrectionsReply(corrections=ledger.all())
+        return wire.CorrectionsReply(
+            corrections=ledger.all(),
+            num_torn=ledger.num_torn or None,
+            unreadable=[wire.UnreadableLine(line=n, reason=why) for n, why in ledger.unreadable] or None,
+        )
 
     @routes.post("/v1/corrections", response_model_exclude_none=True)
     def import_corrections(body: wire.ImportRequest) -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]

@@ -34,6 +34,7 @@ from secondnature.wire.bodies import (
     StreamOptions,
     TrainReply,
     TrainRequest,
+    UnreadableLine,
     Wiring,
 )
 from secondnature.wire.trainer import (
@@ -101,6 +102,7 @@ __all__ = [
     "TrainReply",
     "TrainRequest",
     "TrainerPhase",
+    "UnreadableLine",
     "Wiring",
     "Work",
     "decode_for_server",

@@ -117,10 +117,22 @@ class FeedbackReply(Body):
     correction: Correction
 
 
+class UnreadableLine(Body):
+    """A whole line of the ledger that this version cannot read; it stays in the file."""
+
+    line: int
+    """Its number in ledger.jsonl, from 1 on."""
+    reason: str
+
+
 class CorrectionsReply(Body):
     """`GET /v1/corrections`, and the answer to an import."""
 
     corrections: list[Correction]
+    num_torn: int | None = None
+    """1: the ledger ended with half a line, which a crash tore before it was acknowledged."""
+    unreadable: list[UnreadableLine] | None = None
+    """Lines that are not among `corrections`, because a newer version or a hand wrote them."""
 
 
 class ImportRequest(Body):
@@ -307,6 +319,8 @@ class LessonDetail(Body):
     evidence: Evidence | None = None
     corrections: list[Correction] = []
     metrics: list[dict[str, Any]] = []
+    metrics_skipped: int | None = None
+    """Lines of metrics.jsonl that a power loss garbled: they are not promised to be durable."""
     answers: list[dict[str, Any]] = []
 
 

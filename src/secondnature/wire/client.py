@@ -179,9 +179,13 @@ class Client:
         """Record what the user thinks of a completion; durable when this returns."""
         return FeedbackReply.model_validate(self.request("POST", "/v1/feedback", body=body))
 
+    def ledger(self) -> CorrectionsReply:
+        """The ledger, and what of it could not be read."""
+        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections"))
+
     def corrections(self) -> list[Correction]:
-        """The ledger."""
-        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections")).corrections
+        """The corrections of the ledger."""
+        return self.ledger().corrections
 
     def import_corrections(self, corrections: list[Correction]) -> list[Correction]:
         """Add corrections to the ledger, all or none; durable when this returns."""
@@ -189,7 +193,7 @@ class Client:
         return CorrectionsReply.model_validate(self.request("POST", "/v1/corrections", body=body)).corrections
 
     def train(self, body: TrainRequest) -> TrainReply:
-        """Start a lesson (or plan it: `dry_run`); to be repeated after `Unreachable` it needs an `idempotency_key`."""
+        """Start a lesson (or plan it: `dry_run`); one with an `idempotency_key` can be repeated safely."""
         return TrainReply.model_validate(self.request("POST", "/v1/train", body=body))
 
     def status(self, job: str) -> JobStatus:
