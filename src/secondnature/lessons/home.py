@@ -3,6 +3,7 @@
     <home>/
       home.json        which model this home belongs to
       key              the key of the routes that change state (owner-only)
+      settings.json    what was in force when the server started, keys masked
       ledger.jsonl     corrections
       lessons/         one directory per lesson: the log
       model/current    the working copy (after the first checkpoint)
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from secondnature import storage
-from secondnature.errors import BadCheckpoint, HomeInUse
+from secondnature.config import MIN_KEY_CHARACTERS, Settings
+from secondnature.errors import BadCheckpoint, ConfigError, HomeInUse
 
 
 class Home:
@@ -62,14 +64,28 @@ class Home:
         storage.write_text(self.path / "server.json", json.dumps({"pid": os.getpid(), "url": url}) + "\n")
 
     def key(self, given: str | None) -> str:
-        """The key of the admin routes: the given one, else the home's own, made at first use."""
+        """The key of the admin routes: the given one, else the home's own, made at first use.
+
+        Raises:
+            ConfigError: the file's key is too short to be one.
+        """
         if given:
             return given
         path = self.path / "key"
         if not path.is_file():
             storage.write_text(path, secrets.token_urlsafe(32) + "\n")
         with storage.storage_errors(path):
-            return path.read_text().strip()
+            key = path.read_text().strip()
+        if len(key) < MIN_KEY_CHARACTERS:
+            raise ConfigError(
+                f"{path}: a key of {len(key)} characters; expected {MIN_KEY_CHARACTERS} or more",
+                "delete the file, and the next start makes a new one",
+            )
+        return key
+
+    def note_settings(self, settings: Settings) -> None:
+        """Write down what is in force, keys masked."""
+        storage.write_text(self.path / "settings.json", json.dumps(settings.public(), indent=2) + "\n")
 
     def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
         """Tie a new home to its model; check that an old one still belongs to it.
