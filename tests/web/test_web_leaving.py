@@ -37,7 +37,7 @@ def gate(server: Running) -> Generator[threading.Event]:
     """The engine stands still after its next turn, until this is set."""
     event = threading.Event()
     hooks = server.parts.engine._on_step  # pyright: ignore[reportPrivateUsage]
-    hooks.append(lambda _: event.wait(60))
+    hooks.append(lambda _: event.wait(60) and None)
     yield event
     hooks.pop()
     event.set()
@@ -179,7 +179,7 @@ def test_what_the_engines_end_broke_off_is_an_error(talker: Path, tmp_path: Path
     event = threading.Event()
     with running(tmp_path / "home", talker) as server:
         engine = server.parts.engine
-        engine._on_step.append(lambda _: event.wait(60))  # pyright: ignore[reportPrivateUsage]
+        engine._on_step.append(lambda _: event.wait(60) and None)  # pyright: ignore[reportPrivateUsage]
         found: dict[str, Any] = {}
 
         def plain() -> None:
