@@ -14,10 +14,13 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     ├── NotFound(LookupError)          404  unknown completion, job, lesson, model
     ├── Conflict(RuntimeError)         409  not now: the state of things forbids it
     │   ├── HomeInUse                       another server owns this home
+    │   ├── TooNew                          a newer version wrote this home, or a file in it
     │   └── WrongState                      a lesson cannot go from its state to that one
     ├── TooLarge(ValueError)           413  a body or a field over its limit
     ├── Busy(RuntimeError)             429  a queue is full, or too many requests
     ├── StorageError(OSError)          507  the disk refused (full, read-only); nothing was acknowledged
+    │   └── NotDurable                      it took the change, but a power loss may take it back
+    ├── DamagedFile(ValueError)        500  a file of the home is not as it was written
     ├── WeightsError(RuntimeError)     500  weights could not be read, mapped or written
     │   ├── UnsupportedModel           400  the architecture or dtype cannot be trained here
     │   ├── BadCheckpoint                   a file of weights is broken or of another model
@@ -47,15 +50,18 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "ContextOverflow",
+    "DamagedFile",
     "Exploded",
     "HomeInUse",
     "NonFinite",
+    "NotDurable",
     "NotFound",
     "SandboxFailed",
     "SecondnatureError",
     "StalePrefix",
     "StorageError",
     "TooLarge",
+    "TooNew",
     "TrainerDied",
     "TrainingError",
     "Unauthorized",
@@ -139,6 +145,10 @@ class HomeInUse(Conflict):
     """Another server owns this home."""
 
 
+class TooNew(Conflict):
+    """A newer version of secondnature wrote this home, or a file in it."""
+
+
 class WrongState(Conflict):
     """A lesson cannot go from the state it is in to the one that was asked for."""
 
@@ -159,6 +169,14 @@ class StorageError(SecondnatureError, OSError):
     """The disk refused; nothing was acknowledged."""
 
     status = 507
+
+
+class NotDurable(StorageError):
+    """The change was made, but it is not known to be on the disk: a power loss may take it back."""
+
+
+class DamagedFile(SecondnatureError, ValueError):
+    """A file of the home is not as it was written; says which, and where."""
 
 
 class WeightsError(SecondnatureError, RuntimeError):

@@ -11,7 +11,6 @@ import torch
 
 from secondnature.embedded import open_answers, path, tasks
 from secondnature.embedded.answers import complete, greedy, sample
-from secondnature.embedded.build import load_model
 from secondnature.embedded.curve import draw, largest_differences, side_by_side
 from secondnature.embedded.directions import Direction
 from secondnature.embedded.evaluate import (
@@ -25,6 +24,7 @@ from secondnature.embedded.evaluate import (
 )
 from secondnature.embedded.feelings import FEELINGS
 from secondnature.embedded.figures import figure, interval
+from secondnature.embedded.files import load_model
 from secondnature.embedded.model_card import readme
 from secondnature.embedded.scenarios import MAKERS, cases
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from secondnature.embedded import path
 from secondnature.embedded.answers import greedy, passes
-from secondnature.embedded.build import load_model
 from secondnature.embedded.curve import draw
 from secondnature.embedded.evaluate import PLAN, WANTED, interval, short_of_promise
+from secondnature.embedded.files import load_model
 from secondnature.embedded.model_card import readme
 from secondnature.embedded.scenarios import cases
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from failing_disk import disk
+from old_home import BASE_VERSION, FINGERPRINT, write_old_home
+from old_home import MODEL as MODEL_OF_OLD
+from tiny_server import file_hashes, running, teach
 
-from secondnature.errors import BadCheckpoint, HomeInUse
+from secondnature.errors import BadCheckpoint, DamagedFile, HomeInUse, StorageError, TooNew
 from secondnature.lessons.home import Home
+from secondnature.lessons.ledger import Ledger
+from secondnature.lessons.log import Log
+from secondnature.records import Correction
 
 
 @pytest.fixture
@@ -26,7 +34,13 @@ def test_the_same_model_may_come_back(home: Home) -> None:
     for _ in range(2):
         home.bind(MODEL, "print", "wone", "vllm")
     known = json.loads((home.path / "home.json").read_text())
-    assert known == {"model": str(MODEL), "fingerprint": "print", "base_version": "wone", "engine": "vllm"}
+    assert known == {
+        "model": str(MODEL),
+        "fingerprint": "print",
+        "base_version": "wone",
+        "engine": "vllm",
+        "format": 2,
+    }
 
 
 def test_another_engine_with_other_bytes_is_told_what_to_do(home: Home) -> None:
@@ -66,3 +80,115 @@ def test_a_second_server_is_refused_until_the_first_one_ends(home: Home) -> None
         Home(home.path)
     home.close()
     Home(home.path).close()
+
+
+# ------------------------------------------------------------------------------------ forms of a home
+
+
+def test_a_home_of_the_version_before_formats_opens(tmp_path: Path) -> None:
+    """Everything of it is read, and only home.json becomes another file; the old one is kept."""
+    path = write_old_home(tmp_path / "home")
+    before = dict(file_hashes(path))
+    home = Home(path)
+    try:
+        home.bind(MODEL_OF_OLD, FINGERPRINT, BASE_VERSION)
+        log, ledger = Log(home, MODEL_OF_OLD, BASE_VERSION), Ledger(home.ledger_path)
+        assert [(x.id, x.state) for x in log.all()] == [("0001-use", "undone"), ("0002-use", "kept")]
+        kept, undone = log.detail("0002-use"), log.detail("0001-use")
+        assert len(kept.corrections) == 4
+        assert [m["kind"] for m in kept.metrics] == ["step", "step", "kl", "kl"]
+        assert len(kept.answers) == 2
+        assert undone.evidence is not None
+        assert undone.evidence.verdict == "inconclusive"
+        assert [c.feedback for c in ledger.all()] == [None, "Just do it."]
+        assert (ledger.num_torn, ledger.unreadable) == (0, [])
+    finally:
+        home.close()
+    after = dict(file_hashes(path))
+    assert after.pop("home.json.1") == before.pop("home.json")
+    assert json.loads((path / "home.json").read_text())["format"] == 2
+    del after["home.json"]
+    assert after == before
+
+
+def test_a_home_of_a_newer_form_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = write_old_home(tmp_path / "home")
+    known = json.loads((path / "home.json").read_text())
+    (path / "home.json").write_text(json.dumps(known | {"format": 3}))
+    (path / "server.json").write_text("{}")
+    before = file_hashes(path)
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(TooNew, match=r"home\.json: format 3; .* reads up to 2") as caught:
+            Home(path)
+        assert "format 3" in caught.value.hint
+    assert file_hashes(path) == before
+    assert (path / "server.json").exists()
+    assert not (path / "model").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "two"}', "[" * 100_000])
+def test_a_home_json_that_is_damaged_is_named(tmp_path: Path, text: str) -> None:
+    path = write_old_home(tmp_path / "home")
+    (path / "home.json").write_text(text)
+    with pytest.raises(DamagedFile, match=r"home\.json"):
+        Home(path)
+
+
+def test_an_interrupted_migration_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    """The disk refuses the n-th of its calls, for every n: either form is in force, and the next start serves."""
+    path = tmp_path / "home"
+    num_refused = 0
+    for n in range(40):
+        old = (write_old_home(path) / "home.json").read_bytes()
+        (path / "home.json.1").unlink(missing_ok=True)
+        home = Home(path)
+        with disk(n) as calls, contextlib.suppress(StorageError):
+            home.bind(MODEL_OF_OLD, FINGERPRINT, BASE_VERSION)
+        home.close()
+        again = Home(path)
+        again.bind(MODEL_OF_OLD, FINGERPRINT, BASE_VERSION)
+        again.close()
+        assert json.loads((path / "home.json").read_text())["format"] == 2
+        assert (path / "home.json.1").read_bytes() == old
+        if len(calls.made) <= n:
+            break
+        num_refused += 1
+    assert 8 <= num_refused < 40
+
+
+def test_a_home_of_another_model_is_not_migrated(tmp_path: Path) -> None:
+    path = write_old_home(tmp_path / "home")
+    before = (path / "home.json").read_bytes()
+    home = Home(path)
+    with pytest.raises(BadCheckpoint):
+        home.bind(MODEL, "other", BASE_VERSION)
+    home.close()
+    assert (path / "home.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_a_newer_version_added_is_served_around_and_written_back(tmp_path: Path, talker: Path) -> None:
+    """One unknown field in lesson.json, in the ledger and in home.json: nothing of it is lost."""
+    path = tmp_path / "home"
+    with running(path, talker) as server:
+        server.client.import_corrections(
+            [Correction.model_validate({"prompt": "Use mud.", "chosen": "Done."})]
+        )
+        kept = server.lesson(teach(max_steps=1, keep=True))
+    lesson, ledger = path / "lessons" / kept.id / "lesson.json", path / "ledger.jsonl"
+    for file in (lesson, ledger, path / "home.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"severity": 3}) + "\n")
+    told = ledger.read_text()
+    with running(path, talker) as server:
+        reply = server.client.ledger()
+        assert (len(reply.corrections), reply.num_torn, reply.unreadable) == (1, None, None)
+        assert server.client.lessons().lessons[0].id == kept.id
+        again = server.lesson(teach(corrections=None, ledger=True, max_steps=1))
+        server.client.revert(again.id)
+        server.client.revert(kept.id)  # which writes its lesson.json
+    assert json.loads(lesson.read_text())["severity"] == 3
+    assert json.loads(lesson.read_text())["reverted_by"]
+    assert json.loads((path / "home.json").read_text())["severity"] == 3
+    assert ledger.read_text() == told
+    taught = path / "lessons" / again.id / "corrections.jsonl"
+    assert json.loads(taught.read_text())["severity"] == 3

@@ -14,6 +14,7 @@ from secondnature import report
 from secondnature.errors import BadInput, BadRecord, NotFound, StorageError
 from secondnature.records import Correction, ErrorInfo, Lesson, Message, SampleAnswer, to_jsonl
 from secondnature.report import svg
+from secondnature.report.run import read_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>"
@@ -213,11 +214,8 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 2: not JSON"),
-        ("[1]", "line 2: list; expected a JSON object"),
         ('{"step": 3}', "line 2: no `kind`"),
         ('{"kind": "step", "loss": 1.0}', "line 2: step: Field required"),
-        ('{"kind": "kl", "on": "new", "mean": 1.0, "extra": 1}', "line 2: unknown field `extra`"),
     ],
 )
 def test_a_broken_metric_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -227,6 +225,17 @@ def test_a_broken_metric_line_is_named(tmp_path: Path, line: str, message: str) 
         report.write(directory, tmp_path / "report.html")
     assert message in caught.value.message
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("line", [b"{broken", b"\xff\xfe\0", b"[1]", b"1" * 5000])
+def test_a_metric_line_that_a_power_loss_garbled_is_passed_over(tmp_path: Path, line: bytes) -> None:
+    directory = fixture.listening(tmp_path)
+    step = b'{"kind":"step","step":%d,"loss":1.0,"of_a_newer_version":1}\n'
+    (directory / "metrics.jsonl").write_bytes(step % 1 + line + b"\n" + step % 2 + line)
+    metrics = read_run(directory).metrics
+    assert [s.step for s in metrics.steps] == [1, 2]
+    assert metrics.num_skipped == 2
+    checked(report.write(directory, tmp_path / "report.html"))
 
 
 def test_bad_directories_and_names_are_refused(tmp_path: Path) -> None:
@@ -268,3 +277,16 @@ def test_thinning_keeps_spikes() -> None:
     assert len(kept) <= 300
     assert (777.0, 50.0) in kept
     assert kept == sorted(kept)
+
+
+def test_what_would_steer_or_reorder_is_visible_on_the_page_and_in_the_table(tmp_path: Path) -> None:
+    evil = "before \x1b]52;c;cm0=\x07 \x9b2A \u202etxt.exe\u2066"
+    directory = fixture.write_run(tmp_path, fixture.lesson("0009-odd", note=evil), None)
+    odd = SampleAnswer(prompt=[Message(role="user", content=evil)], before=evil, after=evil)
+    (directory / "answers.jsonl").write_text(to_jsonl([odd]))
+    page = report.write(directory, tmp_path / "odd.html").read_text()
+    for steering in "\x1b\x07\x9b\u202e\u2066":
+        assert steering not in page
+    assert "before ␛]52;c;cm0=␇ \\u009b2A \\u202etxt.exe" in page
+    sets = [fixture.comparison(evil, "guard", 40, 20, 0, 0, passed=True)]
+    assert "\x1b" not in report.markdown_table(fixture.evidence(sets))

@@ -75,10 +75,17 @@ def doctor(probes: Path | None, where: Where, out: Output, *, write: bool) -> in
 
 def _key_works(client: Client) -> Finding:
     try:
-        count = len(client.corrections())
+        ledger = client.ledger()
     except SecondnatureError as e:
         return Finding("key", "fail", e.message, e.hint or "set SECONDNATURE_API_KEY")
-    return Finding("key", "ok", f"accepted; {count} corrections in the ledger")
+    found = f"accepted; {len(ledger.corrections)} corrections in the ledger"
+    if ledger.unreadable:
+        lines = "; ".join(f"line {x.line}: {x.reason}" for x in ledger.unreadable[:3])
+        found += f", {len(ledger.unreadable)} lines that cannot be read ({lines})"
+        return Finding("key", "warn", found, "upgrade the server, or mend ledger.jsonl in its home")
+    if ledger.num_torn:
+        found += "; its end was torn by a crash, and was never acknowledged"
+    return Finding("key", "ok", found)
 
 
 def _wiring(client: Client) -> Finding:

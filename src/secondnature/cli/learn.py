@@ -17,7 +17,7 @@ from secondnature.cli.follow import Interrupted, Interrupts, follow
 from secondnature.cli.output import Output
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError
-from secondnature.records import LookMetric, to_jsonl
+from secondnature.records import Correction, LookMetric, to_jsonl
 from secondnature.wire import JobStatus, LessonDetail, TrainRequest
 
 TRIAL_RATES = (1e-5, 1e-4, 1e-3)
@@ -41,7 +41,7 @@ def learn(
     if calibrate and flags.until_margin is None and sources.settings.until_margin is None:
         raise BadInput("--calibrate without a margin to reach", "add --until-margin, e.g. --until-margin 2")
     with open_server(where, out) as server, Interrupts() as interrupts:
-        ledger = server.client.corrections() if sources.corrections is None else None
+        ledger = _ledger(server, out) if sources.corrections is None else None
         request = sources.request(flags, ledger)
         _check_end(request, server)
         out.note(_announce(sources, request, len(ledger or []), server))
@@ -202,6 +202,21 @@ def _announce(sources: Sources, request: TrainRequest, num_ledger: int, server: 
     parts += [f"{len(sources.replay)} replay examples"] if sources.replay else []
     parts += [f"{len(sources.replay_prompts)} replay prompts"] if sources.replay_prompts else []
     return ", ".join(parts) + f"; weights {server.health.weights_version}"
+
+
+def _ledger(server: Server, out: Output) -> list[Correction]:
+    """What the server has recorded; what it cannot read is said. Raises BadInput: it can read nothing."""
+    found = server.client.ledger()
+    if found.unreadable:
+        first = found.unreadable[0]
+        many = f"{len(found.unreadable)} lines" if len(found.unreadable) > 1 else "1 line"
+        text = f"{many} of the ledger cannot be read (line {first.line}: {first.reason})"
+        if not found.corrections:
+            raise BadInput(
+                f"{text}, and it has no others", "upgrade the server, or mend ledger.jsonl in its home"
+            )
+        out.note(f"{text}: left out", style="yellow")
+    return found.corrections
 
 
 def _check_end(request: TrainRequest, server: Server) -> None:

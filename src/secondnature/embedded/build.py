@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM
+from secondnature.embedded.files import load_model, save_model
 
+if TYPE_CHECKING:
     from secondnature.embedded.train import Progress as TrainProgress
 
 QUICK_CATEGORIES = (
@@ -63,41 +62,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.batch_tokens = args.batch_tokens or (65_536 if on_gpu else 1024)
     args.look_tokens = args.look_tokens or max(1, args.tokens // 15)
     return args
-
-
-def save_model(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a loadable bf16 directory: built beside `directory`, then swapped in."""
-    import copy
-
-    from transformers import GenerationConfig
-
-    fresh = directory.with_name(f"{directory.name}.{os.getpid()}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    rounded = copy.deepcopy(model).bfloat16()
-    rounded.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=128,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    rounded.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    old = directory.with_name(f"{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        directory.rename(old)
-    fresh.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_model(directory: Path) -> tuple[Qwen3_5ForCausalLM, PreTrainedTokenizerFast]:
-    """The model with its bf16 values, computing in fp32, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from secondnature.embedded.tokenizer import load_tokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model.eval(), load_tokenizer(directory)
 
 
 def quick_look(directory: Path, num_cases: int) -> dict[str, float]:
@@ -169,6 +133,7 @@ class Reporter:
 def main(arguments: list[str] | None = None) -> int:
     """Train (or go on training), evaluate, write the model to `--out`."""
     args = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: nothing is downloaded
     import torch
     from transformers.utils import logging
 

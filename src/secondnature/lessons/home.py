@@ -1,7 +1,7 @@
 """The home: one directory that holds everything a server must not lose, owned by one server at a time.
 
     <home>/
-      home.json        which model this home belongs to
+      home.json        which model this home belongs to, and the home's form (home.json.1: as it was in form 1)
       key              the key of the routes that change state (owner-only)
       settings.json    what was in force when the server started, keys masked
       ledger.jsonl     corrections
@@ -9,21 +9,27 @@
       model/current    the working copy (after the first checkpoint)
       lock, server.json   who is serving now
 
-The lock is an `flock`: it goes with its process, however that ends.
+The lock is an `flock`: it goes with its process, however that ends. Under it, and before anything is served, a home
+of a newer form is refused, what crashes left is removed, and an older form is migrated (`bind`).
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from secondnature import storage
 from secondnature.config import MIN_KEY_CHARACTERS, Settings
-from secondnature.errors import BadCheckpoint, ConfigError, HomeInUse
+from secondnature.errors import BadCheckpoint, ConfigError, DamagedFile, HomeInUse
+from secondnature.lessons.leftovers import clean_home, clean_private_directories
+from secondnature.records.migrations import form, migrate, newest
+
+LOG = logging.getLogger(__name__)
 
 
 class Home:
@@ -34,6 +40,17 @@ class Home:
         with storage.storage_errors(self.path):
             self.path.chmod(0o700)
         self._lock = self._take_lock()
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open(self) -> None:
+        self._known()  # nothing is touched in a home that a newer version wrote
+        with storage.storage_errors(self.path):
+            for found in (*clean_home(self.path), *clean_private_directories()):
+                LOG.info("removed what a crash had left: %s", found)
         self.lessons = storage.make_dir(self.path / "lessons")
         self.model_root = storage.make_dir(self.path / "model")
         self.ledger_path = self.path / "ledger.jsonl"
@@ -56,8 +73,10 @@ class Home:
 
     def close(self) -> None:
         """Give the home back."""
-        (self.path / "server.json").unlink(missing_ok=True)
-        self._lock.close()
+        try:
+            (self.path / "server.json").unlink(missing_ok=True)
+        finally:
+            self._lock.close()
 
     def announce(self, url: str) -> None:
         """Tell other programs of this user where the server is."""
@@ -87,24 +106,66 @@ class Home:
         """Write down what is in force, keys masked."""
         storage.write_text(self.path / "settings.json", json.dumps(settings.public(), indent=2) + "\n")
 
+    def base_version(self) -> str | None:
+        """The version of the model's own weights, as the home knows it; None: it is new, or cannot be read."""
+        try:
+            found = json.loads((self.path / "home.json").read_text()).get("base_version")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
+
     def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
         """Tie a new home to its model; check that an old one still belongs to it.
 
         Raises:
             BadCheckpoint: the home's lessons were made on another model, or the model's files have changed.
+            DamagedFile, StorageError: home.json cannot be read, or not be written in the present form.
         """
-        path = self.path / "home.json"
         mine = {"model": str(model_dir), "fingerprint": fingerprint, "base_version": base_version}
         mine["engine"] = engine
-        if not path.is_file():
-            storage.write_text(path, json.dumps(mine, indent=2) + "\n")
+        known = self._known()
+        if known is None:
+            self._write({**mine, "format": newest("home")})
             return
+        self._check(known, mine)
+        self._migrate(known)
+
+    def _known(self) -> dict[str, Any] | None:
+        """home.json in the present form; None: the home is new. Raises TooNew, DamagedFile."""
+        path = self.path / "home.json"
+        raw = self._raw(path)
+        return None if raw is None else migrate("home", raw, str(path))
+
+    def _raw(self, path: Path) -> Any:
         try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise BadCheckpoint(f"{path}: {e}", "restore it from a backup, or use another --home") from None
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as e:
+            raise DamagedFile(f"{path}: {e}", "restore it from a backup, or use another --home") from None
+
+    def _write(self, known: dict[str, Any]) -> None:
+        storage.write_text(self.path / "home.json", json.dumps(known, indent=2) + "\n")
+
+    def _migrate(self, known: dict[str, Any]) -> None:
+        """Write an older home's home.json in the present form; the old one stays as home.json.N.
+
+        An end in between leaves the old form in force, and the next start does it again.
+        """
+        path = self.path / "home.json"
+        raw = self._raw(path)
+        found = form("home", raw, str(path))
+        if found < newest("home"):
+            storage.write_bytes(path.with_name(f"home.json.{found}"), path.read_bytes())
+            self._write(known)
+            LOG.info("%s: migrated from format %d to %d", self.path, found, newest("home"))
+
+    def _check(self, known: dict[str, Any], mine: dict[str, str]) -> None:
+        """Whether a known home is of this model and engine. Raises BadCheckpoint."""
+        model_dir, fingerprint = mine["model"], mine["fingerprint"]
+        base_version, engine = mine["base_version"], mine["engine"]
         made_by = known.get("engine", "local")
-        same_model = known.get("fingerprint") == fingerprint and known.get("model") == str(model_dir)
+        same_model = known.get("fingerprint") == fingerprint and known.get("model") == model_dir
         if same_model and made_by != engine and known.get("base_version") != base_version:
             raise BadCheckpoint(
                 f"{self.path}: its lessons are of the {made_by} engine, which holds this model in other dtypes "
@@ -115,8 +176,8 @@ class Home:
         for key, what in (("fingerprint", "architecture"), ("base_version", "weights")):
             if known.get(key) != mine[key]:
                 raise BadCheckpoint(
-                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:17]}) are not "
-                    f"those of {model_dir} ({mine[key][:17]})",
+                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:19]}) are not "
+                    f"those of {model_dir} ({mine[key][:19]})",
                     "serve that model, or give this one another --home",
                 )
 

@@ -1,19 +1,33 @@
-"""The ledger: every correction that people gave, in order, durable before it is acknowledged (engine).
+"""The ledger: every correction that people gave, in order, durable before it is acknowledged (server).
 
-One JSON line per correction, appended with fsync. A line torn by a crash was never acknowledged and is skipped;
-nothing is ever rewritten.
+One JSON line per correction, in the order of their coming. An end that a crash tore was never acknowledged. A whole
+line that this version cannot read (a newer one wrote it, a hand changed it) stays where it is, is counted, and is
+said: at the start in the server's log, by `GET /v1/corrections`, `secondnature doctor` and `learn`.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from secondnature import storage
-from secondnature.records import Correction, utc_now
+from secondnature.errors import DamagedFile, NotDurable, TooNew
+from secondnature.records import Correction, describe, utc_now
+from secondnature.records.migrations import migrate
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class _Read:
+    corrections: list[Correction] = field(default_factory=list[Correction])
+    num_torn: int = 0
+    unreadable: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
 
 
 class Ledger:
@@ -22,13 +36,28 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._corrections, self.num_torn = _read(path)
+        self._found = _read(path)
+        if self.num_torn:
+            LOG.warning("%s: its end was torn by a crash, was never acknowledged, and is left out", path)
+        for number, reason in self.unreadable:
+            LOG.warning("%s, line %d cannot be read, and is left out: %s", path, number, reason)
+
+    @property
+    def num_torn(self) -> int:
+        """1 if the file ended with half a line when it was opened."""
+        return self._found.num_torn
+
+    @property
+    def unreadable(self) -> list[tuple[int, str]]:
+        """(line number, reason) of whole lines that are no correction to this version; they stay in the file."""
+        return self._found.unreadable
 
     def add(self, corrections: list[Correction]) -> list[Correction]:
         """Append corrections, all or none; they carry their id and time when this returns.
 
         Raises:
             StorageError: the disk refused; nothing was added.
+            NotDurable: they were added, but a power loss may take them back.
         """
         stamped = [
             c.model_copy(
@@ -37,22 +66,33 @@ class Ledger:
             for c in corrections
         ]
         with self._lock:
-            storage.append_line(self._path, "\n".join(c.model_dump_json(exclude_none=True) for c in stamped))
-            self._corrections.extend(stamped)
+            try:
+                storage.append_lines(self._path, [c.to_disk(exclude_none=True) for c in stamped])
+            except NotDurable:
+                self._found = _read(self._path)  # what is there is what is taught
+                raise
+            self._found.corrections.extend(stamped)
         return stamped
 
     def all(self) -> list[Correction]:
         """Every correction, oldest first."""
         with self._lock:
-            return list(self._corrections)
+            return list(self._found.corrections)
 
 
-def _read(path: Path) -> tuple[list[Correction], int]:
-    corrections: list[Correction] = []
-    num_torn = 0
-    for line in storage.read_lines(path):
+def _read(path: Path) -> _Read:
+    found, lines = _Read(), storage.read_lines(path)
+    for line in lines.skipped:
+        if line.torn:
+            found.num_torn += 1
+        else:
+            found.unreadable.append((line.number, line.reason))
+    for number, raw in lines.values:
         try:
-            corrections.append(Correction.model_validate_json(line))
-        except ValidationError:
-            num_torn += 1
-    return corrections, num_torn
+            found.corrections.append(Correction.from_disk(migrate("correction", raw, "this line")))
+        except ValidationError as e:
+            found.unreadable.append((number, describe(e)))
+        except (TooNew, DamagedFile) as e:
+            found.unreadable.append((number, str(e)))
+    found.unreadable.sort()
+    return found

@@ -6,6 +6,7 @@ Everything is read before anything is used (plan, validate, apply).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from secondnature.errors import BadRecord, TooLarge
+from secondnature.records.base import Record
 
 MAX_LINE_BYTES = 1_000_000
 """A longer line in a JSONL file is refused: no correction is a megabyte."""
@@ -40,14 +42,41 @@ def describe(error: ValidationError) -> str:
     return describe_errors(error.errors(include_url=False, include_input=False, include_context=False))
 
 
-def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
+def parse_json(data: bytes | str, *, where: str, expected: str = "", mend: str = "mend the file") -> Any:
+    """One JSON text that a person or a disk gave; a number that is not finite (NaN, Infinity) reads as null.
+
+    Raises:
+        BadRecord: not UTF-8, not JSON, nested too deeply, or a whole number of more digits than Python reads.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        return json.loads(text, parse_constant=lambda _: None)
+    except UnicodeDecodeError as e:
+        raise BadRecord(
+            f"{where}: not UTF-8 text (byte {e.start}){expected}", "is it a binary file?"
+        ) from None
+    except json.JSONDecodeError as e:
+        line = f", line {e.lineno}" if e.lineno > 1 else ""
+        raise BadRecord(f"{where}{line}, column {e.colno}: not JSON ({e.msg}){expected}", mend) from None
+    except RecursionError:
+        raise BadRecord(f"{where}: nested too deeply{expected}", mend) from None
+    except ValueError:  # int() of a text that is too long
+        digits = f"{sys.get_int_max_str_digits():,}"
+        raise BadRecord(f"{where}: a whole number of more than {digits} digits{expected}", mend) from None
+
+
+def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -> list[R]:
     """All records of a JSONL text, or an error that names the line; nothing is half read.
+
+    Args:
+        own: of our own home: unknown fields are a newer version's, and kept (`Record.from_disk`).
 
     Raises:
         BadRecord: not UTF-8, not JSON, an unknown field, a wrong value, or no record at all.
         TooLarge: a line over `MAX_LINE_BYTES`.
     """
     expected = f"expected one {kind.__name__.lower()} per line, as JSON"
+    extra = "allow" if own else None
     records: list[R] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
@@ -57,18 +86,9 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
             raise TooLarge(
                 f"{where}: {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read", "split or shorten it"
             )
+        value = parse_json(line, where=where, expected=f"; {expected}", mend="mend the line")
         try:
-            records.append(kind.model_validate(json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as e:
-            raise BadRecord(
-                f"{where}: not UTF-8 text (byte {e.start}); {expected}", "is it a binary file?"
-            ) from None
-        except json.JSONDecodeError as e:
-            raise BadRecord(
-                f"{where}, column {e.colno}: not JSON ({e.msg}); {expected}", "mend the line"
-            ) from None
-        except RecursionError:
-            raise BadRecord(f"{where}: nested too deeply; {expected}", "mend the line") from None
+            records.append(kind.model_validate(value, extra=extra))
         except ValidationError as e:
             raise BadRecord(f"{where}: {describe(e)}", "see docs/reference/files.md for the fields") from None
     if not records:
@@ -76,7 +96,7 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str) -> list[R]:
     return records
 
 
-def read_jsonl(path: Path, kind: type[R]) -> list[R]:
+def read_jsonl(path: Path, kind: type[R], *, own: bool = False) -> list[R]:
     """All records of a JSONL file (see `parse_jsonl`).
 
     Raises:
@@ -90,9 +110,9 @@ def read_jsonl(path: Path, kind: type[R]) -> list[R]:
         data = path.read_bytes()
     except OSError as e:
         raise BadRecord(f"{path}: {e.strerror or e}", "check the path") from None
-    return parse_jsonl(data, kind, source=str(path))
+    return parse_jsonl(data, kind, source=str(path), own=own)
 
 
-def to_jsonl(records: list[Any]) -> str:
-    """Records as JSONL, fields that are None left out."""
-    return "".join(r.model_dump_json(exclude_none=True) + "\n" for r in records)
+def to_jsonl(records: Sequence[Record]) -> str:
+    """Records as JSONL, fields that are None left out, unknown ones of newer versions kept."""
+    return "".join(r.to_disk(exclude_none=True) + "\n" for r in records)

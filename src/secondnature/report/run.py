@@ -1,13 +1,13 @@
 """A run directory, read whole: what a report may know (process D: cli, client).
 
 The directory of a lesson is the only source: lesson.json, evidence.json, corrections.jsonl, metrics.jsonl and
-answers.jsonl. Only the first must be there; whatever else is missing leaves its section out. A kind of metric line
-that this version does not know is skipped; a broken line is an error that names it.
+answers.jsonl. Only the first must be there; whatever else is missing leaves its section out. A kind of metric line,
+or a field, that this version does not know is passed over; so is a metric line that is no JSON, for metrics are not
+synced and a power loss may garble them. Anything else that is broken is an error that names it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -28,6 +28,7 @@ from secondnature.records import (
     SampleAnswer,
     StepMetric,
     describe,
+    parse_json,
     read_jsonl,
 )
 
@@ -43,6 +44,8 @@ class Metrics(Record):
     looks: list[LookMetric] = Field(default_factory=list[LookMetric])
     kl: list[KlMetric] = Field(default_factory=list[KlMetric])
     moved: list[Moved] = Field(default_factory=list[Moved])
+    num_skipped: int = 0
+    """Lines that were no JSON."""
 
 
 class Run(Record):
@@ -87,9 +90,9 @@ def read_run(directory: Path) -> Run:
     return Run(
         lesson=lesson,
         evidence=_read_json(directory / "evidence.json", Evidence),
-        corrections=read_jsonl(corrections, Correction) if _has_text(corrections) else [],
+        corrections=read_jsonl(corrections, Correction, own=True) if _has_text(corrections) else [],
         metrics=_read_metrics(directory / "metrics.jsonl"),
-        answers=read_jsonl(answers, SampleAnswer) if _has_text(answers) else [],
+        answers=read_jsonl(answers, SampleAnswer, own=True) if _has_text(answers) else [],
     )
 
 
@@ -97,13 +100,13 @@ def _has_text(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _read_text(path: Path) -> str | None:
-    """The text of a file, None where there is no such file."""
+def _read_text(path: Path, *, garbled: bool = False) -> str | None:
+    """The text of a file, None where there is no such file; `garbled`: what is no UTF-8 is read as `\ufffd`."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise TooLarge(f"{path}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read", "split the file")
-        return path.read_text("utf-8")
+        return path.read_text("utf-8", errors="replace" if garbled else "strict")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as e:
@@ -117,25 +120,21 @@ def _read_json(path: Path, kind: type[R]) -> R | None:
     if text is None:
         return None
     value = _load(text, str(path))
-    version = value.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    newest: int = kind.model_fields["schema_version"].default
+    version = value.get("schema_version", newest)
+    if not isinstance(version, int) or version > newest:
         raise BadRecord(
-            f"{path}: schema_version {version!r}; expected {SCHEMA_VERSION} or older", "update secondnature"
+            f"{path}: schema_version {version!r}; expected {newest} or older", "update secondnature"
         )
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(text, extra="allow")
     except ValidationError as e:
         raise BadRecord(f"{path}: {describe(e)}", "see docs/reference/files.md for the fields") from None
 
 
 def _load(text: str, where: str) -> dict[str, Any]:
     """One JSON object; a number that is not finite (NaN, Infinity) reads as null."""
-    try:
-        value: Any = json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as e:
-        raise BadRecord(f"{where}: not JSON ({e.msg}, column {e.colno})", "mend it or remove it") from None
-    except RecursionError:
-        raise BadRecord(f"{where}: nested too deeply", "mend it or remove it") from None
+    value = parse_json(text, where=where, mend="mend it or remove it")
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: {type(value).__name__}; expected a JSON object", "mend it or remove it")
     return cast("dict[str, Any]", value)
@@ -146,11 +145,16 @@ def _read_metrics(path: Path) -> Metrics:
     looks: list[LookMetric] = []
     kl: list[KlMetric] = []
     moved: list[Moved] = []
-    for number, line in enumerate((_read_text(path) or "").split("\n"), start=1):
+    num_skipped = 0
+    for number, line in enumerate((_read_text(path, garbled=True) or "").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        value = _load(line, where)
+        try:
+            value = _load(line, where)
+        except BadRecord:
+            num_skipped += 1
+            continue
         kind = value.get("kind")
         if not isinstance(kind, str):
             raise BadRecord(
@@ -158,17 +162,17 @@ def _read_metrics(path: Path) -> Metrics:
             )
         try:
             if kind == "step":
-                steps.append(StepMetric.model_validate(value))
+                steps.append(StepMetric.from_disk(value))
             elif kind == "look":
-                looks.append(LookMetric.model_validate(value))
+                looks.append(LookMetric.from_disk(value))
             elif kind == "kl":
-                kl.append(KlMetric.model_validate(value))
+                kl.append(KlMetric.from_disk(value))
             elif kind == "moved":
                 fields = {k: v for k, v in value.items() if k not in {"kind", "tensor"}}
-                moved.append(Moved.model_validate({"name": value.get("tensor"), **fields}))
+                moved.append(Moved.from_disk({"name": value.get("tensor"), **fields}))
         except ValidationError as e:
             raise BadRecord(f"{where}: {describe(e)}", "mend or remove the line") from None
-    return Metrics(steps=steps, looks=looks, kl=kl, moved=moved)
+    return Metrics(steps=steps, looks=looks, kl=kl, moved=moved, num_skipped=num_skipped)
 
 
 def finite(values: list[float]) -> list[float]:

@@ -24,6 +24,10 @@ from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guar
 from secondnature.web.metrics import exposition
 from secondnature.wire import Health, Wiring
 
+UNWELL: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Degraded; `detail` says why", "model": Health}
+}
+
 
 def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
     """The teaching routes, the errors they answer and the guards before them; more routers may be added.
@@ -32,13 +36,13 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
         engine: whose trouble `/v1/health` tells, too; None: another server's, which tells of it itself.
     """
     app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(routes.router(teaching.keeper, teaching.ledger, teaching.memory, teaching.clock))
+    app.include_router(routes.router(teaching.runner, teaching.ledger, teaching.memory, teaching.clock))
 
     # on the loop, for it only looks: it answers also while every thread of the pool waits for a lesson
-    @app.get("/v1/health", responses=routes.ERRORS)
-    async def health() -> Health:  # pyright: ignore[reportUnusedFunction]
-        """Is it well, and what does it serve?"""
-        return _health(teaching, engine)
+    @app.get("/v1/health", responses=routes.ERRORS | UNWELL)
+    async def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
+        """Is it well, and what does it serve? 503 where it is not well; the body says why."""
+        return _health(teaching, engine, response)
 
     @app.get("/v1/wiring", responses=routes.ERRORS)
     def wiring() -> Wiring:  # pyright: ignore[reportUnusedFunction]
@@ -66,25 +70,27 @@ def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> Fas
         completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
     )
 
-    @app.get("/health")
-    async def health() -> Health:  # pyright: ignore[reportUnusedFunction]
+    @app.get("/health", responses=UNWELL)
+    async def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
         """As `/v1/health`."""
-        return _health(teaching, engine)
+        return _health(teaching, engine, response)
 
     @app.get("/metrics")
     def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Counters for Prometheus."""
-        text = exposition(engine, teaching.keeper, teaching.clock)
+        text = exposition(engine, teaching.runner, teaching.clock)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     return app
 
 
-def _health(teaching: Teaching, engine: AnyEngine | None) -> Health:
+def _health(teaching: Teaching, engine: AnyEngine | None, response: Response) -> Health:
     found = teaching.health()
-    if engine is None or not engine.trouble:
-        return found
-    return found.model_copy(update={"status": "degraded", "detail": engine.trouble})
+    trouble = "; ".join(x for x in (engine.trouble if engine is not None else "", found.detail) if x)
+    if trouble:
+        response.status_code = 503
+        return found.model_copy(update={"status": "degraded", "detail": trouble})
+    return found
 
 
 def _speak_errors(app: FastAPI) -> None:

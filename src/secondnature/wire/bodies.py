@@ -182,10 +182,22 @@ class FeedbackReply(Body):
     correction: Correction
 
 
+class UnreadableLine(Body):
+    """A whole line of the ledger that this version cannot read; it stays in the file."""
+
+    line: int
+    """Its number in ledger.jsonl, from 1 on."""
+    reason: str
+
+
 class CorrectionsReply(Body):
     """`GET /v1/corrections`, and the answer to an import."""
 
     corrections: list[Correction]
+    num_torn: int | None = None
+    """1: the ledger ended with half a line, which a crash tore before it was acknowledged."""
+    unreadable: list[UnreadableLine] | None = None
+    """Lines that are not among `corrections`, because a newer version or a hand wrote them."""
 
 
 class ImportRequest(Body):
@@ -198,7 +210,7 @@ class ReplaySettings(Body):
     """What is mixed in against forgetting."""
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
-    """Share of replayed examples in a batch."""
+    """Share of replayed examples in a batch, which has at most 4096 examples, replay included."""
     match: ReplayMatch | None = None
     """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
     model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
@@ -268,6 +280,8 @@ class TrainRequest(Body):
     gate: GateSettings = GateSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lesson: LessonInfo = LessonInfo()
+    idempotency_key: Annotated[Unicode, Field(min_length=1, max_length=200)] | None = None
+    """Sent twice, a request with the same key starts one lesson: the second answer names the first one's."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -308,6 +322,18 @@ class TrainReply(Body):
     plan: dict[str, Any] | None = None
 
 
+class PhaseProgress(Body):
+    """How far a phase is."""
+
+    done: int
+    total: int
+    unit: str
+    """Of both: `probes`, `steps`, `tensors`, ..."""
+    per_s: float | None = None
+    """None: nothing is done yet."""
+    eta_s: float | None = None
+
+
 class JobStatus(Body):
     """`GET /v1/train/status?job=`."""
 
@@ -316,12 +342,18 @@ class JobStatus(Body):
     state: LessonState
     phase: str = ""
     """What is being done: waiting, measuring before, training, measuring after, ..."""
+    progress: PhaseProgress | None = None
+    """Of this phase; None where it cannot be counted."""
     step: int = 0
     steps: int = 0
     loss: float | None = None
     losses: list[float] = []
+    """Of the steps after `?after=` (without it the last 100), while the job lives; metrics.jsonl has them all."""
     tokens_per_s: float | None = None
     eta_s: float | None = None
+    """Until this phase ends."""
+    stopped_by: str = ""
+    """Why training stopped."""
     kl: dict[KlSet, float] = {}
     """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
     weights_version: str
@@ -336,7 +368,7 @@ class JobList(Body):
 
 
 class LessonList(Body):
-    """`GET /v1/lessons`: oldest first."""
+    """`GET /v1/lessons`: oldest first, without `moved`."""
 
     lessons: list[Lesson]
     weights_version: str
@@ -352,6 +384,8 @@ class LessonDetail(Body):
     evidence: Evidence | None = None
     corrections: list[Correction] = []
     metrics: list[dict[str, Any]] = []
+    metrics_skipped: int | None = None
+    """Lines of metrics.jsonl that a power loss garbled: they are not promised to be durable."""
     answers: list[dict[str, Any]] = []
 
 
