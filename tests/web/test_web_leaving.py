@@ -37,7 +37,7 @@ def gate(server: Running) -> Generator[threading.Event]:
     """The engine stands still after its next turn, until this is set."""
     event = threading.Event()
     hooks = server.parts.engine._on_step  # pyright: ignore[reportPrivateUsage]
-    hooks.append(lambda _: event.wait(60) and None)
+    hooks.append(lambda _: None if event.wait(60) else None)
     yield event
     hooks.pop()
     event.set()
@@ -134,7 +134,7 @@ def test_a_fault_is_logged_once_and_the_connection_stays_open(
     connection.connect()
     headers = {"authorization": f"Bearer {KEY}"}
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(server.parts.keeper.log, "all", broken)
+        patch.setattr(server.parts.runner.log, "all", broken)
         connection.request("GET", "/v1/lessons", headers=headers)
         reply = connection.getresponse()
         assert (reply.status, json.loads(reply.read())["error"]["message"]) == (500, "internal error")
@@ -179,7 +179,7 @@ def test_what_the_engines_end_broke_off_is_an_error(talker: Path, tmp_path: Path
     event = threading.Event()
     with running(tmp_path / "home", talker) as server:
         engine = server.parts.engine
-        engine._on_step.append(lambda _: event.wait(60) and None)  # pyright: ignore[reportPrivateUsage]
+        engine._on_step.append(lambda _: None if event.wait(60) else None)  # pyright: ignore[reportPrivateUsage]
         found: dict[str, Any] = {}
 
         def plain() -> None:

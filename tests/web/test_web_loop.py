@@ -191,7 +191,7 @@ def test_small_requests_are_taken_while_large_ones_fill_the_room(server: Running
 def test_waiting_prompts_are_counted_in_tokens(server: Running) -> None:
     engine = server.parts.engine
     gate = threading.Event()
-    engine._on_step.append(lambda _: gate.wait(60) and None)  # pyright: ignore[reportPrivateUsage]
+    engine._on_step.append(lambda _: None if gate.wait(60) else None)  # pyright: ignore[reportPrivateUsage]
     most = engine._max_waiting_tokens  # pyright: ignore[reportPrivateUsage]
     handles: list[Any] = []
     try:
