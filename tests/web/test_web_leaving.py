@@ -134,7 +134,7 @@ def test_a_fault_is_logged_once_and_the_connection_stays_open(
     connection.connect()
     headers = {"authorization": f"Bearer {KEY}"}
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(server.parts.runner.log, "all", broken)
+        patch.setattr(server.parts.runner.log, "optimizer_version", broken)
         connection.request("GET", "/v1/lessons", headers=headers)
         reply = connection.getresponse()
         assert (reply.status, json.loads(reply.read())["error"]["message"]) == (500, "internal error")
