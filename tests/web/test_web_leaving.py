@@ -17,6 +17,7 @@ import pytest
 from fastapi import FastAPI, Request, WebSocket
 from tiny_server import KEY, Running, running
 
+from secondnature.engines.local.engine import Engine
 from secondnature.errors import SecondnatureError, Unreachable
 from secondnature.web.application import _speak_errors  # pyright: ignore[reportPrivateUsage]
 from secondnature.web.beside_vllm import OwnThread
@@ -24,6 +25,11 @@ from secondnature.web.guards import Guards
 from secondnature.web.lanes import while_connected
 
 CHAT = {"messages": [{"role": "user", "content": "Say tea."}], "max_tokens": 100, "temperature": 1.0}
+
+
+def held(_: Engine, event: threading.Event) -> None:
+    """A hook: the engine stands still until the event is set."""
+    event.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def gate(server: Running) -> Generator[threading.Event]:
     """The engine stands still after its next turn, until this is set."""
     event = threading.Event()
     hooks = server.parts.engine._on_step  # pyright: ignore[reportPrivateUsage]
-    hooks.append(lambda _: None if event.wait(60) else None)
+    hooks.append(lambda engine: held(engine, event))
     yield event
     hooks.pop()
     event.set()
@@ -179,7 +185,7 @@ def test_what_the_engines_end_broke_off_is_an_error(talker: Path, tmp_path: Path
     event = threading.Event()
     with running(tmp_path / "home", talker) as server:
         engine = server.parts.engine
-        engine._on_step.append(lambda _: None if event.wait(60) else None)  # pyright: ignore[reportPrivateUsage]
+        engine._on_step.append(lambda engine: held(engine, event))  # pyright: ignore[reportPrivateUsage]
         found: dict[str, Any] = {}
 
         def plain() -> None:

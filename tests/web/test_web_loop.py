@@ -15,6 +15,7 @@ import pytest
 from tiny_server import KEY, Running
 
 from secondnature.engines.base import GenerationRequest
+from secondnature.engines.local.engine import Engine
 from secondnature.errors import Busy
 from secondnature.model import chat
 from secondnature.web.guards import Guards
@@ -22,6 +23,11 @@ from secondnature.wire import Client
 
 LIMIT_S = 2.0
 """Generous: where texts were encoded on the loop, the same request took it for most of a minute."""
+
+
+def held(_: Engine, event: threading.Event) -> None:
+    """A hook: the engine stands still until the event is set."""
+    event.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +197,7 @@ def test_small_requests_are_taken_while_large_ones_fill_the_room(server: Running
 def test_waiting_prompts_are_counted_in_tokens(server: Running) -> None:
     engine = server.parts.engine
     gate = threading.Event()
-    engine._on_step.append(lambda _: None if gate.wait(60) else None)  # pyright: ignore[reportPrivateUsage]
+    engine._on_step.append(lambda engine: held(engine, gate))  # pyright: ignore[reportPrivateUsage]
     most = engine._max_waiting_tokens  # pyright: ignore[reportPrivateUsage]
     handles: list[Any] = []
     try:
