@@ -120,7 +120,6 @@ def assemble(settings: Settings) -> Generator[Parts]:
         model = load.build(directory, arena.tensors)
         self_test(model)
         tokenizer = chat.read_tokenizer(directory)
-        limit = load.context_limit(directory)
         engine = Engine(
             model,
             tokenizer,
@@ -141,7 +140,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             engine=engine,
             model=model,
             tokenizer=tokenizer,
-            context_limit=limit,
+            context_limit=engine.limits.context,
             layout="transformers",
             model_name="embedded" if settings.model == "embedded" else directory.name,
             wiring=lambda: _wiring(model, arena),
