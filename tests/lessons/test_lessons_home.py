@@ -192,3 +192,27 @@ def test_what_a_newer_version_added_is_served_around_and_written_back(tmp_path: 
     assert ledger.read_text() == told
     taught = path / "lessons" / again.id / "corrections.jsonl"
     assert json.loads(taught.read_text())["severity"] == 3
+
+
+@pytest.mark.slow
+def test_a_garbled_line_of_metrics_or_ledger_blocks_nothing(tmp_path: Path, talker: Path) -> None:
+    """Metrics are appended without fsync: a power loss just after a keep may leave any of their lines garbled."""
+    path = tmp_path / "home"
+    with running(path, talker) as server:
+        kept = server.lesson(teach(max_steps=2, keep=True))
+    metrics = path / "lessons" / kept.id / "metrics.jsonl"
+    first, *rest = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first[:20] + b"\0" * 30 + b"\n" + b"".join(rest)[:-10])
+    (path / "ledger.jsonl").write_text('{"prompt": "a"}\n{"pro')
+    with running(path, talker) as server:
+        client = server.client
+        detail = client.lesson(kept.id)
+        assert (len(detail.metrics), detail.metrics_skipped) == (len(rest) - 1, 2)
+        assert client.status(kept.job).state == "kept"
+        assert [x.job for x in server.parts.keeper.statuses()] == [kept.job]
+        assert client.train(teach(("salt", "jazz"), dry_run=True)).state == "planned"
+        reply = client.ledger()
+        assert (reply.corrections, reply.num_torn) == ([], 1)
+        assert reply.unreadable is not None
+        assert [x.line for x in reply.unreadable] == [1]
+        client.revert(kept.id)
