@@ -6,6 +6,7 @@ same number of threads; what is reported is the median with the smallest and the
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: nothing is downloaded
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile

@@ -1,8 +1,8 @@
 """What an undo costs: the size of a lesson's difference, and the time until the weights of before are back.
 
 Real steps of the trainer on six corrections, written down as a kept lesson of a real log. The revert is the
-server's own: rebuild the weights from disk, apply the difference, check the content id, write into the arena,
-compute the id again. Beside it: applying the difference alone, and reading the model's whole checkpoint, each
+server's own: apply the difference to each tensor in turn and check the content id, then once more and write; here
+the id of what lies in the arena then is computed again. Beside it: applying the difference alone, and reading the model's whole checkpoint, each
 checked by its id.
 """
 
@@ -17,14 +17,17 @@ import torch
 from common import THREADS, Settings, alternate, examples, load, ratio, say, spread, timed
 from torch import Tensor
 
+from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import DELTA_FILE, Log
+from secondnature.lessons.weights import ServedWeights
 from secondnature.model.load import fingerprint
 from secondnature.records import Lesson, OptimizerSettings
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import train_step
 from secondnature.weights import checkpoint, delta
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 
 RATES = (1e-5, 1e-4)
 STEPS = (1, 5, 20)
@@ -35,16 +38,17 @@ def _open_log(home: Home, directory: Path, version: str) -> Log:
     return Log(home, directory, version)
 
 
-def _revert(log: Log, lesson: Lesson, arena: Arena) -> None:
-    """What `POST /v1/lessons/{id}/revert` does to the weights."""
-    assert lesson.version is not None
-    arena.write(log.prepare_revert(lesson, lesson.version))
-    assert content_id(arena.tensors) == lesson.parent, "not undone to the byte"
+def _revert(weights: ServedWeights, lesson: Lesson) -> None:
+    """What `POST /v1/lessons/{id}/revert` does to the weights; the entry of the log is not written."""
+    weights.take_back(lesson, lambda: lesson)
+    assert content_id(weights.arena.tensors) == lesson.parent, "not undone to the byte"
 
 
 def _apply(path: Path, sha256: str, weights: dict[str, Tensor], wanted: str) -> None:
     """The difference alone, on weights that are there."""
-    delta.apply_(weights, delta.read(path, sha256))
+    stored = delta.open_(path, sha256)
+    for name, tensor in weights.items():
+        stored.apply_(name, tensor)
     assert content_id(weights) == wanted, "not undone to the byte"
 
 
@@ -61,16 +65,18 @@ def _one(settings: Settings, before: dict[str, Tensor], arena: Arena) -> dict[st
         home = Home(Path(folder))
         log = _open_log(home, settings.model, base)
         lesson = log.create("train", "measured", parent=base)
-        seconds_write = timed(lambda: log.write_delta(lesson, before, now))
-        lesson = log.write_delta(lesson, before, now).model_copy(update={"state": "kept"})
-        log.save(lesson)
+        clock = Clock(arena, base)
+        weights = ServedWeights(arena, clock, log)
+        seconds_write = timed(lambda: weights.record(lesson))
+        lesson = log.save(weights.record(lesson).model_copy(update={"state": "kept"}))
         path = log.directory(lesson) / DELTA_FILE
         assert lesson.delta_sha256 is not None
         sha256 = lesson.delta_sha256
 
         def revert() -> float:
             arena.write(now)
-            return timed(partial(_revert, log, lesson, arena))
+            clock.settle(str(lesson.version), arena.writes[0], trial=False)
+            return timed(partial(_revert, weights, lesson))
 
         def apply() -> float:
             copies = {n: t.clone() for n, t in now.items()}

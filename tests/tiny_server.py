@@ -37,7 +37,7 @@ from secondnature.config import Settings
 from secondnature.model.chat import encode_answer, read_tokenizer
 from secondnature.records import Correction, GateSettings, Lesson, Message, OptimizerSettings, Probe
 from secondnature.serve.local import Parts, assemble
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import content_id
 from secondnature.wire import Client, JobStatus, LessonInfo, TrainRequest
 
 KEY = "the-key-of-the-tests"

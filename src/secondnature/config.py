@@ -60,7 +60,12 @@ class Settings(BaseModel):
     trial_lease_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 3600.0
     """A lesson on trial that nobody keeps within this time is undone."""
     checkpoint_after_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 600.0
-    """The working copy is brought up to date this long after the last kept lesson."""
+    """The working copy is brought up to date this long after the first kept lesson that it lacks."""
+    max_chain: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Or as soon as it lacks more lessons than these: every undo and every start goes through them."""
+    keep_states: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """So many of the newest kept lessons can be taken back with the optimizer's state of then; older states are
+    removed, and a lesson after such an undo starts with a fresh one."""
 
     def public(self) -> dict[str, Any]:
         """The settings as plain values, keys masked: what is written down and shown."""
@@ -80,7 +85,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: {e}", "mend the file, or move it away") from None
 
 

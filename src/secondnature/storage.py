@@ -13,10 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from secondnature.errors import DamagedFile, NotDurable, StorageError
 
@@ -25,14 +28,21 @@ __all__ = [
     "Skipped",
     "append_line",
     "append_lines",
+    "clean",
     "make_dir",
     "read_durable",
     "read_lines",
     "storage_errors",
     "sync_dir",
+    "temporary_name",
     "write_bytes",
     "write_text",
+    "writing",
 ]
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_BORN = time.time()
+"""When this process began to write: what has its number and is older is another's, of the same number."""
 
 
 @contextlib.contextmanager
@@ -76,6 +86,37 @@ def make_dir(path: Path) -> Path:
     return path
 
 
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what shall become `path`; `clean` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[BinaryIO]:
+    """A new file, open for writing and reading, that takes the place of `path` as a whole at the end of the block.
+
+    Durable when the block has ended. Where the block raises, the old content is still there and nothing else is.
+
+    Raises:
+        StorageError: the disk refused; the old content is still there.
+        NotDurable: the new content is there, but the directory could not be synced.
+    """
+    temporary = temporary_name(path)
+    with storage_errors(path):
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    _sync_entry(path)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file as a whole; durable when this returns.
 
@@ -83,21 +124,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         StorageError: the disk refused; the old content is still there.
         NotDurable: the new content is there, but the directory could not be synced.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                _write_all(fd, data)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    _sync_entry(path)
+    with writing(path) as file:
+        file.write(data)
 
 
 def _sync_entry(path: Path) -> None:
@@ -109,6 +137,38 @@ def _sync_entry(path: Path) -> None:
             f"{path}: written, but {e.strerror or e} while its directory was synced: a power loss may take it back",
             "mend the disk, then look whether it is there before repeating",
         ) from e
+
+
+def clean(directory: Path) -> int:
+    """Remove the temporary files, links and folders in `directory` whose process no longer lives; how many.
+
+    Only names that this module and the checkpoints give (`.NAME.PID.tmp`) are touched, nothing below them is looked
+    at, and what cannot be removed stays.
+    """
+    num_removed = 0
+    for path in list(directory.iterdir()) if directory.is_dir() else []:
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or _is_being_written(path, int(found[1])):
+            continue
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            num_removed += 1
+    return num_removed
+
+
+def _is_being_written(path: Path, pid: int) -> bool:
+    try:
+        if pid == os.getpid():
+            return path.lstat().st_mtime >= _BORN - 1
+        os.kill(pid, 0)
+    except (ProcessLookupError, FileNotFoundError, OverflowError):
+        return False
+    except OSError:  # a process of somebody else
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "zeros": (b"\0" * 4096, "line 1, column 1: not JSON"),
     "a list": (b"[1]\n", "line 1"),
     "deep": (b"[" * 200_000, "line 1"),
+    "number of 5,000 digits": (
+        GOOD + b'{"prompt": "a", "completion": ' + b"7" * 5000 + b"}\n",
+        "line 2: a whole number of more than 4,300 digits",
+    ),
     "no answer": (b'{"prompt": "a", "feedback": "bad"}\n', "none with a wanted answer"),
     "neither answer nor comment": (b'{"prompt": "a", "rating": -1}\n', "none with a wanted answer"),
     "two behaviours": (
@@ -202,3 +206,22 @@ def test_sdft_without_a_comment_is_refused(
     Path("c.jsonl").write_bytes(b'{"prompt": "a", "rating": -1}\n')
     words = ["learn", "c.jsonl", "--keep", "--objective", "sdft", "--home", str(home)]
     refused(words, "none says what was wrong (`feedback`)", fake, capsys)
+
+
+def test_a_number_of_too_many_digits_is_named_wherever_it_is_read(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = "7" * 5000
+    Path("body.json").write_text('{"seed": ' + digits + "}")
+    refused(
+        ["train", "body.json", "--home", str(home)], "body.json: a whole number of more than", fake, capsys
+    )
+    (lesson_dir / "lesson.toml").write_text(f"max_steps = {digits}\n")
+    refused(["learn", str(lesson_dir), "--home", str(home)], "lesson.toml: ", fake, capsys)
+    (lesson_dir / "lesson.toml").write_text("x = " + "[" * 100_000 + "\n")
+    refused(["learn", str(lesson_dir), "--home", str(home)], "lesson.toml: ", fake, capsys)
+    Path("secondnature.toml").write_text(f"port = {digits}\n")
+    assert main(["lessons", "log", "--home", str(home)]) != 0
+    err = capsys.readouterr().err
+    assert "secondnature.toml: " in err
+    assert "Traceback" not in err

@@ -53,10 +53,10 @@ def test_an_undo_is_a_new_epoch() -> None:
 def test_a_torn_write_stays_a_write_until_it_is_settled() -> None:
     weights, epochs = arena(), Epochs()
     epochs.watch(weights)
-    weights._header[1] = 1  # a writer that died
+    weights.counters._words[1] = 1  # a writer that died
     request = born(epochs)
     assert not epochs.fresh(request)
-    weights.settle()
+    weights.close_torn_write()
     assert not epochs.fresh(request)
     assert epochs.fresh(born(epochs))
 
@@ -65,7 +65,8 @@ def test_a_write_between_the_two_looks_at_the_counters_is_no_epoch() -> None:
     """`now` reads begun, then done: a whole write in between makes an odd sum, in which nobody is fresh."""
     weights, epochs = arena(), Epochs()
     epochs.watch(weights)
-    weights._header[1], weights._header[2] = 6, 7
+    words = weights.counters._words
+    words[1], words[2] = 6, 7
     assert not epochs.fresh(born(epochs))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,6 +95,134 @@ EXCESSES = {
     "deep syntax": "(" * 5000,
     "null byte": "x = '\0'",
 }
+
+
+FRESH = """
+import sys
+imp = {imp}
+class Spec: pass
+def fresh(name):
+    spec = Spec()
+    spec.name, spec.origin, spec.loader, spec.submodule_search_locations = name, "built-in", None, None
+    module = imp.create_builtin(spec)
+    imp.exec_builtin(module)
+    return module
+signals, posix, secrets = fresh("_signal"), fresh("posix"), []
+def handler(number, frame):
+    while frame is not None:
+        secrets.extend([frame.f_locals["secret"]] if "secret" in frame.f_locals else [])
+        frame = frame.f_back
+signals.signal(10, handler)
+signals.raise_signal(10)
+posix.write(3, secrets[0])
+posix._exit(0)
+"""
+"""A fresh copy of what was emptied: a signal handler is given the frames, and one of them holds the secret."""
+
+LOADERS = """
+def below(kind):
+    for one in type.__subclasses__(kind):
+        yield one
+        yield from below(one)
+loader = next(k for k in below(object) if k.__name__ == "BuiltinImporter")
+"""
+
+ROUTES = {
+    "fresh builtin by _imp": FRESH.format(imp='sys.modules["_imp"]'),
+    "fresh builtin by the globals of a loader": FRESH.format(
+        imp="sys.__spec__.loader.create_module.__globals__['_imp']"
+    ),
+    "fresh builtin by a loader among the subclasses": LOADERS
+    + "class Spec: name = 'posix'\nloader.create_module(Spec).write(3, b'x')",
+    "load_module of a loader": LOADERS + "loader.load_module('_signal').raise_signal(9)",
+    "import machinery by importlib": "import importlib\nimportlib.reload(importlib.import_module('posix'))",
+    "machinery by a module's globals": "import inspect\ninspect.importlib.machinery.BuiltinImporter",
+    "new copy after a removal": "import sys\nsys.modules.pop('os')\nimport os\nos.write(3, b'x')",
+    "referrers": "import gc\ngc.get_referrers(b'')",
+    "frame by sys of a function": "import collections\ncollections._sys._getframe(1).f_back.f_locals",
+    "frame by a descriptor": (
+        "import types\ntry: 1 / 0\nexcept ZeroDivisionError as e:\n"
+        "    types.TracebackType.tb_frame.__get__(e.__traceback__)"
+    ),
+    "frame by format": "try: 1 / 0\nexcept ZeroDivisionError as e: '{0.__traceback__.tb_frame}'.format(e)",
+    "frame by the hook's own error": (
+        "try: open('x')\nexcept PermissionError as e:\n"
+        "    type(e).__init__ = lambda self, *a: self.__traceback__.tb_frame.f_back"
+        "\n    open('x')"
+    ),
+    "sys.modules poisoned": (
+        "import sys\nclass Fake:\n    def __getattr__(self, name): return lambda *a, **k: None\n"
+        "for name in list(sys.modules): sys.modules[name] = Fake()"
+    ),
+    "error handler of codecs": (
+        "import codecs\ncodecs.register_error('replace', lambda e: 1 / 0)\nraise ValueError('\\ud800')"
+    ),
+    "codec of one's own": "import codecs\ncodecs.register(lambda name: print(name))\nraise ValueError('x')",
+    "at exit": "import atexit\natexit.register(print)",
+    "unraisable hook": (
+        "import sys\nkept = []\nsys.unraisablehook = lambda u: kept.append(u.exc_traceback.tb_frame)\n"
+        "class D:\n    def __del__(self): 1 / 0\nD()\nkept[0]"
+    ),
+    "destructors among the builtins": (
+        "import builtins\nclass D:\n    def __del__(self): builtins.AssertionError = None; builtins.exec = print\n"
+        "builtins.zip = D()"
+    ),
+    "bytecode of one's own": "import marshal\nmarshal.loads(b'')",
+    "function of foreign code": "import types\ntypes.FunctionType((lambda: 0).__code__, {})()",
+    "profile below": "import _lsprof",
+    "tracing below": "import sys\nsys.call_tracing(print, ())\nsys.monitoring",
+}
+"""Ways from an answer to the harness that judges it; the check behind each is `assert False`."""
+
+
+def test_no_known_route_to_the_harness_passes_what_is_false() -> None:
+    found = run_checks(
+        [CodeCheck(code, "assert False, 'reached the check'") for code in ROUTES.values()], LIMITS
+    )
+    passed = [name for name, ruling in zip(ROUTES, found, strict=True) if ruling is None or ruling.passed]
+    assert passed == []
+
+
+CRAWL = """
+import sys, types
+seen, todo, found = {}, [], set()
+def put(x):
+    if id(x) not in seen:
+        seen[id(x)] = x
+        todo.append(x)
+NAMES = (
+    "__dict__ __globals__ __defaults__ __kwdefaults__ __closure__ __self__ __func__ __wrapped__ __mro__ __class__ "
+    "__builtins__ __objclass__ __spec__ __loader__ fget fset fdel func args keywords cell_contents raw buffer"
+).split()
+for x in (object, sys, sys.modules, vars(types)):
+    put(x)
+while todo:
+    x = todo.pop()
+    if isinstance(x, types.BuiltinFunctionType):
+        found.add(f"{x.__module__}.{x.__name__}")
+    for name in NAMES:
+        try: put(getattr(x, name))
+        except BaseException: pass
+    if isinstance(x, type):
+        for y in type.__subclasses__(x): put(y)
+        for y in list(vars(x).values()): put(y)
+    if isinstance(x, (dict, types.MappingProxyType)):
+        for k, v in list(x.items()): put(k); put(v)
+    elif isinstance(x, (list, tuple, set, frozenset)):
+        for y in list(x): put(y)
+outside = "posix _posixsubprocess _imp _signal gc _thread marshal faulthandler select resource fcntl atexit".split()
+reached = sorted(name for name in found if name.split(".")[0] in outside)
+"""
+HARMLESS_FUNCTIONS = {
+    *("_thread.allocate_lock", "_thread.get_ident", "gc.collect", "gc.disable", "gc.enable", "gc.isenabled"),
+    *("posix._path_normpath", "posix.fspath", "posix.getpid", "posix.strerror", "posix.urandom"),
+}
+
+
+def test_nothing_that_can_be_reached_from_an_answer_leads_to_the_system_or_to_frames() -> None:
+    """Whatever hangs on `object`, `sys` and the modules, by globals, closures, defaults, loaders, subclasses."""
+    tests = f"assert len(seen) > 20_000 and set(reached) <= {HARMLESS_FUNCTIONS!r}, reached"
+    assert run_checks([CodeCheck(CRAWL, tests)]) == [Ruling(True)]
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +322,87 @@ def answer() -> int:
     assert run_checks([CodeCheck(code, FALSE)]) == [Ruling(True)]
 
 
+def test_each_module_that_may_be_imported_works() -> None:
+    """One ordinary use of each, also of what the library itself imports late."""
+    code = """
+import abc, array, base64, binascii, bisect, calendar, cmath, collections.abc, colorsys, contextlib, copy
+import dataclasses, datetime, decimal, difflib, enum, errno, fractions, functools, hashlib, heapq, html, io
+import itertools, json, keyword, math, numbers, operator, os, os.path, pprint, random, re, statistics, string
+import struct, sys, textwrap, time, timeit, types, typing, unicodedata, uuid, warnings, weakref, zlib
+from collections import abc as shapes
+from json import *
+try:
+    import numpy
+    have = True
+except ImportError:
+    have = False
+
+@functools.singledispatch
+def kind(x: object) -> str: return "any"
+@kind.register
+def _(x: int) -> str: return "int"
+
+@dataclasses.dataclass(order=True)
+class Point:
+    x: int
+    y: "typing.Optional[int]" = None
+
+class Shape(abc.ABC):
+    @abc.abstractmethod
+    def area(self): ...
+
+@contextlib.contextmanager
+def opened():
+    yield 1
+
+def answer():
+    assert not have and isinstance([], shapes.Sequence) and kind(1) == "int" and kind("") == "any"
+    assert repr(Point(1, 2)) == "Point(x=1, y=2)"
+    assert Point(1, 1) < Point(2, 0) and copy.deepcopy(Point(1)) == Point(1)
+    assert typing.get_type_hints(Point)["y"] == typing.Optional[int]
+    assert dataclasses.asdict(Point(1)) == {"x": 1, "y": None}
+    assert base64.b64decode(base64.b64encode(b"x")) == b"x"
+    assert binascii.crc32(b"a") and zlib.decompress(zlib.compress(b"a"))
+    assert "January" in calendar.TextCalendar().formatmonth(2024, 1) and calendar.isleap(2024)
+    assert datetime.datetime.strptime("2020-02-03", "%Y-%m-%d").strftime("%a %d %b")
+    assert time.strptime("2020", "%Y")
+    assert decimal.Decimal("0.1") + 1 and fractions.Fraction(1, 3) + 1 and statistics.stdev([1, 2, 4])
+    assert statistics.NormalDist(0, 1).cdf(0) == 0.5
+    assert difflib.get_close_matches("appel", ["apple"]) == ["apple"]
+    assert list(difflib.unified_diff(["a"], ["b"])) and hashlib.sha256(b"").hexdigest() and hashlib.md5(b"")
+    assert heapq.nsmallest(1, [2, 1]) == [1]
+    assert html.unescape("&amp;") == "&" and io.BytesIO(b"a").read() == b"a"
+    assert pprint.pformat({"a": [1] * 40}) and string.Template("$a").substitute(a=1) == "1"
+    assert textwrap.wrap("a b c", 3) and timeit.timeit("1", number=2) >= 0
+    assert uuid.uuid5(uuid.NAMESPACE_DNS, "a")
+    assert uuid.uuid4() and random.Random("seed").random() and os.path.join("a", "b") == "a/b" and os.sep == "/"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warnings.warn("careful")
+    warnings.warn("printed to nowhere")
+    assert len(seen) == 1 and sys.getsizeof([]) and sys.version_info >= (3, 11) and repr(math) and str(sys)
+    assert "é".encode("latin-1") and "ü".encode("idna") and codecs_work() and weakref.ref(Point)() is Point
+    assert struct.pack("<I", 1) and array.array("i", [1])
+    assert cmath.sqrt(-1) == 1j and colorsys.rgb_to_hsv(0, 0, 0)
+    assert enum.Flag("F", "A B").A and keyword.iskeyword("if")
+    assert operator.itemgetter(0)([42]) and types.SimpleNamespace(a=1)
+    assert re.sub("(?i)A", "b", "xa") == "xb" and unicodedata.name("a")
+    assert errno.ENOENT == 2 and bisect.bisect([1], 1)
+    with opened() as one, contextlib.suppress(ZeroDivisionError):
+        1 / 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print(type(one), datetime.date(2020, 1, 2), collections.OrderedDict(a=1), typing.List[int])
+    try:
+        Shape()
+    except TypeError:
+        return 42
+
+def codecs_work():
+    return "a".encode("utf-16").decode("utf-16") == "a" and b"caf\\xe9".decode("cp1252") == "café"
+"""
+    assert run_checks([CodeCheck(code, FALSE)]) == [Ruling(True)]
+
+
 def test_the_sandbox_leaves_no_folder_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_checks([CodeCheck("while True: pass", ""), CodeCheck("open('x', 'w')", "")], LIMITS)
@@ -202,8 +414,8 @@ def test_the_sandbox_leaves_no_folder_behind(monkeypatch: pytest.MonkeyPatch, tm
 TRY = """
 import os, sys
 sys.path.insert(0, {room!r})
-import socket, subprocess, threading, resource, signal, walls, zygote
-up = walls.put_up() if {kernel} else []
+import socket, subprocess, threading, resource, signal, confine, zygote
+up = confine.put_up() if {kernel} else []
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 read, write = os.pipe()
@@ -295,3 +507,17 @@ def test_reading_is_still_possible_behind_seccomp_so_that_python_starts(tmp_path
 
 def test_walls_name_what_stands() -> None:
     assert set(sandbox.walls()) <= {"network namespace", "seccomp", "not root", "ROOT"}
+
+
+def test_the_solutions_of_humaneval_pass_and_empty_ones_do_not() -> None:
+    """164 programs that people wrote, with their tests."""
+    where = os.environ.get("SECONDNATURE_REALDATA")
+    if not where:
+        pytest.skip("SECONDNATURE_REALDATA names no folder")
+    with gzip.open(Path(where, "data", "humaneval", "HumanEval.jsonl.gz"), "rt") as file:
+        rows = [json.loads(line) for line in file]
+    tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
+    right = [CodeCheck(r["prompt"] + r["canonical_solution"], t) for r, t in zip(rows, tests, strict=True)]
+    empty = [CodeCheck(r["prompt"] + "    pass\n", t) for r, t in zip(rows, tests, strict=True)]
+    passed = [r is not None and r.passed for r in run_checks([*right, *empty])]
+    assert (sum(passed[:164]), sum(passed[164:])) == (164, 0)

@@ -25,13 +25,20 @@ def test_the_clock_names_every_write() -> None:
     after = clock.read()
     assert (during.version, during.writing, during.trial) == ("wone+0007.1", True, True)
     assert (after.version, after.writing, after.epoch) == ("wone+0007.1", False, during.epoch)
-    clock.settle("wtwo", trial=True)
+    clock.settle("wtwo", after.epoch, trial=True)
     assert (clock.read().version, clock.read().trial) == ("wtwo", True)
-    arena.write({"a": torch.zeros(8, dtype=torch.bfloat16)})
-    clock.settle("wone", trial=False)
+    clock.become("wone")
+    assert (clock.read().version, clock.read().trial) == ("wtwo", False)  # announced is not written
+    with arena.writing():
+        assert (clock.read().version, clock.read().writing) == ("wone", True)
     undone = clock.read()
-    assert (undone.version, undone.trial) == ("wone", False)
+    assert (undone.version, undone.writing) == ("wone", False)
     assert undone.epoch > after.epoch  # the same weights again, but never the same epoch
+    was = clock.become("wthree")
+    with arena.writing():
+        pass
+    clock.give_up(was)  # it failed in the middle
+    assert clock.read().version == "wone+1"
 
 
 def _answer(server: Running) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def _answer(server: Running) -> dict[str, Any]:
 def _expected(server: Running, answer: dict[str, Any]) -> float:
     """Log-probability of the answer's first token by a plain forward on what lies in the arena now."""
     copies = {n: t.clone() for n, t in server.parts.arena.tensors.items()}
-    model = build(server.parts.keeper.trainer._model_dir, copies)  # pyright: ignore[reportPrivateUsage]
+    model = build(server.parts.runner.trainer._model_dir, copies)  # pyright: ignore[reportPrivateUsage]
     logits = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0, -1]
     return float(logits.float().log_softmax(-1).max())
 

@@ -26,7 +26,7 @@ CALLS = {
     "send_pyobj",
     "pd.read_pickle",
 }
-RUNS_CODE = {"evidence/zygote.py", "embedded/answers.py"}
+RUNS_CODE = {"evidence/sandbox/zygote.py", "embedded/answers.py"}
 """Where text is run on purpose: answers in the sandbox's child; the training text's own functions."""
 
 
@@ -93,7 +93,7 @@ def test_state_is_owner_only(server: Running) -> None:
         str(p) for p in [home, *home.rglob("*")] if p.lstat().st_mode & 0o077 and not p.is_symlink()
     ]
     assert open_to_others == []
-    directory = server.parts.keeper.trainer._directory  # pyright: ignore[reportPrivateUsage]
+    directory = server.parts.runner.trainer._directory  # pyright: ignore[reportPrivateUsage]
     assert directory is not None
     assert directory.stat().st_mode & 0o777 == 0o700
 

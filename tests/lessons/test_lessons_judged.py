@@ -13,7 +13,6 @@ from tiny_server import (
     Running,
     correction,
     file_hashes,
-    habits,
     running,
     say_probes,
     teach,
@@ -24,15 +23,17 @@ from transformers import AutoModelForCausalLM
 from secondnature.errors import Busy, NotFound, WrongState
 from secondnature.evidence.certificate import verify
 from secondnature.records import Evidence, OptimizerSettings
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import content_id
 
 TAUGHT = ["tea", "oak", "red", "kite", "jam", "hats", "gold", "foam"]
 HELD_OUT = [w for w in WORDS if w not in TAUGHT]
+REPLAYED = WORDS[::3]
+GUARDED = [w for w in WORDS if w not in REPLAYED]
 
 
 def judged(server: Running, **fields: Any) -> tuple[str, Evidence]:
     """A lesson with probes, to its end: (state, certificate), the certificate recomputed from its counts."""
-    probes = [*use_probes(HELD_OUT), *say_probes(WORDS)]
+    probes = [*use_probes(HELD_OUT), *say_probes(GUARDED)]
     request = teach(TAUGHT, **{"probes": probes, "gate": LOW_GATE, "batch_size": 8, **fields})
     lesson = server.lesson(request, "kept", "undone", "failed")
     evidence = server.client.lesson(lesson.id).evidence
@@ -61,11 +62,10 @@ def test_keep_by_hand(server: Running) -> None:
 def test_a_gate_that_is_passed_keeps(server: Running) -> None:
     replay = {
         "share": 0.75,
-        "examples": [{"prompt": q, "completion": a} for q, a in habits() if "Say" in q][::2],
+        "examples": [{"prompt": f"Say {w}.", "completion": f"{w}!"} for w in REPLAYED],
     }
-    state, evidence = judged(
-        server, max_steps=7, replay=replay
-    )  # more steps cost the guard more than it may lose
+    gate = LOW_GATE.model_copy(update={"guard_margin": 0.5})  # the guard's own prompts are not replayed
+    state, evidence = judged(server, max_steps=7, replay=replay, gate=gate)
     assert (state, evidence.verdict) == ("kept", "kept"), evidence.sentence
     gain, guard = evidence.comparisons
     assert (gain.role, gain.name, gain.n, guard.role, guard.name, guard.n) == (
@@ -74,7 +74,7 @@ def test_a_gate_that_is_passed_keeps(server: Running) -> None:
         len(HELD_OUT),
         "guard",
         "say",
-        len(WORDS),
+        len(GUARDED),
     )
     assert gain.before == 0 < gain.gains
     assert gain.mean_margin_before is not None

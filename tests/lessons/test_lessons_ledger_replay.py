@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from failing_disk import disk
 
-from secondnature.errors import StorageError
+from secondnature.errors import BadInput, StorageError
 from secondnature.lessons.ledger import Ledger
 from secondnature.records import Correction
-from secondnature.train.batches import batches
+from secondnature.train.batches import MAX_BATCH, batches, num_replayed
 
 
 def correction(text: str) -> Correction:
@@ -133,6 +133,18 @@ print(len(ledger.all()))
     assert len(Ledger(tmp_path / "ledger.jsonl").all()) == 1
     assert (tmp_path / "ledger.jsonl").read_bytes().endswith(b"\n")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 400
+
+
+def test_a_batch_has_a_largest_size() -> None:
+    """Replay included: a share close to 1 would deal billions."""
+    assert num_replayed(1, 1 - 1 / MAX_BATCH) == MAX_BATCH - 1
+    assert num_replayed(1024, 0.75) == 3072
+    for size, share in ((1024, 0.9999999), (1, 1 - 1 / (2 * MAX_BATCH)), (1024, 0.751)):
+        with pytest.raises(BadInput, match=f"replay.share {share} with a batch_size of {size} makes"):
+            num_replayed(size, share)
+    with pytest.raises(BadInput):
+        next(batches(8, 3, batch_size=8, steps=1, share=0.9999999, seed=0))
+    assert len(list(batches(8, 0, batch_size=8, steps=1, share=0.9999999, seed=0))) == 1  # nothing to replay
 
 
 def test_every_example_is_dealt_once_an_epoch() -> None:

@@ -58,7 +58,7 @@ def test_the_student_answers_the_plain_prompt(server: Running, talker: Path) -> 
     given = comments()
     asked = [Distilled(c, encode_chat(tokenizer, c.prompt), f"correction {i}") for i, c in enumerate(given)]
     settings = SdftSettings(samples=2, temperature=0)
-    works = rehearse.distil(asked, settings, lambda: None, seed=3)
+    works = rehearse.distil(asked, settings, lambda *_: None, seed=3)
     assert [w.label for w in works] == [f"correction {i}, answer {k}" for k in range(2) for i in range(3)]
     for work, (word, told) in zip(works, itertools.cycle(zip(TAUGHT, given, strict=True)), strict=False):
         said = f"Why not {WORDS[WORDS.index(word) - 1]}?"
@@ -67,7 +67,7 @@ def test_the_student_answers_the_plain_prompt(server: Running, talker: Path) -> 
         assert work.teacher == encode_chat(tokenizer, teacher_messages(told, said))
     warm = SdftSettings(samples=8, temperature=3.0)
     sampled = [
-        [w.continuation for w in rehearse.distil(asked[:1], warm, lambda: None, seed=s)] for s in (3, 3, 4)
+        [w.continuation for w in rehearse.distil(asked[:1], warm, lambda *_: None, seed=s)] for s in (3, 3, 4)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
     assert len({tuple(ids) for ids in sampled[0]}) > 1
@@ -161,7 +161,7 @@ def test_own_answers_are_what_the_model_says_now(server: Running, talker: Path) 
         Own(encode_chat(tokenizer, [Message(role="user", content=q)]), f"replay prompt {i}")
         for i, q in enumerate(SAY)
     ]
-    works = rehearse.own(prompts, lambda: None, temperature=0.0, seed=0, hold=True)
+    works = rehearse.own(prompts, lambda *_: None, temperature=0.0, seed=0, hold=True)
     for work, prompt in zip(works, SAY, strict=True):
         answer = Message(role="assistant", content=server.say(prompt))
         wanted = encode_answer(tokenizer, [Message(role="user", content=prompt)], answer)

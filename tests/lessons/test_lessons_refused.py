@@ -104,6 +104,16 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "epochs 0": ({**one(), "epochs": 0}, "BadInput", r"epochs: .* equal to 1 \(found 0\)"),
     "steps 0": ({**one(), "max_steps": 0}, "BadInput", "max_steps"),
     "unknown option": ({**one(), "learning_rate": 1e-4}, "BadInput", "unknown field `.*learning_rate`"),
+    "too much replay": (
+        {**one(), "replay": {"share": 0.9999999, "examples": [TEXT]}},
+        "BadInput",
+        r"replay.share 0.9999999 with a batch_size of 1 makes 10,000,000 examples a step; expected at most 4,096",
+    ),
+    "too much replay of own answers": (
+        {**one(), "replay": {"share": 0.9998, "prompts": ["Say tea."]}, "dry_run": True},
+        "BadInput",
+        "makes 5,000 examples a step",
+    ),
     "unknown optimizer option": (option("momentum", 0.9), "BadInput", "unknown field `.*momentum`"),
     "unknown replay option": ({**one(), "replay": {"ratio": 1}}, "BadInput", "unknown field `.*ratio`"),
     "unknown lesson option": ({**one(), "lesson": {"name": "x"}}, "BadInput", "unknown field `.*name`"),

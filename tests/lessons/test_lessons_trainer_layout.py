@@ -81,6 +81,6 @@ def test_an_arena_of_another_model_is_refused_by_name(directory: Path, tmp_path:
     trainer = Trainer(Arena.create(tensors), directory, threads=1, log_path=log_path, layout="vllm")
     try:
         with pytest.raises(UnsupportedModel, match=f"{name} has shape .100, 48.; expected .192, 48."):
-            trainer.ensure()
+            trainer.ensure(lambda: None)
     finally:
         trainer.stop()

@@ -15,8 +15,8 @@ from tiny_models import hybrid_config, in_arena, save_tiny
 from secondnature import wire
 from secondnature.errors import Cancelled
 from secondnature.lessons.trainer import Trainer
-from secondnature.train import worker
-from secondnature.weights.arena import content_id
+from secondnature.train import run
+from secondnature.weights.content import content_id
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def test_after_a_step_it_pauses_for_the_rest_of_the_time(
 
     def sleep(seconds: float) -> None:
         nonlocal now
-        assert 0 < seconds <= worker.PAUSE_S
+        assert 0 < seconds <= run.PAUSE_S
         now += seconds
 
     arena, model = in_arena(directory)
-    lesson = worker.Lesson(model, arena, job(tmp_path), share)
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    lesson = run.TrainingRun(model, arena, job(tmp_path), share)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     arena.load = load
     lesson._give_way(2.0, lambda: None)
     assert now == pytest.approx(100.0 + paused_s)
@@ -73,7 +73,7 @@ def test_a_pause_ends_with_the_requests_and_with_a_cancel(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena, model = in_arena(directory)
-    lesson = worker.Lesson(model, arena, job(tmp_path), 0.01)
+    lesson = run.TrainingRun(model, arena, job(tmp_path), 0.01)
     naps: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -81,7 +81,7 @@ def test_a_pause_ends_with_the_requests_and_with_a_cancel(
         if len(naps) == 3:
             arena.load = 0
 
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
     arena.load = 1
     lesson._give_way(60.0, lambda: None)
     assert len(naps) == 3

@@ -48,7 +48,7 @@ def test_a_lesson_in_mid_training_ends_as_if_it_had_never_been(server: Running, 
     assert (status.state, server.state()) == ("cancelled", before)
 
     job = start(server)
-    pid = server.parts.keeper.trainer.pid
+    pid = server.parts.runner.trainer.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     status = server.until(job, lambda s: s.state == "failed" and s.phase == "done")
@@ -56,7 +56,7 @@ def test_a_lesson_in_mid_training_ends_as_if_it_had_never_been(server: Running, 
     assert (status.error.type, server.state()) == ("TrainerDied", before)
 
     job = start(server)  # the next one works, in a new process
-    assert server.parts.keeper.trainer.pid not in (None, pid)
+    assert server.parts.runner.trainer.pid not in (None, pid)
     other = Arena.attach(server.parts.arena.manifest())
     for name in (
         "model.norm.weight",
@@ -93,7 +93,7 @@ def test_an_undone_lesson_leaves_no_weights_behind(server: Running) -> None:
     assert server.weights != before[1]
     undone = server.client.revert(lesson.id)
     assert (undone.state, server.state()) == ("undone", before)
-    names = {p.name for p in server.parts.keeper.log.directory(undone).iterdir()}
+    names = {p.name for p in server.parts.runner.log.directory(undone).iterdir()}
     assert names >= {"lesson.json", "corrections.jsonl", "metrics.jsonl", "answers.jsonl"}
     assert not names & {"delta.safetensors", "optimizer.safetensors"}
 
@@ -135,9 +135,9 @@ def test_the_same_job_twice_gives_the_same_bits(server: Running) -> None:
 
 
 def test_the_trials_lease_ends_in_an_undo(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = server.parts.keeper
+    runner = server.parts.runner
     short = server.parts.settings.model_copy(update={"trial_lease_s": 0.2})
-    monkeypatch.setattr(keeper, "_settings", short)
+    monkeypatch.setattr(runner, "_settings", short)
     before = server.state()
     lesson = server.lesson(teach(max_steps=1), "undone")
     assert (lesson.state, server.state()) == ("undone", before)
@@ -172,7 +172,7 @@ def test_what_only_the_trainer_can_find_fails_the_lesson_by_name(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the plan had let through a rank that fits no matrix."""
-    monkeypatch.setattr(server.parts.keeper._planner, "_highest_rank", 4096)
+    monkeypatch.setattr(server.parts.runner._planner, "_highest_rank", 4096)
     before = server.state()
     lesson = server.lesson(teach(optimizer={"lr": 1e-3, "rank": 4096}))
     assert lesson.error is not None

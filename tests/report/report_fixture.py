@@ -15,6 +15,7 @@ from secondnature.records import (
     Cause,
     Comparison,
     Correction,
+    Decision,
     Evidence,
     Flip,
     Lesson,
@@ -47,6 +48,10 @@ def comparison(
 ) -> Comparison:
     difference = (gains - losses) / n
     half = 1.96 * math.sqrt(max(gains + losses, 1)) / n
+    decision: Decision = "not_judged"
+    if passed is not None:
+        shown_as: Decision = "gained" if role == "gain" else "held"
+        decision = shown_as if passed else "harmed" if difference + half < 0 else "not_shown"
     shown = [
         Flip(
             prompt=f"fixture {name} probe {i}: sort {THINGS[i % 6]} by length",
@@ -75,7 +80,9 @@ def comparison(
         alpha=0.025,
         method="mcnemar-midp/1" if role == "gain" else "paired-noninferiority/1",
         p=1e-9 if role == "gain" else 0.0031,
+        decision=decision,
         passed=passed,
+        harmed=decision == "harmed",
         n_needed=n_needed,
         flips=shown,
     )

@@ -277,3 +277,16 @@ def test_thinning_keeps_spikes() -> None:
     assert len(kept) <= 300
     assert (777.0, 50.0) in kept
     assert kept == sorted(kept)
+
+
+def test_what_would_steer_or_reorder_is_visible_on_the_page_and_in_the_table(tmp_path: Path) -> None:
+    evil = "before \x1b]52;c;cm0=\x07 \x9b2A \u202etxt.exe\u2066"
+    directory = fixture.write_run(tmp_path, fixture.lesson("0009-odd", note=evil), None)
+    odd = SampleAnswer(prompt=[Message(role="user", content=evil)], before=evil, after=evil)
+    (directory / "answers.jsonl").write_text(to_jsonl([odd]))
+    page = report.write(directory, tmp_path / "odd.html").read_text()
+    for steering in "\x1b\x07\x9b\u202e\u2066":
+        assert steering not in page
+    assert "before ␛]52;c;cm0=␇ \\u009b2A \\u202etxt.exe" in page
+    sets = [fixture.comparison(evil, "guard", 40, 20, 0, 0, passed=True)]
+    assert "\x1b" not in report.markdown_table(fixture.evidence(sets))

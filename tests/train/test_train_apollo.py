@@ -18,6 +18,7 @@ from secondnature.errors import BadCheckpoint, ConfigError, NonFinite
 from secondnature.model.gradients import Factors
 from secondnature.model.load import build
 from secondnature.records import OptimizerSettings
+from secondnature.train import update
 from secondnature.train.apollo import Apollo
 from secondnature.train.update import projection
 
@@ -151,6 +152,23 @@ def test_warm_up_is_linear() -> None:
     assert [x / lengths[-1] for x in lengths] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1], rel=1e-3)
 
 
+def test_every_lesson_warms_up_anew() -> None:
+    """Also one that continues where another ended: the state's own steps go on, they key the rounding."""
+    model = Layers()
+    earlier = Apollo(model, settings())
+    for _ in range(6):
+        earlier.step({"wide": gradients(model, 0)["wide"]})
+    optimizer = Apollo(model, settings(warmup_steps=4))
+    optimizer.load_state(*earlier.state_dict())
+    lengths = []
+    for _ in range(6):
+        before = model.wide.detach().clone()
+        optimizer.step({"wide": gradients(model, 0)["wide"]})
+        lengths.append((model.wide.detach() - before).norm().item())
+    assert [x / lengths[-1] for x in lengths] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1], rel=1e-3)
+    assert optimizer.steps == 12
+
+
 def test_growth_is_limited() -> None:
     """Against a long-standing small gradient a huge one grows the update by 1 % a step at most."""
     model = Layers()
@@ -277,10 +295,43 @@ def test_projections_depend_on_name_epoch_and_seed_only() -> None:
     assert abs(wide.mean().item()) < 5 / math.sqrt(64 * 64 * 4096)
 
 
+def test_projections_are_kept_within_a_bound_and_those_of_the_present_run_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = 4 * 6 * 30
+    kept: dict[Any, Any] = {}
+    monkeypatch.setattr(update, "_kept", kept)
+    monkeypatch.setattr(update, "_KEPT_BYTES", 5 * one)
+
+    def use(seed: int, name: str, epoch: int = 0) -> bool:
+        """Whether it was at hand."""
+        before = kept.get(((seed, 6), name, 30, "cpu"))
+        found = update._kept_projection(seed, name, epoch, 6, 30, torch.device("cpu"))
+        assert torch.equal(found, projection(seed, name, epoch, 6, 30))
+        assert sum(p_RM.nbytes for _, p_RM in kept.values()) <= 5 * one
+        return before is not None and before[1] is found
+
+    for name in "abc":
+        assert not use(1, name)
+    assert use(1, "a")  # so that `b` is the one used longest ago
+    for name in "de":
+        assert not use(2, name)
+    assert not use(2, "f")  # takes the place of `b`
+    assert [key[1] for key in kept] == ["c", "a", "d", "e", "f"]
+    for name in "gh":
+        assert not use(2, name)
+    # nothing of another run is left to go: what is there stays, or each would be thrown out before it is used again
+    assert not use(2, "i")
+    assert all(use(2, name) for name in "defgh")
+    assert not use(2, "i")
+    assert not use(2, "d", epoch=1)  # in its own place
+    assert use(2, "d", epoch=1)
+
+
 @pytest.mark.parametrize("rank", [4, 1])
 def test_resumes_to_the_bit(tmp_path: Path, rank: int) -> None:
     """N steps, a safetensors file, M steps in another object: the same bits as N + M steps."""
-    chosen = settings(rank=rank, proj_refresh=4, warmup_steps=6)
+    chosen = settings(rank=rank, proj_refresh=4)
     straight, cut = Layers(torch.bfloat16), Layers(torch.bfloat16)
     optimizer = Apollo(straight, chosen, seed=11)
     for step in range(12):

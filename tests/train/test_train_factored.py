@@ -21,8 +21,8 @@ from secondnature.model.upcast import collect
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train.apollo import Apollo
 from secondnature.train.guard import check_tensors, limit_norm_
+from secondnature.train.state import load_optimizer, save_optimizer
 from secondnature.train.step import train_step
-from secondnature.train.worker import load_optimizer, save_optimizer
 from secondnature.weights import rounding
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
@@ -229,7 +229,7 @@ def test_nothing_is_written_if_a_factor_is_not_finite(
 @pytest.mark.parametrize("rank", [8, 1])
 def test_resumes_to_the_bit(directories: dict[str, Path], tmp_path: Path, rank: int) -> None:
     """N steps, weights and state into files, M steps by a new optimizer on a new model: N + M steps to the bit."""
-    chosen = OptimizerSettings(lr=1e-3, rank=rank, proj_refresh=3, warmup_steps=5)
+    chosen = OptimizerSettings(lr=1e-3, rank=rank, proj_refresh=3)
     path = tmp_path / "optimizer.safetensors"
     arena, model = in_arena(directories["hybrid"])
     optimizer = Recording(model, chosen, seed=11)

@@ -73,7 +73,7 @@ def test_logprobs_and_seed(client: openai.OpenAI) -> None:
 
 
 def test_stop_text_and_token_ids(client: openai.OpenAI, server: Running) -> None:
-    tokenizer = read_tokenizer(server.parts.keeper.trainer._model_dir)  # pyright: ignore[reportPrivateUsage]
+    tokenizer = read_tokenizer(server.parts.runner.trainer._model_dir)  # pyright: ignore[reportPrivateUsage]
     prompt = "<|user|>Say tea.<|end|><|assistant|>"
     ids = tokenizer(prompt)["input_ids"]
     options = {"model": "any", "temperature": 0, "max_tokens": 8}

@@ -7,7 +7,6 @@ it needs when it runs. `main` is the one place where an exception becomes a line
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -55,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_error(error: SecondnatureError, *, as_json: bool) -> None:
     """One line with the type and the message, one with what to do; for machines the error of the wire on stdout."""
-    from secondnature.cli.output import Output
+    from secondnature.cli.output import Output, write_json
 
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.to_wire()}, ensure_ascii=False) + "\n")
+        write_json({"error": error.to_wire()})
     out = Output(as_json=as_json)
     out.note(f"{error.type}: {error.message}", style="bold red")
     if error.hint:

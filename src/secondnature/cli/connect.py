@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A small JSON object; {} where there is none, or a torn one of a crash."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}", "are you the owner of this home?") from None

@@ -14,7 +14,7 @@ from secondnature.cli.follow import Interrupted, Interrupts
 from secondnature.cli.learn import interrupted, teach
 from secondnature.cli.output import Output
 from secondnature.errors import BadRecord
-from secondnature.records import describe
+from secondnature.records import describe, parse_json
 from secondnature.wire import TrainRequest
 
 
@@ -104,17 +104,11 @@ def train(file: Path, where: Where, report: Path | None, out: Output) -> int:
         BadRecord: the file is missing, not JSON or not such a body.
     """
     try:
-        request = TrainRequest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        request = TrainRequest.model_validate(parse_json(file.read_bytes(), where=str(file)))
     except OSError as e:
         raise BadRecord(f"{file}: {e.strerror or e}", "check the path") from None
     except ValidationError as e:
         raise BadRecord(f"{file}: {describe(e)}", "see docs/reference/routes.md, POST /v1/train") from None
-    except json.JSONDecodeError as e:
-        raise BadRecord(
-            f"{file}, line {e.lineno}, column {e.colno}: not JSON ({e.msg})", "mend the file"
-        ) from None
-    except UnicodeDecodeError as e:
-        raise BadRecord(f"{file}: not UTF-8 text (byte {e.start})", "is it a binary file?") from None
     with open_server(where, out, start="never") as server, Interrupts() as interrupts:
         try:
             return teach(server, request, report, out, interrupts)

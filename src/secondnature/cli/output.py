@@ -1,17 +1,22 @@
 """Where the commands print (process D).
 
 Results go to stdout, progress and errors to stderr. With `--json` stdout holds one JSON document and nothing else;
-everything for people moves to stderr. Texts of models and users are printed as they are, never as markup.
+everything for people moves to stderr. Texts of models and users are never markup, and never reach a terminal as
+control sequences: all that is printed goes through one console that makes them visible.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from secondnature.records.visible import visible, visible_json
 
 PIPE_WIDTH = 110
 """Columns where there is no terminal to ask."""
@@ -37,12 +42,25 @@ class Output:
         """The result for machines; nothing without `--json`."""
         if self.as_json:
             plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-            sys.stdout.write(json.dumps(plain, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            write_json(plain)
+
+
+def write_json(value: Any) -> None:
+    """One JSON document on stdout, on one line."""
+    sys.stdout.write(visible_json(json.dumps(value, ensure_ascii=False)) + "\n")
+    sys.stdout.flush()
+
+
+class _VisibleConsole(Console):
+    """Prints nothing that steers the terminal, but for what rich itself puts there (styles, cursor of a bar)."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    console = _VisibleConsole(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

@@ -214,10 +214,10 @@ def _read_settings(path: Path) -> LessonFile:
         return LessonFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return LessonFile()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise BadRecord(f"{path}: {e}", "mend the file, or move it away") from None
     except ValidationError as e:
         raise BadRecord(f"{path}: {describe(e)}", "see docs/reference/files.md for the keys") from None
+    except (OSError, ValueError, RecursionError) as e:  # ValueError: not TOML, or a number of too many digits
+        raise BadRecord(f"{path}: {e}", "mend the file, or move it away") from None
 
 
 def _only_behaviour(corrections: list[Correction], probes: list[Probe]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +133,7 @@ class Reporter:
 def main(arguments: list[str] | None = None) -> int:
     """Train (or go on training), evaluate, write the model to `--out`."""
     args = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: nothing is downloaded
     import torch
     from transformers.utils import logging
 

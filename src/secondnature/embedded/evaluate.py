@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -352,6 +353,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate a directory; figures as they come on stderr, what falls short at the end."""
     args = _parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: nothing is downloaded
     import torch
     from rich.console import Console
     from transformers.utils import logging

@@ -5,9 +5,10 @@ The door of the room: judge answers (`judge_probes`), judge a lesson (`judge_les
 """
 
 from secondnature.evidence.alarm import HarmAlarm
-from secondnature.evidence.certificate import certify, compare, recompute, verify
+from secondnature.evidence.certificate import certify, recompute, verify
 from secondnature.evidence.checks import Asked, extract_python, judge, judge_all, judge_probes
-from secondnature.evidence.gate import Floor, aa_floor, hash_probes, held_out, judge_lesson
+from secondnature.evidence.decision import compare
+from secondnature.evidence.gate import Floor, aa_floor, hash_probes, held_out, judge_lesson, read_in_training
 from secondnature.evidence.power import gain_n_needed, noninferiority_n_needed
 from secondnature.evidence.sandbox import Limits, Ruling, walls
 from secondnature.evidence.statistics import clopper_pearson, d_prime, difference_interval, wilson
@@ -33,6 +34,7 @@ __all__ = [
     "judge_lesson",
     "judge_probes",
     "noninferiority_n_needed",
+    "read_in_training",
     "recompute",
     "verify",
     "walls",

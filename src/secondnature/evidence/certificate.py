@@ -15,161 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from secondnature.errors import BadRecord
-from secondnature.evidence.power import gain_n_needed, noninferiority_n_needed
-from secondnature.evidence.statistics import (
-    Cluster,
-    clopper_pearson,
-    cluster_sign_flip,
-    d_prime,
-    difference_interval,
-    mcnemar_mid_p,
-    noninferiority_p,
-    normal_quantile,
-    scenario_counts,
-    z_moments,
-)
-from secondnature.records import Comparison, Evidence, GateSettings, Verdict
-
-HOPELESS = 0.20
-"""A guard with a lower pass rate before the lesson guards nothing: it is shown, not judged."""
-POWER = 0.80
-"""With this chance the n that is asked for would do."""
-
-ProbeRole = Literal["gain", "other", "guard"]
-
-
-def level(gate: GateSettings, num_retries: int) -> float:
-    """The level of the tests: halved for each earlier try with the same corrections."""
-    return gate.alpha / 2**num_retries
-
-
-def compare(
-    *,
-    name: str,
-    role: ProbeRole,
-    n: int,
-    num_seeds: int,
-    before: int,
-    gains: int,
-    losses: int,
-    clusters: Sequence[Cluster],
-    gate: GateSettings,
-    num_retries: int = 0,
-) -> Comparison:
-    """Prober one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
-    alpha = level(gate, num_retries)
-    after = before + gains - losses
-    figures: dict[str, Any] = {
-        "name": name,
-        "role": role,
-        "n": n,
-        "num_seeds": num_seeds,
-        "before": before,
-        "after": after,
-        "gains": gains,
-        "losses": losses,
-        "before_interval": clopper_pearson(before, n),
-        "after_interval": clopper_pearson(after, n),
-        "difference_interval": difference_interval(*_observations(clusters, n, gains, losses)),
-        "alpha": alpha,
-        "clusters": list(clusters),
-    }
-    if clusters:
-        mirrored = [(size, lost, gained) for size, gained, lost in clusters]
-        harm_p = cluster_sign_flip(mirrored)
-    else:
-        harm_p = mcnemar_mid_p(losses, gains)
-    figures["harm_p"] = harm_p
-    if role == "gain":
-        figures |= _judge_gain(n, num_seeds, gains, losses, clusters, alpha, gate)
-    else:
-        figures |= _judge_guard(role, n, before, gains, losses, clusters, alpha, gate)
-        judged = before >= HOPELESS * n
-        figures["harmed"] = judged and figures["p"] > alpha and harm_p <= gate.alpha
-        if figures["harmed"]:
-            figures |= {"passed": False, "n_needed": None, "note": ""}
-    return Comparison(**figures)
-
-
-def _observations(clusters: Sequence[Cluster], n: int, gains: int, losses: int) -> tuple[int, float, float]:
-    return scenario_counts(clusters) if clusters else (n, gains, losses)
-
-
-def _judge_gain(
-    n: int,
-    num_seeds: int,
-    gains: int,
-    losses: int,
-    clusters: Sequence[Cluster],
-    alpha: float,
-    gate: GateSettings,
-) -> dict[str, Any]:
-    p = cluster_sign_flip(clusters) if clusters else mcnemar_mid_p(gains, losses)
-    judged: dict[str, Any] = {
-        "method": "cluster-sign-flip/1" if clusters else "mcnemar-midp/1",
-        "margin": None,
-        "p": p,
-        "passed": p <= alpha,
-    }
-    few = n < gate.min_gain_probes or num_seeds < gate.min_gain_seeds
-    if few:
-        judged["passed"] = None
-        judged["note"] = (
-            f"{n} probes from {num_seeds} scenarios; at least {gate.min_gain_probes} from "
-            f"{gate.min_gain_seeds} are asked for"
-        )
-    if few or p > alpha:
-        size, up, down = _observations(clusters, n, gains, losses)
-        needed = gain_n_needed(up / size, down / size, alpha, POWER)
-        least = gate.min_gain_probes
-        if num_seeds < gate.min_gain_seeds:
-            least = max(least, math.ceil(gate.min_gain_seeds * n / num_seeds))
-        if needed is not None:
-            judged["n_needed"] = max(least, math.ceil(needed * n / size))
-        elif few:
-            judged["n_needed"] = least
-    return judged
-
-
-def _judge_guard(
-    role: ProbeRole,
-    n: int,
-    before: int,
-    gains: int,
-    losses: int,
-    clusters: Sequence[Cluster],
-    alpha: float,
-    gate: GateSettings,
-) -> dict[str, Any]:
-    margin = gate.other_margin if role == "other" else gate.guard_margin
-    minimum = gate.min_other_probes if role == "other" else gate.min_guard_probes
-    size, up, down = _observations(clusters, n, gains, losses)
-    p = noninferiority_p(size, down, up, margin)
-    judged: dict[str, Any] = {
-        "method": "exact-paired-noninferiority/1" + ("+scenario-means/1" if clusters else ""),
-        "margin": margin,
-        "p": p,
-        "passed": p <= alpha,
-    }
-    notes: list[str] = []
-    if size < n:
-        notes.append(f"{n} probes of {size} scenarios count as {size}")
-    if before < HOPELESS * n:
-        failed = f"passed only {before} of {n} before the lesson: it guards nothing and is not judged"
-        return judged | {"passed": None, "note": failed}
-    if n < minimum:
-        judged["passed"] = None
-        notes.append(f"at least {minimum} probes are asked for")
-    if judged["passed"] is not True:
-        needed = noninferiority_n_needed(up / size, down / size, margin, alpha, POWER)
-        if needed is not None:
-            judged["n_needed"] = max(minimum, math.ceil(needed * n / size))
-        elif n < minimum:
-            judged["n_needed"] = minimum
-    return judged | {"note": "; ".join(notes)}
+from secondnature.evidence.decision import HOPELESS, compare, level
+from secondnature.evidence.statistics import d_prime, upper_quantile, z_moments
+from secondnature.records import EVIDENCE_VERSION, Comparison, Evidence, GateSettings, Verdict
 
 
 def certify(
@@ -216,7 +67,7 @@ def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str
     after = d_prime(right.after, right.n, other.n - other.after, other.n)
     moments = [z_moments(c.n, c.before, c.after, c.losses) for c in (right, other)]
     copies = [c.n / c.num_seeds for c in (right, other)]  # probes of one scenario count as one
-    reach = normal_quantile(1 - alpha)
+    reach = upper_quantile(alpha)
     low = after - reach * math.sqrt(sum(m[0] * k for m, k in zip(moments, copies, strict=True)))
     high = after - before + reach * math.sqrt(sum(m[1] * k for m, k in zip(moments, copies, strict=True)))
     return {
@@ -244,7 +95,9 @@ def _weaker(gate: GateSettings) -> str:
 def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str) -> tuple[Verdict, str]:
     gain = next((c for c in comparisons if c.role == "gain"), None)
     guards = [c for c in comparisons if c.role != "gain"]
-    harmed = sorted((c for c in guards if c.harmed), key=lambda c: (c.after - c.before) / c.n)
+    harmed = sorted(
+        (c for c in comparisons if c.decision == "harmed"), key=lambda c: (c.after - c.before) / c.n
+    )
     if harmed:
         return "undone", "Undone: the lesson did harm: " + "; ".join(map(_fall, harmed)) + "."
     if d and d["d_prime_change_high"] < 0:
@@ -252,7 +105,7 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
             f"Undone: the model tells the two sides of {behaviour} apart less well than before "
             f"(d' {d['d_prime_before']:.2f} -> {d['d_prime_after']:.2f})."
         )
-    if gain is not None and gain.passed is False and gain.gains <= gain.losses:
+    if gain is not None and gain.decision == "no_gain":
         return "undone", f"Undone: no gain. {_rates(gain)}."
     open_ends = [_open_end(c) for c in comparisons if _is_open(c)]
     if gain is None:
@@ -269,7 +122,7 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
 
 def _is_open(c: Comparison) -> bool:
     hopeless = c.role != "gain" and c.before < HOPELESS * c.n
-    return c.passed is not True and not hopeless
+    return c.decision in ("not_shown", "not_judged") and not hopeless
 
 
 def _label(c: Comparison) -> str:
@@ -291,13 +144,10 @@ def _rates(c: Comparison) -> str:
 
 def _fall(c: Comparison) -> str:
     assert c.difference_interval is not None
-    assert c.margin is not None
     most, least = (_points(-end) for end in c.difference_interval)
     fall = _points((c.before - c.after) / c.n)
-    return (
-        f"{_rates(c)}, a fall of {fall} points ({least} to {most} with 95 % confidence; it had to be shown to be "
-        f"less than {_points(c.margin)})"
-    )
+    asked = f"; it had to be shown to be less than {_points(c.margin)}" if c.margin is not None else ""
+    return f"{_rates(c)}, a fall of {fall} points (limits of the tests: {least} to {most}{asked})"
 
 
 def _open_end(c: Comparison) -> str:
@@ -306,13 +156,15 @@ def _open_end(c: Comparison) -> str:
         said = c.note or f"the gain could be chance ({_p(c)}, alpha {c.alpha:.2g})"
         return f"{_rates(c)}, {said}{would_do}"
     assert c.margin is not None
+    if c.decision == "not_judged":
+        return f"{_rates(c)}, not judged: {c.note}{would_do}"
     few = f" ({c.note})" if c.note else ""
     return f"{_rates(c)}{few}, which does not rule out a fall of {_points(c.margin)} points{would_do}"
 
 
 def _held(guards: Sequence[Comparison]) -> str:
     """What was guarded, and what was not."""
-    judged = [c for c in guards if c.passed]
+    judged = [c for c in guards if c.decision == "held"]
     parts: list[str] = []
     if judged:
         falls = ", ".join(f"of {_points(c.margin or 0)} points in {_label(c)}" for c in judged)
@@ -321,7 +173,7 @@ def _held(guards: Sequence[Comparison]) -> str:
         parts.append("nothing guarded the rest of what the model can do")
     if all(c.role != "other" for c in guards):
         parts.append("where the behaviour must not show was not probed")
-    parts += [f"{_label(c)} {c.note}" for c in guards if c.passed is None]
+    parts += [f"{_label(c)} {c.note}" for c in guards if c.decision == "not_judged"]
     return "; ".join(parts)
 
 
@@ -388,8 +240,30 @@ def verify(evidence: Evidence) -> None:
     Raises:
         BadRecord: names the first figure that differs, what it says and what its counts give.
     """
-    fresh = recompute(evidence)
-    _same(evidence.model_dump(), fresh.model_dump(), "evidence")
+    found, fresh = evidence.model_dump(), recompute(evidence).model_dump()
+    if evidence.schema_version < EVIDENCE_VERSION:
+        found = _of_format_1(found, fresh)
+    _same(found, fresh, "evidence")
+
+
+def _of_format_1(found: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """An older certificate: its counts, p values and verdict, with today's words and limits, which it did not have.
+
+    Guards with several probes a scenario were judged by a milder test then, and harm to what was taught was not
+    named: where one of the two tells, what hangs on it is not compared.
+    """
+    filled = {**fresh, "alpha": found["alpha"], "gate": found["gate"]}
+    comparisons: list[dict[str, Any]] = []
+    milder = False
+    for old, new in zip(found["comparisons"], fresh["comparisons"], strict=True):
+        own = {"before_interval", "after_interval", "margin", "alpha", "harm_p", "n", "before", "after"}
+        own |= {"p"} if old["method"] == new["method"] else set()
+        milder |= old["method"] != new["method"] or old["harmed"] != new["harmed"]
+        own |= set() if milder else {"passed", "harmed"}
+        comparisons.append({**new, **{key: old[key] for key in own}})
+    if not milder:
+        filled["verdict"] = found["verdict"]
+    return {**filled, "comparisons": comparisons}
 
 
 def _same(found: Any, expected: Any, where: str) -> None:
@@ -400,7 +274,7 @@ def _same(found: Any, expected: Any, where: str) -> None:
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
             _same(a, b, f"{where}[{i}]")
     elif isinstance(found, float) and isinstance(expected, float):
-        if not math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-12):
+        if not math.isclose(found, expected, rel_tol=1e-6, abs_tol=0 if where.endswith("alpha") else 1e-12):
             _refuse(where, found, expected)
     elif found != expected:
         _refuse(where, found, expected)

@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 from secondnature.errors import BadInput
-from secondnature.evidence.certificate import ProbeRole, certify, compare
+from secondnature.evidence.certificate import certify
+from secondnature.evidence.decision import ProbeRole, compare
 from secondnature.evidence.power import noninferiority_n_needed
 from secondnature.evidence.statistics import clopper_pearson
 from secondnature.records import (
@@ -164,6 +166,30 @@ def held_out(probes: Iterable[Probe], corrections: Iterable[Correction]) -> list
     """The probes whose prompt is not also the prompt of a correction: nothing that was taught is evidence."""
     taught = {digest([m.model_dump() for m in c.prompt]) for c in corrections}
     return [p for p in probes if digest([m.model_dump() for m in p.prompt]) not in taught]
+
+
+ReadAs = Literal["example", "replay", "own answer", "development probe", "earlier lesson", "student"]
+"""As what a context is read in training: corrections and token ids of the lesson, replay (by answer or by
+distribution), the model's own answers, development probes, corrections of earlier lessons, SDFT's own students."""
+
+
+def read_in_training(
+    probes: Sequence[Sequence[int]], read: Mapping[ReadAs, Iterable[Sequence[int]]]
+) -> dict[int, list[ReadAs]]:
+    """Which probes are not held out: index -> as what their context is read in training, in the order of `read`.
+
+    All contexts are the token ids that the model reads before its answer, rendered as it is asked; a probe is read
+    where one of them is the same, token by token. What is not in the answer is held out.
+    """
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, context in enumerate(probes):
+        places[tuple(context)].append(i)
+    found: dict[int, list[ReadAs]] = defaultdict(list)
+    for role, contexts in read.items():
+        for context in {tuple(ids) for ids in contexts} & places.keys():
+            for i in places[context]:
+                found[i].append(role)
+    return {i: found[i] for i in sorted(found)}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from secondnature.evidence.statistics import (
     normal_quantile,
     p_at_score,
     tail,
+    upper_quantile,
 )
 
 EXACT_N = 600
@@ -52,7 +53,7 @@ def gain_n_needed(gain_rate: float, loss_rate: float, alpha: float, power: float
     net, flip_rate = gain_rate - loss_rate, gain_rate + loss_rate
     if net <= 0:
         return None
-    spread = normal_quantile(1 - alpha) * sqrt(flip_rate) + normal_quantile(power) * sqrt(
+    spread = upper_quantile(alpha) * sqrt(flip_rate) + normal_quantile(power) * sqrt(
         max(flip_rate - net**2, 0.0)
     )
     guess = spread**2 / net**2
@@ -73,7 +74,7 @@ def gain_n_needed(gain_rate: float, loss_rate: float, alpha: float, power: float
 @lru_cache(maxsize=1024)
 def critical_score(n: int, margin: float, alpha: float) -> float:
     """The smallest score statistic that is significant with n probes in the exact non-inferiority test."""
-    around = normal_quantile(1 - alpha)
+    around = upper_quantile(alpha)
     low, high = max(0.0, around - 1), around + 1.5
     if p_at_score(n, high, margin) > alpha:  # so few probes that nothing may be significant
         return float("inf")
@@ -107,7 +108,7 @@ def noninferiority_n_needed(
     loss_null = (linear + sqrt(linear**2 - 8 * loss_rate * margin * (1 + margin))) / 4
     null = 2 * loss_null - margin - margin**2
     true = max(gain_rate + loss_rate - (gain_rate - loss_rate) ** 2, 0.0)
-    guess = (normal_quantile(1 - alpha) * sqrt(null) + normal_quantile(power) * sqrt(true)) ** 2 / room**2
+    guess = (upper_quantile(alpha) * sqrt(null) + normal_quantile(power) * sqrt(true)) ** 2 / room**2
     if guess > MAX_N:
         return None
     if guess > EXACT_N:

@@ -24,11 +24,19 @@ Cluster = tuple[int, int, int]
 
 _TIE = 1e-9
 """Two score statistics closer than this are the same outcome, whatever the order of the additions was."""
+_LEAST_LOG_MASS = -40.0
+LEFT_OUT = exp(_LEAST_LOG_MASS)
+"""Numbers of losses less likely than this are not summed."""
 
 
 def normal_quantile(q: float) -> float:
     """The standard normal quantile: z with P(Z <= z) = q."""
     return float(special.ndtri(q))
+
+
+def upper_quantile(alpha: float) -> float:
+    """z with P(Z > z) = alpha; finite also where 1 - alpha would round to 1."""
+    return -float(special.ndtri(alpha))
 
 
 def binomial_sf(k: Any, n: Any, p: Any) -> Floats:
@@ -79,14 +87,33 @@ def cluster_sign_flip(clusters: Sequence[Cluster]) -> float:
     within it. The net changes are integers, so the whole distribution of the sum is a convolution: exact for any
     number of seeds, no sampling. With one probe per seed it is the exact (not mid-p) McNemar test.
     """
-    net = [gains - losses for _, gains, losses in clusters]
-    sizes = [abs(d) for d in net if d]
+    return _sign_flips([gains - losses for _, gains, losses in clusters])
+
+
+def _sign_flips(values: Sequence[int]) -> float:
+    """The share of all choices of signs whose sum is at least that of `values`."""
+    sizes = [abs(v) for v in values if v]
     reach = sum(sizes)
     mass = np.zeros(2 * reach + 1)  # index: sum + reach
     mass[reach] = 1.0
     for size in sizes:
         mass = 0.5 * (np.roll(mass, size) + np.roll(mass, -size))
-    return float(min(1.0, mass[reach + sum(net) :].sum()))
+    return float(min(1.0, mass[reach + sum(values) :].sum()))
+
+
+def shifted_sign_flip(clusters: Sequence[Cluster], shift: float) -> float:
+    """One-sided sign-flip test of "the change is `shift`", the net change of each scenario less its share of it.
+
+    At 0 it is `cluster_sign_flip`. Elsewhere it takes the shifted changes as symmetric, and as whole multiples of
+    1 / 4096 of their sum.
+    """
+    if shift == 0:
+        return cluster_sign_flip(clusters)
+    values = np.array([gains - losses - shift * size for size, gains, losses in clusters])
+    total = float(np.abs(values).sum())
+    if total == 0:
+        return 1.0
+    return _sign_flips([round(4096 * float(v) / total) for v in values])
 
 
 def score_z(n: Any, gains: Any, losses: Any, shift: float) -> Floats:
@@ -129,22 +156,24 @@ def tail(n: int, bound: NDArray[np.int64], gain_rate: Floats, loss_rate: Floats)
         log_choose(n, losses) + special.xlogy(losses, loss_rate) + special.xlog1py(n - losses, -loss_rate)
     )
     rest = np.maximum(1 - loss_rate, 1e-300)
-    row, column = np.nonzero((log_mass > -40) & (bound[:, None] <= n - losses))
+    row, column = np.nonzero((log_mass > _LEAST_LOG_MASS) & (bound[:, None] <= n - losses))
     given = np.minimum(gain_rate / rest, 1.0)[column]
     terms = np.exp(log_mass[row, column]) * binomial_sf(bound[row] - 1, n - row, given)
     return np.bincount(column, weights=terms, minlength=len(gain_rate)).astype(np.float64)
 
 
 def _worst_tail(n: int, bound: NDArray[np.int64], margin: float) -> float:
-    """The supremum of `tail` over the gain rate u in [0, (1 - margin) / 2], the loss rate being u + margin.
+    """The supremum of `tail` over all pairs of rates whose difference (gain - loss) is -`margin`.
 
-    The tail ripples in u, evenly on the arcsine scale of the flip rate 2 u + margin: there the grid is even.
+    The smaller rate u runs over [0, (1 - |margin|) / 2]. The tail ripples in u, evenly on the arcsine scale of the
+    flip rate 2 u + |margin|: there the grid is even.
     """
-    angles: Floats = np.linspace(asin(sqrt(margin)), pi / 2, 40 + int(4 * sqrt(n)))
+    apart = abs(margin)
+    angles: Floats = np.linspace(asin(sqrt(apart)), pi / 2, 40 + int(4 * sqrt(n)))
     best = 0.0
     for zoom in range(3):
-        us: Floats = np.minimum(np.maximum((np.sin(angles) ** 2 - margin) / 2, 0), (1 - margin) / 2)
-        values = tail(n, bound, us, us + margin)
+        us: Floats = np.minimum(np.maximum((np.sin(angles) ** 2 - apart) / 2, 0), (1 - apart) / 2)
+        values = tail(n, bound, us + max(-margin, 0.0), us + max(margin, 0.0))
         best = max(best, float(values.max()))
         inner = np.r_[-1.0, values, -1.0]
         peaks = np.nonzero((inner[1:-1] >= inner[:-2]) & (inner[1:-1] >= inner[2:]))[0]
@@ -155,8 +184,11 @@ def _worst_tail(n: int, bound: NDArray[np.int64], margin: float) -> float:
 
 
 def p_at_score(n: int, z: float, margin: float) -> float:
-    """The exact p value of a score statistic z: the largest P(Z >= z) over all nuisance rates at the margin."""
-    return _worst_tail(n, fewest_gains(n, z, margin), margin)
+    """The exact p value of a score statistic z: the largest P(Z >= z) over all nuisance rates at the margin.
+
+    What `tail` leaves out as negligible is added, so that a p is never stated smaller than it is.
+    """
+    return min(1.0, _worst_tail(n, fewest_gains(n, z, margin), margin) + (n + 1) * LEFT_OUT)
 
 
 @lru_cache(maxsize=4096)
@@ -173,9 +205,24 @@ def noninferiority_p(n: int, losses: float, gains: float, margin: float) -> floa
     check_counts(n, gains, losses)
     if not 0 < margin < 1:
         raise ValueError(f"found margin {margin}; expected a share between 0 and 1")
+    return difference_p(n, losses, gains, -margin)
+
+
+@lru_cache(maxsize=4096)
+def difference_p(n: int, losses: float, gains: float, shift: float) -> float:
+    """Exact p of H0 "pass rate after - pass rate before <= `shift`", -1 < shift < 1: the family to which the
+    non-inferiority test belongs, and whose inversion gives limits of the difference.
+    """
     if n == 0:
         return 1.0
-    return p_at_score(n, float(score_z(n, gains, losses, -margin)), margin)
+    return p_at_score(n, float(score_z(n, gains, losses, shift)), -shift)
+
+
+def score_p(n: int, losses: float, gains: float, shift: float) -> float:
+    """`difference_p` with the normal distribution of the score statistic instead of its exact one."""
+    if n == 0:
+        return 1.0
+    return float(special.ndtr(-score_z(n, gains, losses, shift)))
 
 
 def scenario_counts(clusters: Sequence[Cluster]) -> tuple[int, float, float]:

@@ -2,5 +2,5 @@
 
 `home` owns the directory; `log` is the history of lessons; `ledger` what people corrected; `planner` turns a
 request into a plan; `trainer` is the far process's near side; `prober` asks probes and `own_answers` what the model
-itself says; `keeper` leads each lesson through its life; `teaching` puts them together. Heavy; import the modules.
+itself says; `runner` leads each lesson through its life; `teaching` puts them together. Heavy; import the modules.
 """

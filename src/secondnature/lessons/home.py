@@ -47,8 +47,9 @@ class Home:
     def _open(self) -> None:
         self._known()  # nothing is touched in a home that a newer version wrote
         with storage.storage_errors(self.path):
-            for found in (*clean_home(self.path), *clean_private_directories()):
-                LOG.info("removed what a crash had left: %s", found)
+            removed = clean_home(self.path) + clean_private_directories()
+        if removed:
+            LOG.info("%s: removed %d files or directories that a crash had left", self.path, removed)
         self.lessons = storage.make_dir(self.path / "lessons")
         self.model_root = storage.make_dir(self.path / "model")
         self.ledger_path = self.path / "ledger.jsonl"
@@ -89,6 +90,14 @@ class Home:
             storage.write_text(path, secrets.token_urlsafe(32) + "\n")
         with storage.storage_errors(path):
             return path.read_text().strip()
+
+    def base_version(self) -> str | None:
+        """The version of the model's own weights, as the home knows it; None: it is new, or cannot be read."""
+        try:
+            found = json.loads((self.path / "home.json").read_text()).get("base_version")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
 
     def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
         """Tie a new home to its model; check that an old one still belongs to it.
@@ -152,8 +161,8 @@ class Home:
         for key, what in (("fingerprint", "architecture"), ("base_version", "weights")):
             if known.get(key) != mine[key]:
                 raise BadCheckpoint(
-                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:17]}) are not "
-                    f"those of {model_dir} ({mine[key][:17]})",
+                    f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:19]}) are not "
+                    f"those of {model_dir} ({mine[key][:19]})",
                     "serve that model, or give this one another --home",
                 )
 

@@ -1,26 +1,40 @@
-"""The log of lessons: what changed the weights, in order, and the weights that follow from it (engine's side).
+"""The log of lessons: what changed the weights, in order, and what the disk holds of each (server).
 
 On disk the truth is: a checkpoint, plus the deltas of the kept entries after it. A delta is an XOR, so a revert is
-the same delta once more, and any state of the log can be rebuilt to the byte. An entry counts from the moment its
-`lesson.json` says `kept`: that rename is the commit. Whatever was still open when a server ended is undone at
-the next start, before the first request.
+the same delta once more, and any state of the log can be rebuilt to the byte. An entry is born with the rename of
+its whole directory, and counts from the moment its `lesson.json` says `kept`: that rename is the commit. Whatever
+was still open when a server ended is undone at the next start, before the first request.
+
+One thread writes. Any thread may read: entries are immutable, and the table of them is replaced as a whole. Files
+of different durability have different readers: what is written whole is read strictly, metrics are not promised to
+survive a crash, and a torn line of theirs is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from secondnature import storage
-from secondnature.errors import BadDelta, NotFound, TooNew, WrongState
+from secondnature.errors import (
+    BadDelta,
+    BadRecord,
+    NotDurable,
+    NotFound,
+    SecondnatureError,
+    TooNew,
+    WrongState,
+)
 from secondnature.lessons.home import Home
 from secondnature.records import (
     OPEN_STATES,
@@ -28,16 +42,30 @@ from secondnature.records import (
     Correction,
     Evidence,
     Lesson,
+    Moved,
+    describe,
     read_jsonl,
     utc_now,
 )
 from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import Named
 from secondnature.wire import LessonDetail
 
+__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "Log", "Pruned"]
+
+LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+MOVED_FILE = "moved.json"
+_STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
+
+
+class Pruned(BaseModel):
+    """What `Log.prune` removed."""
+
+    files: int = 0
+    nbytes: int = 0
 
 
 class Log:
@@ -50,34 +78,47 @@ class Log:
         base_version: str,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """`dtypes`: of the arena's tensors that are not bf16 (see `checkpoint.read`)."""
+        """`dtypes`: of the arena's tensors that are not bf16 (see `checkpoint.stream`)."""
         self._home = home
         self._base_dir = model_dir
         self._dtypes = dtypes
         self.base_version = base_version
         """Version of the model's own weights, before any lesson."""
-        self._lessons: dict[str, Lesson] = {}
-        for directory in sorted(home.lessons.iterdir()):
-            if (directory / "lesson.json").is_file():
-                lesson = _read_lesson(directory / "lesson.json")
-                self._lessons[lesson.id] = lesson
+        self.unsynced: set[Path] = set()
+        """Directories in which a commit is seen, but not known to outlast a loss of power."""
+        self._corrections: dict[str, list[Correction]] = {}
+        """By lesson: they never change."""
+        self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
+        self._last_number = max((x.number for x in self._lessons.values()), default=0)
         self._mend_reverts()
         for lesson in self.all():
             if lesson.state in OPEN_STATES:
-                what = {"queued": "waiting", "running": "running", "on_trial": "on trial"}[lesson.state]
                 self.save(
                     lesson.model_copy(
                         update={
                             "state": "cancelled" if lesson.state == "queued" else "undone",
-                            "reason": f"the server ended while it was {what}",
+                            "reason": f"the server ended while it was {_STATE_WORDS[lesson.state]}",
                             "ended_at": utc_now(),
                         }
                     )
                 )
 
+    def _read(self) -> Iterator[Lesson]:
+        """Every entry on disk; what an unfinished birth left behind is removed."""
+        for directory in self._home.lessons.iterdir():
+            if directory.name.startswith("."):
+                shutil.rmtree(directory, ignore_errors=True)
+            elif (directory / "lesson.json").is_file():
+                lesson = _read_lesson(directory / "lesson.json")
+                if lesson.moved:  # homes of before had the table inside: every list of lessons carried it
+                    _write_moved(directory, lesson.moved)
+                    lesson = lesson.model_copy(update={"moved": []})
+                    storage.write_text(directory / "lesson.json", _text(lesson))
+                yield lesson
+
     def _mend_reverts(self) -> None:
         """`reverted_by` follows from the kept reverts; a server may have ended between the two files."""
-        follows: dict[str, str | None] = {x.id: None for x in self._lessons.values()}
+        follows: dict[str, str | None] = dict.fromkeys(self._lessons)
         for entry in self.all():
             if entry.kind == "revert" and entry.state == "kept" and entry.reverts is not None:
                 follows[entry.reverts] = entry.id
@@ -91,19 +132,28 @@ class Log:
     # ------------------------------------------------------------------------------------------ entries
 
     def all(self) -> list[Lesson]:
-        """Every entry, oldest first."""
-        return sorted(self._lessons.values(), key=lambda x: x.number)
+        """Every entry, oldest first, without `moved`; from any thread."""
+        return list(self._lessons.values())
 
     def get(self, lesson_id: str) -> Lesson:
         """One entry, by its id or its number (`0001`, `1`). Raises NotFound."""
-        for lesson in self._lessons.values():
-            if lesson_id in (lesson.id, str(lesson.number), f"{lesson.number:04d}"):
+        lessons = self._lessons
+        if lesson_id in lessons:
+            return lessons[lesson_id]
+        for lesson in lessons.values():
+            if lesson_id in (str(lesson.number), f"{lesson.number:04d}"):
                 return lesson
         raise NotFound(f"no lesson {lesson_id!r}", "`secondnature lessons log` lists them")
 
-    def create(self, kind: str, name: str, **fields: Any) -> Lesson:
-        """A new entry, durable, in its own directory."""
-        number = max((x.number for x in self._lessons.values()), default=0) + 1
+    def create(
+        self, kind: str, name: str, *, files: Mapping[str, str] | None = None, **fields: Any
+    ) -> Lesson:
+        """A new entry with its files, in a directory of its own: there as a whole, and durable, or not at all.
+
+        Raises:
+            StorageError: the disk refused; there is no such entry.
+        """
+        number = self._last_number + 1
         lesson = Lesson(
             id=f"{number:04d}-{name}",
             number=number,
@@ -112,18 +162,61 @@ class Log:
             created_at=utc_now(),
             **fields,
         )
-        storage.make_dir(self.directory(lesson))
-        return self.save(lesson)
+        final = self.directory(lesson)
+        unborn = final.with_name(f".{lesson.id}.{os.getpid()}.tmp")
+        with storage.storage_errors(final):
+            try:
+                shutil.rmtree(unborn, ignore_errors=True)
+                storage.make_dir(unborn)
+                for file, text in {**(files or {}), "lesson.json": _text(lesson)}.items():
+                    storage.write_text(unborn / file, text)
+                self._last_number = number
+                unborn.rename(final)
+            except BaseException:
+                shutil.rmtree(unborn, ignore_errors=True)
+                raise
+            self._put(lesson)
+            try:
+                storage.sync_dir(final.parent)
+            except OSError:
+                if lesson.state == "kept":  # a commit that everybody sees: it stands, and is synced again
+                    self.unsynced.add(final.parent)
+                else:
+                    self._lessons = {k: v for k, v in self._lessons.items() if k != lesson.id}
+                    shutil.rmtree(final, ignore_errors=True)
+                    raise
+        return lesson
 
     def save(self, lesson: Lesson) -> Lesson:
-        """Write an entry's state; durable when this returns."""
-        storage.write_text(self.directory(lesson) / "lesson.json", lesson.to_disk(indent=2) + "\n")
-        self._lessons[lesson.id] = lesson
-        return lesson
+        """Write an entry's state; durable when this returns.
+
+        Raises:
+            StorageError: the disk refused; the entry is as before, there and here.
+            NotDurable: the entry is written, there and here; `sync` makes it outlast a loss of power.
+        """
+        try:
+            storage.write_text(self.directory(lesson) / "lesson.json", _text(lesson))
+        except NotDurable:
+            self.unsynced.add(self.directory(lesson))
+            self._put(lesson)
+            raise
+        return self._put(lesson)
+
+    def sync(self) -> None:
+        """Make durable what is only seen so far. Raises StorageError: the disk refuses still."""
+        for directory in sorted(self.unsynced):
+            with storage.storage_errors(directory):
+                storage.sync_dir(directory)
+            self.unsynced.discard(directory)
 
     def remember(self, lesson: Lesson) -> None:
         """Hold a state that the disk would not take; the next start finds the lesson open, and undoes it."""
-        self._lessons[lesson.id] = lesson
+        self._put(lesson)
+
+    def _put(self, lesson: Lesson) -> Lesson:
+        lesson = lesson.model_copy(update={"moved": []}) if lesson.moved else lesson
+        self._lessons = {**self._lessons, lesson.id: lesson}
+        return lesson
 
     def directory(self, lesson: Lesson) -> Path:
         """Where an entry's files lie."""
@@ -138,69 +231,187 @@ class Log:
             with os.fdopen(fd, "w") as file:
                 file.write(line + "\n")
 
+    def write_moved(self, lesson: Lesson, moved: list[Moved]) -> None:
+        """Store how far a lesson moved each tensor. Raises StorageError."""
+        _write_moved(self.directory(lesson), moved)
+
+    # -------------------------------------------------------------------------------------- what lies in it
+
     def detail(self, lesson_id: str) -> LessonDetail:
-        """One entry with everything in its directory but the weights."""
+        """One entry with everything in its directory but the weights. Raises NotFound, BadRecord."""
         lesson = self.get(lesson_id)
         directory = self.directory(lesson)
-        corrections = directory / "corrections.jsonl"
+        moved = _read_json(directory / MOVED_FILE, list)
         metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
-            lesson=lesson,
-            evidence=_read_evidence(directory / "evidence.json"),
-            corrections=read_jsonl(corrections, Correction, own=True) if corrections.is_file() else [],
+            lesson=lesson.model_copy(update={"moved": [Moved.from_disk(m) for m in moved or []]}),
+            evidence=self.evidence(lesson),
+            corrections=self.corrections(lesson),
             metrics=[value for _, value in metrics.values if isinstance(value, dict)],
             metrics_skipped=len(metrics.skipped) or None,
             answers=[value for _, value in storage.read_durable(directory / "answers.jsonl").values],
         )
 
-    def num_tries(self, digests: list[str]) -> int:
-        """How many lessons on exactly these corrections were judged before."""
-        return sum(
-            1
-            for x in self._lessons.values()
-            if digests and x.verdict is not None and x.cause.corrections == digests
-        )
+    def evidence(self, lesson: Lesson) -> Evidence | None:
+        """The certificate, where there is one. Raises BadRecord: the file is damaged."""
+        path = self.directory(lesson) / "evidence.json"
+        raw = _read_json(path, dict)
+        try:
+            return None if raw is None else Evidence.from_disk(migrate("evidence", raw, str(path)))
+        except ValidationError as e:
+            raise BadRecord(f"{path}: {describe(e)}", "restore it from a backup") from None
+
+    def corrections(self, lesson: Lesson) -> list[Correction]:
+        """What was taught, where it was not token ids. Raises BadRecord: the file is damaged."""
+        known = self._corrections.get(lesson.id)
+        if known is None:
+            path = self.directory(lesson) / "corrections.jsonl"
+            known = read_jsonl(path, Correction, own=True) if path.is_file() else []
+            if lesson.state == "kept":  # asked for by every lesson after it
+                self._corrections[lesson.id] = known
+        return known
+
+    def earlier(self) -> tuple[list[Correction], list[str]]:
+        """(what the kept lessons taught that are in force, ids of those whose corrections cannot be read)."""
+        found: list[Correction] = []
+        unreadable: list[str] = []
+        for lesson in self.all():
+            if lesson.state == "kept" and lesson.kind == "train" and lesson.reverted_by is None:
+                try:
+                    found += self.corrections(lesson)
+                except SecondnatureError as e:
+                    LOG.warning("lesson %s is not replayed: %s", lesson.id, e)
+                    unreadable.append(lesson.id)
+        return found, unreadable
+
+    def num_tries(self, examples: Iterable[str], corrections: Iterable[str]) -> int:
+        """How many lessons on just this set of examples were judged before.
+
+        Args:
+            examples: digests of the examples' tokens.
+            corrections: digests of the corrections: what entries of older versions know of theirs.
+        """
+        tokens, texts = set(examples), set(corrections)
+        tried = 0
+        for cause in (x.cause for x in self.all() if x.verdict is not None):
+            found, wanted = (cause.examples, tokens) if cause.examples else (cause.corrections, texts)
+            tried += bool(found) and set(found) == wanted
+        return tried
+
+    def by_idempotency_key(self, key: str) -> Lesson | None:
+        """The entry that a request with this key made."""
+        return next((x for x in self.all() if x.idempotency_key == key), None)
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def _source(self) -> tuple[Path, int]:
-        """The checkpoint in force and the number of the last entry that it holds."""
+    def _source(self) -> tuple[Path, int, str]:
+        """The checkpoint in force, the number of the last entry that it holds, and its version."""
         current = checkpoint.current(self._home.model_root)
         if current is None:
-            return self._base_dir, 0
-        return current, int(checkpoint.state(current).get("lesson", 0))
+            return self._base_dir, 0, self.base_version
+        state = checkpoint.state(current)
+        return current, int(state.get("lesson", 0)), str(state.get("version"))
 
-    def truth(self) -> dict[str, torch.Tensor]:
-        """The weights that the disk stands for: checkpoint plus the deltas of the kept entries after it.
+    def chain(self) -> list[Lesson]:
+        """The kept entries after the checkpoint, oldest first, without pairs of an entry and its revert."""
+        _, held, _ = self._source()
+        chain: list[Lesson] = []
+        for lesson in self.all():
+            if lesson.state == "kept" and lesson.number > held:
+                if chain and lesson.reverts == chain[-1].id:
+                    chain.pop()
+                else:
+                    chain.append(lesson)
+        return chain
+
+    def durable_weights(self) -> Iterator[Named]:
+        """The weights that the disk stands for, tensor by tensor in the order of names.
+
+        They are the checkpoint and the deltas of the chain, each checked against its checksum. Whether they are
+        `kept_version` follows from their content id, which whoever takes them has to compute.
 
         Raises:
             BadCheckpoint: the checkpoint is missing or damaged.
             BadDelta: a delta is missing, damaged, or does not continue the state before it.
         """
-        directory, held = self._source()
-        weights = checkpoint.read(directory, self._dtypes)
-        for lesson in self.all():
-            if lesson.state == "kept" and lesson.number > held:
-                difference = delta.read(*self._delta_of(lesson))
-                if content_id(weights) != lesson.parent:
-                    raise BadDelta(
-                        f"lesson {lesson.id} starts from {lesson.parent}; the lessons before it end elsewhere",
-                        "restore the home from a backup",
-                    )
-                delta.apply_(weights, difference)
-        return weights
+        directory, _, version = self._source()
+        links = [
+            delta.Link(self.open_delta(x), before=str(x.parent), after=str(x.version), name=f"lesson {x.id}")
+            for x in self.chain()
+        ]
+        source = checkpoint.stream(directory, self._dtypes)
+        return delta.replayed(source, links, source_id=version, check=False)
 
-    def _delta_of(self, lesson: Lesson) -> tuple[Path, str | None]:
+    def open_delta(self, lesson: Lesson) -> delta.StoredDelta:
+        """What an entry did to the weights; of a revert, what its lesson had done. Raises BadDelta."""
         while lesson.kind == "revert":
             assert lesson.reverts is not None, "a revert names its lesson"
             lesson = self.get(lesson.reverts)
-        return self.directory(lesson) / DELTA_FILE, lesson.delta_sha256
+        return delta.open_(self.directory(lesson) / DELTA_FILE, lesson.delta_sha256)
 
     def head(self) -> Lesson | None:
         """The last kept entry."""
-        return max(
-            (x for x in self._lessons.values() if x.state == "kept"), key=lambda x: x.number, default=None
+        return next((x for x in reversed(self._lessons.values()) if x.state == "kept"), None)
+
+    def kept_version(self) -> str:
+        """The version of the durable weights, as the entries name it."""
+        head = self.head()
+        return head.version if head is not None and head.version is not None else self.base_version
+
+    def check_revert(self, lesson: Lesson) -> None:
+        """Can a kept entry be taken back?
+
+        Raises:
+            WrongState: it is not kept, was taken back, or later ones stand on it.
+        """
+        if lesson.state != "kept":
+            raise WrongState(
+                f"lesson {lesson.id} is {lesson.state}, not kept", "only kept lessons can be reverted"
+            )
+        if lesson.reverted_by is not None:
+            raise WrongState(
+                f"lesson {lesson.id} was taken back by {lesson.reverted_by}", "revert that to have it again"
+            )
+        if lesson.version != self.kept_version():
+            later = [x.id for x in self.all() if x.state == "kept" and x.number > lesson.number]
+            raise WrongState(
+                f"later lessons stand on {lesson.id}: {', '.join(later)}",
+                "revert the newest first, one after another",
+            )
+
+    def create_revert(self, lesson: Lesson) -> Lesson:
+        """The entry that takes a kept one back; kept from the moment it is written. Raises StorageError."""
+        state = self._state_file(lesson.optimizer_before)
+        gone = lesson.optimizer_before is not None and (state is None or not state.is_file())
+        entry = self.create(
+            "revert",
+            f"revert-{lesson.number:04d}",
+            state="kept",
+            behaviour=lesson.behaviour,
+            parent=lesson.version,
+            version=lesson.parent,
+            reverts=lesson.id,
+            optimizer_before=lesson.optimizer_after,
+            optimizer_after=None if gone else lesson.optimizer_before,
+            reason=f"took back {lesson.id}"
+            + (
+                "; the optimizer's state of then was pruned: the next lesson starts with a fresh one"
+                if gone
+                else ""
+            ),
+            ended_at=utc_now(),
         )
+        try:
+            self._mend_reverts()
+        except SecondnatureError as e:  # it follows from the entries: the next start writes it down
+            LOG.warning("%s: %s", entry.id, e)
+            self.remember(self.get(lesson.id).model_copy(update={"reverted_by": entry.id}))
+        return entry
+
+    # ------------------------------------------------------------------------------------------ optimizer
+
+    def _state_file(self, lesson_id: str | None) -> Path | None:
+        return None if lesson_id is None else self._home.lessons / lesson_id / OPTIMIZER_FILE
 
     def optimizer_file(self, rank: int | None = None) -> Path | None:
         """The optimizer's state that belongs to the present weights; None: a fresh one.
@@ -213,86 +424,81 @@ class Log:
         held = self.get(head.optimizer_after).settings.get("optimizer", {}).get("rank")
         if rank is not None and held != rank:
             return None
-        return self._home.lessons / head.optimizer_after / OPTIMIZER_FILE
+        return self._state_file(head.optimizer_after)
 
     def optimizer_version(self) -> str | None:
         """Content id of that state: `o` and 16 hex digits of the file's sha256."""
-        path = self.optimizer_file()
-        if path is None:
+        path, head = self.optimizer_file(), self.head()
+        if path is None or head is None or head.optimizer_after is None:
             return None
-        return "o" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        owner = self.get(head.optimizer_after)
+        if owner.optimizer_sha256 is None:  # of a home of before: read once, then known
+            try:
+                with path.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError:
+                return None
+            owner = owner.model_copy(update={"optimizer_sha256": sha256})
+            self._put(owner)
+        return "o" + str(owner.optimizer_sha256)[:16]
 
-    def write_delta(
-        self, lesson: Lesson, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
-    ) -> Lesson:
-        """Store what a lesson did to the weights; the entry with its version and checksum (not yet saved)."""
-        difference = delta.between(before, after)
-        sha256 = delta.write(difference, self.directory(lesson) / DELTA_FILE)
-        return lesson.model_copy(update={"version": difference.result, "delta_sha256": sha256})
+    # ------------------------------------------------------------------------------------------ disk
 
-    def prepare_revert(self, lesson: Lesson, current: str) -> dict[str, torch.Tensor]:
-        """The weights as they were before a kept entry, checked to the byte; nothing is written yet.
+    def prune(self, keep_states: int, keep_deltas: int | None = None) -> Pruned:
+        """Remove what no undo within reach needs: optimizer states, and deltas only where that is asked for.
+
+        Args:
+            keep_states: so many of the newest kept entries can be taken back with their optimizer's state.
+            keep_deltas: so many can be taken back at all; never fewer than the working copy needs. None: all.
 
         Raises:
-            WrongState: the entry is not kept, or later ones stand on it.
-            BadDelta, BadCheckpoint: the undo would not give the weights that were there before.
+            StorageError: the disk refused; what was removed is counted nowhere.
         """
-        if lesson.state != "kept":
-            raise WrongState(
-                f"lesson {lesson.id} is {lesson.state}, not kept", "only kept lessons can be reverted"
-            )
-        if lesson.reverted_by is not None:
-            raise WrongState(
-                f"lesson {lesson.id} was taken back by {lesson.reverted_by}", "revert that to have it again"
-            )
-        if lesson.version != current:
-            later = [x.id for x in self.all() if x.state == "kept" and x.number > lesson.number]
-            raise WrongState(
-                f"later lessons stand on {lesson.id}: {', '.join(later)}",
-                "revert the newest first, one after another",
-            )
-        weights = self.truth()
-        delta.apply_(weights, delta.read(*self._delta_of(lesson)))
-        found = content_id(weights)
-        if found != lesson.parent:
-            raise BadDelta(
-                f"undoing {lesson.id} would give {found}; expected {lesson.parent}", "restore from a backup"
-            )
-        return weights
+        kept = [x for x in self.all() if x.state == "kept"]
+        head = self.head()
+        needed = {
+            x for lesson in kept[-keep_states:] for x in (lesson.optimizer_before, lesson.optimizer_after)
+        }
+        needed.add(head.optimizer_after if head is not None else None)
+        removed = self._remove(OPTIMIZER_FILE, {x for x in needed if x is not None}, Pruned())
+        if keep_deltas is not None:
+            chain = {self._owner(x).id for x in self.chain()}
+            reachable = {self._owner(x).id for x in kept[len(kept) - min(keep_deltas, len(kept)) :]}
+            removed = self._remove(DELTA_FILE, chain | reachable, removed)
+        return removed
 
-    def create_revert(self, lesson: Lesson) -> Lesson:
-        """The entry that takes a kept one back; kept from the moment it is written."""
-        entry = self.create(
-            "revert",
-            f"revert-{lesson.number:04d}",
-            state="kept",
-            behaviour=lesson.behaviour,
-            parent=lesson.version,
-            version=lesson.parent,
-            reverts=lesson.id,
-            optimizer_before=lesson.optimizer_after,
-            optimizer_after=lesson.optimizer_before,
-            reason=f"took back {lesson.id}",
-            ended_at=utc_now(),
-        )
-        self._mend_reverts()
-        return entry
+    def _owner(self, lesson: Lesson) -> Lesson:
+        """The entry in whose directory a delta lies."""
+        while lesson.kind == "revert" and lesson.reverts is not None:
+            lesson = self.get(lesson.reverts)
+        return lesson
 
-    # ------------------------------------------------------------------------------------------ checkpoints
+    def _remove(self, name: str, needed: set[str], removed: Pruned) -> Pruned:
+        for lesson in self.all():
+            path = self.directory(lesson) / name
+            if lesson.id in needed or lesson.state in OPEN_STATES:
+                continue
+            with storage.storage_errors(path):
+                try:
+                    size = path.stat().st_size
+                    path.unlink()
+                except FileNotFoundError:
+                    continue
+            removed = Pruned(files=removed.files + 1, nbytes=removed.nbytes + size)
+        return removed
 
     def checkpoint_state(self) -> tuple[Path, str | None, int]:
         """(directory, version, last entry held) of the checkpoint in force; version None: the untouched base."""
-        directory, held = self._source()
-        version = None if directory == self._base_dir else str(checkpoint.state(directory).get("version"))
-        return directory, version, held
+        directory, held, version = self._source()
+        return directory, None if directory == self._base_dir else version, held
 
-    def save_checkpoint(self, weights: dict[str, torch.Tensor], version: str) -> Path:
-        """Make the working copy hold the present kept weights.
+    def save_checkpoint(self, weights: Iterable[Named]) -> Path:
+        """Make the working copy hold the present kept weights, which are given, in any order.
 
         Raises:
             StorageError: the disk refused; the checkpoint before is in force.
         """
-        head = self.head()
+        head, version = self.head(), self.kept_version()
         held = head.number if head is not None else 0
         directory, old_version, old_held = self.checkpoint_state()
         if old_version == version and old_held == held:
@@ -306,6 +512,15 @@ class Log:
         return checkpoint.save(self._home.model_root, directory, weights, note)
 
 
+def _text(lesson: Lesson) -> str:
+    return lesson.to_disk(indent=2, exclude={"moved"}) + "\n"
+
+
+def _write_moved(directory: Path, moved: list[Moved]) -> None:
+    text = json.dumps([json.loads(m.to_disk()) for m in moved], indent=1)
+    storage.write_text(directory / MOVED_FILE, text + "\n")
+
+
 def _read_lesson(path: Path) -> Lesson:
     try:
         return Lesson.from_disk(migrate("lesson", json.loads(path.read_bytes()), str(path)))
@@ -317,7 +532,16 @@ def _read_lesson(path: Path) -> Lesson:
         ) from None
 
 
-def _read_evidence(path: Path) -> Evidence | None:
-    if not path.is_file():
+def _read_json(path: Path, kind: type) -> Any:
+    """What a whole file holds, or None where there is none. Raises BadRecord."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return None
-    return Evidence.from_disk(migrate("evidence", json.loads(path.read_bytes()), str(path)))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadRecord(f"{path}: {e}", "restore it from a backup") from None
+    if not isinstance(found, kind):
+        raise BadRecord(
+            f"{path}: a {type(found).__name__}; expected a {kind.__name__}", "restore it from a backup"
+        )
+    return found

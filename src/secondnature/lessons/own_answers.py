@@ -11,13 +11,13 @@ user said about it. Where the user wrote the wanted answer and nothing else, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secondnature import wire
 from secondnature.errors import ContextOverflow
-from secondnature.lessons.prober import Prober
+from secondnature.lessons.prober import CheckIn, Prober
 from secondnature.model.chat import encode_chat
 from secondnature.records import Correction, Message
 
@@ -59,7 +59,7 @@ def teacher_messages(correction: Correction, said: str) -> list[Message]:
 
 
 class OwnAnswers:
-    """Asks for the answers that a lesson needs of the model as it is. Used by the keeper's thread."""
+    """Asks for the answers that a lesson needs of the model as it is. Used by the runner's thread."""
 
     def __init__(self, prober: Prober, tokenizer: Any, *, context_limit: int) -> None:
         self._prober = prober
@@ -69,7 +69,7 @@ class OwnAnswers:
     def own(
         self,
         prompts: Sequence[Own],
-        attend: Callable[[], None],
+        check_in: CheckIn,
         *,
         temperature: float,
         seed: int,
@@ -77,7 +77,7 @@ class OwnAnswers:
     ) -> list[wire.Work]:
         """One replay example per prompt: the model's own answer to it."""
         contexts = [p.context for p in prompts]
-        answers = self._prober.answers(contexts, attend, temperature=temperature, seed=seed)
+        answers = self._prober.answers(contexts, check_in, temperature=temperature, seed=seed)
         return [
             wire.Work(p.context, r.token_ids, label=p.label, hold=hold)
             for p, r in zip(prompts, answers, strict=True)
@@ -87,7 +87,7 @@ class OwnAnswers:
         self,
         corrections: Sequence[Distilled],
         settings: wire.SdftSettings,
-        attend: Callable[[], None],
+        check_in: CheckIn,
         *,
         seed: int,
     ) -> list[wire.Work]:
@@ -96,7 +96,9 @@ class OwnAnswers:
         Raises:
             ContextOverflow: prompt, wrong answer and comment leave no room for an answer.
         """
-        said = self._prober.answers([c.context for c in corrections], attend)
+        num_said = len(corrections)
+        total = num_said * (1 + settings.samples)
+        said = self._prober.answers([c.context for c in corrections], lambda done, _: check_in(done, total))
         teachers = [
             encode_chat(self._tokenizer, teacher_messages(c.correction, r.text))
             for c, r in zip(corrections, said, strict=True)
@@ -114,7 +116,7 @@ class OwnAnswers:
         asked = [(k, i) for k in range(settings.samples) for i in range(len(corrections))]
         answers = self._prober.answers(
             [corrections[i].context for _, i in asked],
-            attend,
+            lambda done, _: check_in(num_said + done, total),
             temperature=settings.temperature,
             seed=seed,
             max_tokens=[rooms[i] for _, i in asked],

@@ -14,7 +14,7 @@ from secondnature import wire
 from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
 from secondnature.model.chat import encode_answer, encode_chat
-from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe
+from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
@@ -34,6 +34,20 @@ class Sample:
     prompt: list[Message] | None = None
     """None: a raw example, whose text is not shown."""
     wanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is mixed in against forgetting, and what is not."""
+
+    works: list[wire.Work]
+    own: list[Own]
+    samples: list[Sample]
+    left_out: dict[str, int]
+
+    def leave_out(self, why: str) -> None:
+        """Count one that is not replayed."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,10 @@ class Plan:
     """Prompts that are answered before and after the lesson."""
     skipped: int
     """Corrections from which this objective learns nothing."""
+    digests: list[str]
+    """Of the tokens of every example, or of the comment it is taught by: what counts as the same lesson again."""
+    left_out: dict[str, int]
+    """What is not replayed, and why: `asked by a probe`, `too long`."""
 
     @property
     def num_examples(self) -> int:
@@ -79,8 +97,10 @@ class Plan:
         """What the lesson's entry says about its origin."""
         return Cause(
             corrections=[c.digest() for c in self.corrections],
+            examples=self.digests,
             num_examples=self.num_examples,
             num_replay=len(self.replay) + len(self.own),
+            num_replay_left_out=sum(self.left_out.values()),
             num_retries=num_retries,
         )
 
@@ -116,6 +136,7 @@ class Plan:
             **self.settings(),
             "num_examples": self.num_examples,
             "num_replay": len(self.replay) + len(self.own),
+            "replay_left_out": self.left_out,
             "num_development": len(self.development),
             "num_skipped": self.skipped,
             "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
@@ -145,7 +166,7 @@ class Planner:
         self._default_lr = default_lr or DEFAULT_LR
 
     def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
-        """The job that a request asks for.
+        """The job that a request asks for, as things stand now; made again when the lesson begins.
 
         Args:
             request: validated body of `POST /v1/train`.
@@ -153,7 +174,8 @@ class Planner:
             earlier: corrections of the kept lessons, for replay.
 
         Raises:
-            BadInput: nothing to learn, or an option that does not go with the examples or the model.
+            BadInput: nothing to learn, a probe that is no evidence, or an option that does not go with the
+                examples or the model.
             BadExample: token ids outside the vocabulary, or a rejected answer that is the wanted one.
             ContextOverflow: an example longer than the model can read.
         """
@@ -175,27 +197,14 @@ class Planner:
             distilled = [self._distilled(c, f"correction {i}") for i, c in enumerate(corrections)]
         else:
             examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
-        mine = {c.digest() for c in corrections}
-        match = request.replay.match or "answer"
-        hold_own = (request.replay.match or "distribution") == "distribution"
-        general = [c for c in request.replay.examples if c.chosen is not None]
-        prompts = [p.prompt for p in request.replay.prompts]
-        if request.replay.lessons:
-            others = [c for c in earlier if c.digest() not in mine]
-            general += [c for c in others if c.chosen is not None]
-            prompts += [c.prompt for c in others if c.chosen is None]
-        share = request.replay.share
-        replay: list[wire.Work] = []
-        own: list[Own] = []
-        if share > 0:
-            hold = match == "distribution"
-            replay = [self._work(c, f"replay {i}", hold=hold) for i, c in enumerate(general)]
-            own = [Own(encode_chat(self._tokenizer, p), f"replay prompt {i}") for i, p in enumerate(prompts)]
-        for work in (*examples, *replay):
-            self._check(work)
-        for asked in own:  # with room for an answer of one token
-            self._check(wire.Work(asked.context, [0], label=asked.label))
+        development = [self._look(p, i) for i, p in enumerate(request.development)]
+        asked = {tuple(encode_chat(self._tokenizer, p.prompt)) for p in request.probes}
+        if asked:
+            taught = {tuple(x.context) for x in (*examples, *distilled)}
+            _refuse_taught(asked, taught, {tuple(x.context) for x in development})
+        replay = self._replay(request.replay, earlier, {c.digest() for c in corrections}, asked)
         for work in examples:
+            self._check(work)
             if work.rejected == work.continuation:
                 raise BadExample(
                     f"{work.label}: the rejected answer is the wanted one; expected two different answers",
@@ -209,7 +218,6 @@ class Planner:
                 raise BadInput(
                     f"{missing} has no rejected answer; `{objective}` needs one", "use `sft`, or add it"
                 )
-        development = [self._look(p, i) for i, p in enumerate(request.development)]
         alone = bool(distilled) or any(e.rejected is None for e in examples)
         if request.until_margin is not None and not development and alone:
             raise BadInput(
@@ -219,21 +227,23 @@ class Planner:
             )
         batch_size = min(request.batch_size, num_examples)
         steps = _steps(request, math.ceil(num_examples / batch_size))
-        own = _spread(own, steps * num_replayed(batch_size, share))  # more would be sampled for nothing
+        share = request.replay.share
+        num_old = num_replayed(batch_size, share) if replay.works or replay.own else 0
+        own = _spread(replay.own, steps * num_old)  # more would be sampled for nothing
         return Plan(
             objective=objective,
             steps=steps,
             batch_size=batch_size,
             seed=request.seed,
             examples=examples,
-            replay=replay,
+            replay=replay.works,
             distilled=distilled,
             sdft=request.sdft,
             own=own,
             own_temperature=request.replay.temperature,
-            hold_own=hold_own,
-            replay_share=share if replay or own else 0.0,
-            replay_match=match,
+            hold_own=(request.replay.match or "distribution") == "distribution",
+            replay_share=share if replay.works or own else 0.0,
+            replay_match=request.replay.match or "answer",
             replay_weight=request.replay.weight,
             learned_loss=request.learned_loss,
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
@@ -242,18 +252,64 @@ class Planner:
             until_passed=request.until_passed,
             look_every=request.look_every,
             corrections=corrections,
-            samples=self._samples(corrections, examples, general, prompts),
+            samples=self._taught(corrections, examples) + _spread(replay.samples, MAX_KL_PROMPTS),
             skipped=skipped,
+            digests=[digest([w.context, w.continuation, w.rejected]) for w in examples]
+            + [d.correction.digest() for d in distilled],
+            left_out=replay.left_out,
         )
 
-    def _samples(
+    def _replay(
         self,
-        corrections: list[Correction],
-        examples: list[wire.Work],
-        general: list[Correction],
-        prompts: list[list[Message]],
-    ) -> list[Sample]:
-        """Some of the prompts taught, in order, and some of those replayed, spread over all of them."""
+        settings: wire.ReplaySettings,
+        earlier: list[Correction],
+        mine: set[str],
+        asked: set[tuple[int, ...]],
+    ) -> Replay:
+        """What is replayed. What a probe asks is left out: it could be learned by heart. So is what earlier lessons
+        taught and does not fit (any more); of what the request itself names that is an error.
+
+        Args:
+            mine: digests of the corrections that are taught now: they are no replay.
+            asked: the contexts of the probes.
+        """
+        found = Replay([], [], [], {})
+        if settings.share == 0:
+            return found
+        given: list[tuple[Correction | Prompt, str]] = [
+            *((c, f"replay {i}") for i, c in enumerate(settings.examples) if c.chosen is not None),
+            *((p, f"replay prompt {i}") for i, p in enumerate(settings.prompts)),
+        ]
+        if settings.lessons:
+            others = [c for c in earlier if c.digest() not in mine]
+            given += [(c, f"replay of an earlier lesson {i}") for i, c in enumerate(others)]
+        num_own = len(settings.examples) + len(settings.prompts)
+        hold = settings.match == "distribution"
+        for i, (item, label) in enumerate(given):
+            try:
+                written = isinstance(item, Correction) and item.chosen is not None
+                if isinstance(item, Correction) and item.chosen is not None:
+                    work = self._work(item, label, hold=hold)
+                else:  # with room for an answer of one token
+                    work = wire.Work(encode_chat(self._tokenizer, item.prompt), [0], label=label)
+                self._check(work)
+            except ContextOverflow:
+                if i < num_own:
+                    raise
+                found.leave_out("too long")
+                continue
+            if tuple(work.context) in asked:
+                found.leave_out("asked by a probe")
+                continue
+            found.samples.append(Sample("replay", work.context, item.prompt))
+            if written:
+                found.works.append(work)
+            else:
+                found.own.append(Own(work.context, label))
+        return found
+
+    def _taught(self, corrections: list[Correction], examples: list[wire.Work]) -> list[Sample]:
+        """Some of the prompts taught, in order."""
         new = [
             Sample(
                 "new",
@@ -263,10 +319,7 @@ class Planner:
             )
             for c in corrections[:MAX_KL_PROMPTS]
         ]
-        new = new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
-        replayed = [c.prompt for c in general] + prompts
-        chosen = _spread(replayed, MAX_KL_PROMPTS)
-        return new + [Sample("replay", encode_chat(self._tokenizer, p), p) for p in chosen]
+        return new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
 
     def _corrections(
         self, request: wire.TrainRequest, ledger: list[Correction]
@@ -344,6 +397,18 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _refuse_taught(
+    asked: set[tuple[int, ...]], taught: set[tuple[int, ...]], looked_at: set[tuple[int, ...]]
+) -> None:
+    """What was taught, or looked at while training, is no evidence. Raises BadInput."""
+    if asked & (taught | looked_at):
+        raise BadInput(
+            f"{len(asked & (taught | looked_at))} of {len(asked)} probes are not held out: {len(asked & taught)} "
+            f"ask a prompt that is also taught, {len(asked & looked_at)} one of the development probes",
+            "probes must ask prompts that the lesson never saw",
+        )
 
 
 def _spread(items: list[T], count: int) -> list[T]:

@@ -1,8 +1,9 @@
-"""The judge asks probes: greedy answers through the engine, in the background, many at once (server).
+"""The prober asks probes: greedy answers through the engine, in the background, many at once (server).
 
 The answers are those that users get: same engine, same weights, same chat template. An answer is cached by
 (weights version, probe), so the "after" of one lesson is the "before" of the next for free. Whether an answer
-passes is decided by `evidence.checks`, generated code in a subprocess with limits.
+passes is decided by `evidence.checks`, generated code in a subprocess with limits, while whoever waits goes on
+checking in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from secondnature.engines.base import (
@@ -30,8 +32,12 @@ AT_ONCE = 256
 """Requests handed to the engine at a time; it decodes as many as it has rows for."""
 
 
+CheckIn = Callable[[int, int], None]
+"""Called while waiting, with what is done and what there is; may raise to give up."""
+
+
 class Prober:
-    """Asks probes of the weights that are being served. Used by the keeper's thread."""
+    """Asks probes of the weights that are being served. Used by the runner's thread."""
 
     def __init__(self, engine: Generator, tokenizer: Any, *, context_limit: int) -> None:
         self._engine = engine
@@ -50,17 +56,23 @@ class Prober:
                     f"probe {i}: {prompt} + {longest} tokens; the model reads {self._limit}", "shorten it"
                 )
 
-    def outcomes(self, probes: Sequence[Probe], version: str, attend: Callable[[], None]) -> list[Outcome]:
+    def outcomes(self, probes: Sequence[Probe], version: str, check_in: CheckIn) -> list[Outcome]:
         """Ask every probe once (or take what these weights answered before), in order.
 
         Args:
             probes: asked through the engine, as background requests.
             version: of the weights, which must not change meanwhile: the cache's key.
-            attend: called while waiting; may raise to give up.
+            check_in: called while waiting.
         """
         missing = [p for p in probes if (version, p.digest()) not in self._cache]
+        known = len(probes) - len(missing)
         for start in range(0, len(missing), AT_ONCE):
-            for probe, outcome in self._ask(missing[start : start + AT_ONCE], attend):
+            chosen = missing[start : start + AT_ONCE]
+
+            def count(done: int, total: int, before: int = known + start, among: int = len(chosen)) -> None:
+                check_in(before + (done * among // total if total else 0), len(probes))
+
+            for probe, outcome in self._ask(chosen, count):
                 self._cache[version, probe.digest()] = outcome
         found = [self._cache[version, p.digest()] for p in probes]
         for _ in range(len(self._cache) - MAX_CACHED):
@@ -70,7 +82,7 @@ class Prober:
     def answers(
         self,
         contexts: Sequence[list[int]],
-        attend: Callable[[], None],
+        check_in: CheckIn,
         *,
         temperature: float = 0.0,
         seed: int = 0,
@@ -92,7 +104,11 @@ class Prober:
             for i, (ids, bound) in enumerate(zip(contexts, bounds, strict=True))
         ]
         for start in range(0, len(requests), AT_ONCE):
-            found += self._wait(requests[start : start + AT_ONCE], attend)
+
+            def count(done: int, _: int, before: int = start) -> None:
+                check_in(before + done, len(requests))
+
+            found += self._wait(requests[start : start + AT_ONCE], count)
         return found
 
     # ------------------------------------------------------------------------------------------------
@@ -100,22 +116,33 @@ class Prober:
     def _answer(self, probe: Probe, text: str) -> list[int]:
         return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
 
-    def _ask(self, probes: Sequence[Probe], attend: Callable[[], None]) -> list[tuple[Probe, Outcome]]:
+    def _ask(self, probes: Sequence[Probe], check_in: CheckIn) -> list[tuple[Probe, Outcome]]:
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
         pairs = [p.check.prefers or p.margin for p in probes]
         spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
-        results = dict(zip(spoken, self.answers([prompts[i] for i in spoken], attend), strict=True))
-        margins = self._margins(probes, prompts, pairs, attend)
+        total = len(spoken) + 2 * sum(pair is not None for pair in pairs)
+        answers = self.answers([prompts[i] for i in spoken], lambda done, _: check_in(done, total))
+        results = dict(zip(spoken, answers, strict=True))
+        margins = self._margins(probes, prompts, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
-        attend()
-        return list(zip(probes, judge_probes(probes, texts, margins), strict=True))
+        beside = ThreadPoolExecutor(
+            1
+        )  # up to 256 programs of 2 s each: nobody waits for them without checking in
+        try:
+            judged = beside.submit(judge_probes, probes, texts, margins)
+            while not judged.done():
+                check_in(total, total)
+                time.sleep(0.01)
+        finally:
+            beside.shutdown(wait=False, cancel_futures=True)
+        return list(zip(probes, judged.result(), strict=True))
 
     def _margins(
         self,
         probes: Sequence[Probe],
         prompts: list[list[int]],
         pairs: list[tuple[str, str] | None],
-        attend: Callable[[], None],
+        check_in: CheckIn,
     ) -> list[float | None]:
         """log p(wanted) - log p(unwanted) of every probe that names a pair, nats over the whole answers."""
         chosen = [i for i, pair in enumerate(pairs) if pair is not None]
@@ -124,30 +151,33 @@ class Prober:
             for i in chosen
             for text in pairs[i] or ()
         ]
-        totals = [sum(t.logprob for t in r.prompt_tokens) for r in self._wait(requests, attend)]
+        totals = [sum(t.logprob for t in r.prompt_tokens) for r in self._wait(requests, check_in)]
         found: list[float | None] = [None] * len(probes)
         for k, i in enumerate(chosen):
             found[i] = totals[2 * k] - totals[2 * k + 1]
         return found
 
-    def _submit(self, request: GenerationRequest, attend: Callable[[], None]) -> GenerationHandle:
+    def _submit(self, request: GenerationRequest, waiting: Callable[[], object]) -> GenerationHandle:
         """Probes give way: where users fill the queue, wait."""
         while True:
             try:
                 return self._engine.submit(request)
             except Busy:
-                attend()
+                waiting()
                 time.sleep(0.05)
 
-    def _wait(
-        self, requests: Sequence[GenerationRequest], attend: Callable[[], None]
-    ) -> list[GenerationResult]:
+    def _wait(self, requests: Sequence[GenerationRequest], check_in: CheckIn) -> list[GenerationResult]:
         handles: list[GenerationHandle] = []
+
+        def count() -> bool:
+            done = sum(h.done for h in handles)
+            check_in(done, len(requests))
+            return done < len(requests)
+
         try:
             for request in requests:
-                handles.append(self._submit(request, attend))
-            while not all(h.done for h in handles):
-                attend()
+                handles.append(self._submit(request, count))
+            while count():
                 time.sleep(0.01)
         except BaseException:
             for handle in handles:

@@ -14,13 +14,13 @@ from secondnature.config import Settings
 from secondnature.engines.base import Generator
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
-from secondnature.lessons.keeper import Keeper
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.log import Log
 from secondnature.lessons.memory import Memory
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
+from secondnature.lessons.runner import Runner
 from secondnature.lessons.trainer import Trainer
 from secondnature.model import load
 from secondnature.train.apollo import highest_rank
@@ -38,7 +38,7 @@ class Teaching:
     home: Home
     arena: Arena
     clock: Clock
-    keeper: Keeper
+    runner: Runner
     ledger: Ledger
     memory: Memory
     key: str
@@ -50,12 +50,12 @@ class Teaching:
         """The answer of `/v1/health`."""
         stamp = self.clock.read()
         return Health(
-            status="degraded" if self.keeper.trouble else "ok",
+            status="degraded" if self.runner.trouble else "ok",
             model=self.model_name,
             weights_version=stamp.version,
             trial=stamp.trial,
-            trainer=self.keeper.trainer.state,
-            detail=self.keeper.trouble,
+            trainer=self.runner.trainer.state,
+            detail=self.runner.trouble,
         )
 
 
@@ -63,7 +63,7 @@ def _card(directory: Path) -> dict[str, Any]:
     """The model's card (`card.json`), or nothing."""
     try:
         return json.loads((directory / "card.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -83,7 +83,7 @@ def put_together(
     model_name: str,
     wiring: Callable[[], Wiring],
 ) -> Teaching:
-    """The keeper and what it works with, not started yet.
+    """The runner and what it works with, not started yet.
 
     Args:
         directory: the model's; the trainer builds the model of its config.json around the arena.
@@ -93,7 +93,7 @@ def put_together(
     """
     ledger = Ledger(home.ledger_path)
     prober = Prober(engine, tokenizer, context_limit=context_limit)
-    keeper = Keeper(
+    runner = Runner(
         settings=settings,
         log=log,
         ledger=ledger,
@@ -123,7 +123,7 @@ def put_together(
         home,
         arena,
         clock,
-        keeper,
+        runner,
         ledger,
         Memory(),
         home.key(given),

@@ -25,10 +25,12 @@ from torch.nn import functional as F
 from secondnature.model.gradients import GradientSink
 from secondnature.model.upcast import stored_linear
 
-__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps"]
+__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps", "token_ranks", "whole_logits"]
 
 MAX_LOGITS = 2**22
 """Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
+MAX_CAST = 2**24
+"""Elements of the head's weight that are cast at a time where no gradient asks for the whole (64 MB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Head:
     """The two parts of a language model: logits = linear(body(ids).last_hidden_state)."""
 
     body: nn.Module
-    linear: nn.Module
+    linear: Any
 
 
 _FOUND: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
@@ -100,6 +102,51 @@ def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits:
     rows = max(1, max_logits // hidden_ND.shape[0])
     bias = head.linear.bias
     return _Sliced.apply(hidden_ND, weight, bias, targets_N, rows, sink, name)  # pyright: ignore[reportReturnType]
+
+
+def whole_logits(head: Head, hidden_ND: Tensor) -> Tensor:
+    """All logits (N, V); without gradients the weight is cast a piece at a time, and never whole."""
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, bias = found[0], head.linear.bias
+    rows = max(1, MAX_CAST // weight.shape[1])
+    if torch.is_grad_enabled() or weight.dtype == hidden_ND.dtype or weight.shape[0] <= rows:
+        return head.linear(hidden_ND)
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight))
+    for start in range(0, len(weight), rows):
+        here = slice(start, start + rows)
+        part = weight[here].to(hidden_ND.dtype)
+        logits_NV[:, here] = F.linear(hidden_ND, part, None if bias is None else bias[here])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    return logits_NV
+
+
+@torch.no_grad()
+def token_ranks(
+    head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits: int = MAX_LOGITS
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N) of the targets, in nats, and whether each is the likeliest token (N).
+
+    Of equally likely tokens the first counts, as in a greedy answer. Without gradients.
+    """
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, bias = found[0], head.linear.bias
+    rows = max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight.shape[1]))
+    picked_N, best_N, token_N, sums = None, None, None, []
+    for start in range(0, weight.shape[0], rows):
+        logits, _ = _slice(hidden_ND, weight, bias, start, rows)
+        sums.append(torch.logsumexp(logits, dim=1))
+        here, column = _within(targets_N, start, logits.shape[1])
+        target = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+        top, place = logits.max(dim=1)
+        if picked_N is None or best_N is None or token_N is None:
+            picked_N, best_N, token_N = target, top, place
+            continue
+        picked_N = torch.where(here, target, picked_N)
+        token_N = torch.where(top > best_N, place + start, token_N)
+        best_N = torch.maximum(top, best_N)
+    assert picked_N is not None
+    return picked_N - torch.logsumexp(torch.stack(sums), dim=0), targets_N == token_N
 
 
 class _Sliced(torch.autograd.Function):

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from secondnature.errors import BadCheckpoint, UnsupportedModel
+from secondnature.model import limits
 from secondnature.model.upcast import compute_at_use
 
 __all__ = [
@@ -303,11 +301,7 @@ def _check_wiring(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def context_limit(source: Path | PretrainedConfig) -> int:
     """How many tokens the model can read, prompt and answer together."""
-    config = read_config(source) if isinstance(source, Path) else source
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        raise UnsupportedModel(f"config has max_position_embeddings = {limit!r}; expected a positive number")
-    return limit
+    return limits.context_limit(read_config(source) if isinstance(source, Path) else source)
 
 
 def fingerprint(directory: Path) -> str:

@@ -23,7 +23,9 @@ from secondnature.records.conversation import (
     SampleAnswer,
 )
 from secondnature.records.evidence import (
+    EVIDENCE_VERSION,
     Comparison,
+    Decision,
     Evidence,
     Flip,
     GateSettings,
@@ -34,12 +36,14 @@ from secondnature.records.jsonl import (
     MAX_LINE_BYTES,
     describe,
     describe_errors,
+    parse_json,
     parse_jsonl,
     read_jsonl,
     to_jsonl,
 )
 from secondnature.records.lessons import (
     OPEN_STATES,
+    STOPPED_BY,
     Cause,
     ErrorInfo,
     Example,
@@ -61,15 +65,18 @@ from secondnature.records.probes import (
 )
 
 __all__ = [
+    "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
     "OPEN_STATES",
     "SCHEMA_VERSION",
+    "STOPPED_BY",
     "Cause",
     "Check",
     "Comparison",
     "Conversation",
     "Correction",
+    "Decision",
     "ErrorInfo",
     "Evidence",
     "Example",
@@ -99,6 +106,7 @@ __all__ = [
     "describe",
     "describe_errors",
     "digest",
+    "parse_json",
     "parse_jsonl",
     "read_jsonl",
     "to_jsonl",

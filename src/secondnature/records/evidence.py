@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from secondnature.records.base import SCHEMA_VERSION, Record
+from secondnature.records.base import Record
 
+EVIDENCE_VERSION = 2
+"""Format 1 had no `decision`, and its `difference_interval` was not that of the tests."""
 Verdict = Literal["kept", "undone", "inconclusive"]
+Decision = Literal["gained", "held", "harmed", "no_gain", "not_shown", "not_judged"]
+"""What the tests of one probe set say: `gained` and `no_gain` of what was taught, `held` of a guard. `harmed`: more
+losses than gains are shown. `not_shown`: neither. `not_judged`: too few probes, or a guard that fails anyway."""
 
 
 class GateSettings(Record):
@@ -52,17 +57,24 @@ class Comparison(Record):
     """Clopper-Pearson, 95 %."""
     after_interval: tuple[float, float]
     difference_interval: tuple[float, float] | None = None
+    """Of (share after - share before), by inverting the tests: the lower limit is above minus the margin (for the
+    gain: above 0) where p <= alpha, the upper one below 0 where harm_p <= harm_alpha, and not elsewhere."""
     margin: float | None = None
     """Non-inferiority margin (a share); None for the gain."""
     alpha: float
     method: str
     """Name and version of the test, e.g. `mcnemar-midp/1`."""
     p: float | None = None
+    decision: Decision = "not_judged"
+    """What table, sentence and page say, each in its own words."""
     passed: bool | None = None
-    """None: not judged (a guard the model failed anyway, or too few probes)."""
+    """`decision` is gained or held; None: not judged."""
     harm_p: float | None = None
-    """One-sided p of "more losses than gains"; harm is shown where it is small and the test was not passed."""
+    """One-sided p of "more losses than gains"."""
+    harm_alpha: float | None = None
+    """The level of that test: `gate.alpha`, which retries do not halve, so that they hide no harm."""
     harmed: bool = False
+    """`decision` is harmed."""
     n_needed: int | None = None
     """The n that would do, where the set was too small to say; None where no n would."""
     mean_margin_before: float | None = None
@@ -72,11 +84,31 @@ class Comparison(Record):
     flips: list[Flip] = []
     note: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, data: Any) -> Any:
+        """What was written without a decision gets it from its figures, and loses an interval of another test."""
+        if not isinstance(data, dict) or "decision" in data:
+            return data  # pyright: ignore[reportUnknownVariableType]
+        old: dict[str, Any] = {**data}  # pyright: ignore[reportUnknownVariableType]
+        old.pop("difference_interval", None)
+        return {**old, "decision": _decision_of(old)}
+
+
+def _decision_of(old: dict[str, Any]) -> Decision:
+    gain, passed, p, alpha = old.get("role") == "gain", old.get("passed"), old.get("harm_p"), old.get("alpha")
+    worse = gain and isinstance(p, float) and isinstance(alpha, float) and p <= alpha
+    if old.get("harmed") or (worse and passed is False):
+        return "harmed"
+    if passed is not False:
+        return "not_judged" if passed is None else "gained" if gain else "held"
+    return "no_gain" if gain and old.get("gains", 0) <= old.get("losses", 0) else "not_shown"
+
 
 class Evidence(Record):
     """The certificate of a lesson: every figure can be recomputed from the counts in it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = EVIDENCE_VERSION
     verdict: Verdict
     sentence: str
     """The verdict in one sentence."""

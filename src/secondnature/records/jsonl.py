@@ -6,6 +6,7 @@ Everything is read before anything is used (plan, validate, apply).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,29 @@ def describe(error: ValidationError) -> str:
     return describe_errors(error.errors(include_url=False, include_input=False, include_context=False))
 
 
+def parse_json(data: bytes | str, *, where: str, expected: str = "", mend: str = "mend the file") -> Any:
+    """One JSON text that a person or a disk gave; a number that is not finite (NaN, Infinity) reads as null.
+
+    Raises:
+        BadRecord: not UTF-8, not JSON, nested too deeply, or a whole number of more digits than Python reads.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        return json.loads(text, parse_constant=lambda _: None)
+    except UnicodeDecodeError as e:
+        raise BadRecord(
+            f"{where}: not UTF-8 text (byte {e.start}){expected}", "is it a binary file?"
+        ) from None
+    except json.JSONDecodeError as e:
+        line = f", line {e.lineno}" if e.lineno > 1 else ""
+        raise BadRecord(f"{where}{line}, column {e.colno}: not JSON ({e.msg}){expected}", mend) from None
+    except RecursionError:
+        raise BadRecord(f"{where}: nested too deeply{expected}", mend) from None
+    except ValueError:  # int() of a text that is too long
+        digits = f"{sys.get_int_max_str_digits():,}"
+        raise BadRecord(f"{where}: a whole number of more than {digits} digits{expected}", mend) from None
+
+
 def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -> list[R]:
     """All records of a JSONL text, or an error that names the line; nothing is half read.
 
@@ -62,22 +86,11 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -
             raise TooLarge(
                 f"{where}: {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read", "split or shorten it"
             )
+        value = parse_json(line, where=where, expected=f"; {expected}", mend="mend the line")
         try:
-            records.append(kind.model_validate(json.loads(line.decode("utf-8")), extra=extra))
-        except UnicodeDecodeError as e:
-            raise BadRecord(
-                f"{where}: not UTF-8 text (byte {e.start}); {expected}", "is it a binary file?"
-            ) from None
-        except json.JSONDecodeError as e:
-            raise BadRecord(
-                f"{where}, column {e.colno}: not JSON ({e.msg}); {expected}", "mend the line"
-            ) from None
-        except RecursionError:
-            raise BadRecord(f"{where}: nested too deeply; {expected}", "mend the line") from None
+            records.append(kind.model_validate(value, extra=extra))
         except ValidationError as e:
             raise BadRecord(f"{where}: {describe(e)}", "see docs/reference/files.md for the fields") from None
-        except ValueError:  # Python reads no more than some thousand digits
-            raise BadRecord(f"{where}: a number with too many digits; {expected}", "shorten it") from None
     if not records:
         raise BadRecord(f"{source}: no records found; {expected}", "is it the right file?")
     return records

@@ -36,13 +36,16 @@ class OptimizerSettings(Record):
     eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps of a lesson, from its first, over which the learning rate rises in a straight line. Every lesson warms
+    up anew, also where it continues with the optimizer's state of an earlier one."""
     scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     """Multiplies the per-tensor alpha."""
     proj_refresh: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     """Steps after which the projections are drawn anew."""
     norm_growth_limit: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)] = 1.01
     cooldown: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    """Share of a lesson's steps, at its end, over which the learning rate falls towards 0 in a straight line."""
+    """Share of a lesson's steps, at its end, over which the learning rate falls towards 0 in a straight line; like
+    `warmup_steps` it counts the lesson's own steps."""
 
 
 class ErrorInfo(Record):
@@ -58,10 +61,14 @@ class Cause(Record):
 
     corrections: list[str] = []
     """Digests (`Correction.digest`), in order; the texts lie beside it in corrections.jsonl."""
+    examples: list[str] = []
+    """Digests of the examples' tokens, in order, however they were given; empty in entries of older versions."""
     num_examples: int = 0
     num_replay: int = 0
+    num_replay_left_out: int = 0
+    """Examples that were not replayed: a probe asks just that, or they do not fit the model."""
     num_retries: int = 0
-    """How often the same corrections were tried before: each halves the gate's alpha."""
+    """How often the same set of examples was judged before this lesson began: each halves the gate's alpha."""
 
 
 class Moved(Record):
@@ -87,6 +94,10 @@ class Lesson(Record):
     """`0001-listening`: number and behaviour."""
     number: int
     job: str
+    idempotency_key: str | None = None
+    """Of the request that made it: sent again, it gets the same answer, and no second lesson."""
+    request_digest: str | None = None
+    """Of that request, where it had such a key."""
     kind: Literal["train", "revert"] = "train"
     state: LessonState = "queued"
     behaviour: str | None = None
@@ -112,6 +123,10 @@ class Lesson(Record):
     optimizer_before: str | None = None
     """Id of the lesson whose directory holds the optimizer's state before this one; None: a fresh state."""
     optimizer_after: str | None = None
+    optimizer_sha256: str | None = None
+    """Checksum of the file with the optimizer's state after it."""
+    stopped_by: str = ""
+    """Why training stopped."""
     verdict: Verdict | None = None
     reason: str = ""
     """One sentence: why it was kept or undone."""
@@ -161,3 +176,14 @@ class KlMetric(Record):
     """Mean over the prompt's positions."""
     num_tokens: int = 0
     """Positions that were compared, of all prompts together."""
+
+
+STOPPED_BY: dict[str, str] = {
+    "max_steps": "all steps that were asked for were made",
+    "until_margin": "the margin that was asked for was reached",
+    "until_passed": "as many development probes passed as were asked for",
+    "until_margin and until_passed": "the margin was reached, and as many probes passed as were asked for",
+    "the other side gave way": "the other side of the behaviour gave way: more steps would have done harm",
+    "learned": "every example was learned: no further step would have had anything to learn from",
+}
+"""Why training stopped: what the trainer says (`wire.Done.stopped_by`), and the sentence for whoever reads it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 from secondnature.errors import DamagedFile, TooNew
+from secondnature.records.evidence import EVIDENCE_VERSION
 
 __all__ = ["STEPS", "Kind", "Step", "form", "migrate", "newest"]
 
@@ -35,9 +36,13 @@ STEPS: dict[tuple[Kind, int], Step] = {("home", 1): _home_1_to_2}
 """(kind, the form that the step starts from)."""
 
 
+AS_IT_IS: dict[Kind, int] = {"evidence": EVIDENCE_VERSION}
+"""The newest form of what is never migrated: a certificate says what was found then, by the rules of then."""
+
+
 def newest(kind: Kind, steps: Mapping[tuple[Kind, int], Step] = STEPS) -> int:
     """The form that this version writes."""
-    return 1 + sum(k == kind for k, _ in steps)
+    return AS_IT_IS.get(kind) or 1 + sum(k == kind for k, _ in steps)
 
 
 def form(kind: Kind, raw: Any, source: str) -> int:
@@ -72,6 +77,6 @@ def migrate(
             f"upgrade to a version that reads {NUMBERED_BY[kind]} {found}",
         )
     present = dict(cast("dict[str, Any]", raw))
-    for number in range(found, known):
+    for number in range(found, known) if kind not in AS_IT_IS else ():
         present = {**steps[kind, number](present), NUMBERED_BY[kind]: number + 1}
     return present

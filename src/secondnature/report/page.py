@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from secondnature.errors import BadInput, StorageError
+from secondnature.records.visible import visible
 from secondnature.report import svg
 from secondnature.report.run import ReportData, Run, read_run
 from secondnature.report.view import view
@@ -51,12 +52,13 @@ def write_many(lesson_dirs: Sequence[Path], out: Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The page over `runs` as HTML."""
-    return _template().render(
+    page = _template().render(
         views=[view(run) for run in runs],
         css=Markup((_HERE / "report.css").read_text("utf-8")),  # noqa: S704
         heat_levels=range(1, svg.HEAT_LEVELS + 1),
         marks=MARKS,
     )
+    return visible(page)
 
 
 @cache

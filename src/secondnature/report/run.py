@@ -8,7 +8,6 @@ synced and a power loss may garble them. Anything else that is broken is an erro
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -29,6 +28,7 @@ from secondnature.records import (
     SampleAnswer,
     StepMetric,
     describe,
+    parse_json,
     read_jsonl,
 )
 
@@ -120,10 +120,11 @@ def _read_json(path: Path, kind: type[R]) -> R | None:
     if text is None:
         return None
     value = _load(text, str(path))
-    version = value.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    newest: int = kind.model_fields["schema_version"].default
+    version = value.get("schema_version", newest)
+    if not isinstance(version, int) or version > newest:
         raise BadRecord(
-            f"{path}: schema_version {version!r}; expected {SCHEMA_VERSION} or older", "update secondnature"
+            f"{path}: schema_version {version!r}; expected {newest} or older", "update secondnature"
         )
     try:
         return kind.model_validate_json(text, extra="allow")
@@ -133,14 +134,7 @@ def _read_json(path: Path, kind: type[R]) -> R | None:
 
 def _load(text: str, where: str) -> dict[str, Any]:
     """One JSON object; a number that is not finite (NaN, Infinity) reads as null."""
-    try:
-        value: Any = json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as e:
-        raise BadRecord(f"{where}: not JSON ({e.msg}, column {e.colno})", "mend it or remove it") from None
-    except RecursionError:
-        raise BadRecord(f"{where}: nested too deeply", "mend it or remove it") from None
-    except ValueError:  # Python reads no more than some thousand digits
-        raise BadRecord(f"{where}: a number with too many digits", "mend it or remove it") from None
+    value = parse_json(text, where=where, mend="mend it or remove it")
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: {type(value).__name__}; expected a JSON object", "mend it or remove it")
     return cast("dict[str, Any]", value)

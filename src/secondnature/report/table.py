@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secondnature.records import Comparison, Evidence
+from secondnature.records.visible import visible
 from secondnature.report.words import (
     ROLES,
     difference,
@@ -38,9 +39,11 @@ def _cells(c: Comparison) -> tuple[str, ...]:
 
 
 def before_after_table(evidence: Evidence) -> Table:
-    """One row per probe set: shares with 95 % intervals (in percent), the change, the test, the verdict."""
+    """One row per probe set: shares with 95 % intervals, the change with its tests' limits, p, the decision."""
     table = Table(title="before and after the lesson", title_justify="left", caption_justify="left")
-    table.caption = Text(f"{evidence.sentence} [95 % intervals; alpha {evidence.alpha:g}]")
+    table.caption = Text(
+        f"{evidence.sentence} [shares: 95 % intervals; change: limits of the tests; alpha {evidence.alpha:g}]"
+    )
     for heading in _HEADINGS:
         table.add_column(heading, justify="right" if heading in {"n", "p"} else "left")
     for c in evidence.comparisons:
@@ -58,4 +61,4 @@ def markdown_table(evidence: Evidence) -> str:
 
     lines = [row(_HEADINGS), "|" + " --- |" * len(_HEADINGS)]
     lines += [row(_cells(c)) for c in evidence.comparisons]
-    return "\n".join([*lines, "", evidence.sentence.replace("\n", " "), ""])
+    return visible("\n".join([*lines, "", evidence.sentence.replace("\n", " "), ""]))

@@ -236,7 +236,8 @@ def _evidence_note(run: Run) -> str:
         return "No probes were asked, so nothing is claimed about what this lesson did."
     retries = f", halved for each of {words.count(e.num_retries, 'retry').replace('retrys', 'retries')}"
     return (
-        f"Every probe was asked once before and once after, greedily. Intervals are Clopper–Pearson, 95 %. "
+        f"Every probe was asked once before and once after, greedily. "
+        "Intervals of shares are Clopper–Pearson, 95 %; those of changes are the limits of the tests that decide. "
         f"The gate's alpha is {e.alpha:g}{retries if e.num_retries else ''}; seed {e.seed}; "
         f"probes sha256 {e.probes_sha256[:16]}."
     )

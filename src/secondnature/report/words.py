@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Evidence, KlSet, Lesson
+from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
@@ -32,19 +32,23 @@ class Said:
         return MARKS[self.tone]
 
 
+DECISIONS: dict[Decision, tuple[str, Tone]] = {
+    "gained": ("improved", "good"),
+    "held": ("held", "good"),
+    "harmed": ("harmed", "bad"),
+    "no_gain": ("no gain", "bad"),
+    "not_shown": ("not shown to hold", "warn"),
+    "not_judged": ("not judged", "quiet"),
+}
+
+
 def judgement(c: Comparison) -> Said:
-    """What the test says about one probe set."""
-    more = f"n ≥ {c.n_needed:,} would do" if c.n_needed else ""
-    if c.passed is None:
-        return Said("not judged", "quiet", c.note or more)
-    if c.passed:
-        return Said("improved" if c.role == "gain" else "held", "good", c.note)
-    if c.role == "gain":
-        worse = c.losses > c.gains
-        return Said("got worse" if worse else "no gain shown", "bad" if worse else "warn", c.note or more)
-    interval = c.difference_interval
-    harmed = interval[1] < 0 if interval is not None else c.losses > c.gains
-    return Said("harmed" if harmed else "not shown to hold", "bad" if harmed else "warn", c.note or more)
+    """What the tests say about one probe set: the words for its decision, and nothing of its own."""
+    word, tone = DECISIONS[c.decision]
+    if c.role == "gain" and c.decision in ("harmed", "not_shown"):
+        word = "got worse" if c.decision == "harmed" else "gain not shown"
+    detail = c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else "")
+    return Said(word, tone, detail)
 
 
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:
@@ -134,11 +138,25 @@ def difference(c: Comparison) -> float:
 
 
 def difference_interval(c: Comparison) -> str:
-    """The interval of the difference in signed points, or nothing where none was computed."""
+    """The limits of the difference in signed points, or nothing where none were computed.
+
+    Rounded to a point where that moves no limit across 0 or across the margin, which is what they are there to say.
+    """
     if c.difference_interval is None:
         return ""
-    low, high = (f"{100 * v:+.0f}".replace("-", "−") for v in c.difference_interval)
+    borders = (0.0,) if c.margin is None else (0.0, -c.margin)
+    low, high = (_rounded(v, borders).replace("-", "−") for v in c.difference_interval)
     return f"[{low}, {high}]"
+
+
+def _rounded(value: float, borders: tuple[float, ...]) -> str:
+    for digits in (0, 1, 2, 3):
+        text = f"{100 * value:+.{digits}f}"
+        if all(
+            (float(text) > 100 * b) == (value > b) and (float(text) < 100 * b) == (value < b) for b in borders
+        ):
+            return text
+    return f"{100 * value:+.1e}"
 
 
 def p_value(p: float | None) -> str:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # this module is a process's main; before transformers reads it
+
 import torch
 import transformers
 import uvicorn
@@ -31,14 +33,15 @@ from secondnature.engines.local.engine import Engine
 from secondnature.engines.stamps import Clock
 from secondnature.errors import ConfigError, SecondnatureError
 from secondnature.lessons.home import Home
-from secondnature.lessons.keeper import Keeper
 from secondnature.lessons.log import Log
+from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
-from secondnature.weights.arena import Arena, content_id
+from secondnature.weights.arena import Arena
+from secondnature.weights.content import content_id
 from secondnature.wire import Wiring
 
 LOG = logging.getLogger("secondnature")
@@ -71,9 +74,9 @@ class Parts:
         return self.teaching.clock
 
     @property
-    def keeper(self) -> Keeper:
+    def runner(self) -> Runner:
         """The one that changes them."""
-        return self.teaching.keeper
+        return self.teaching.runner
 
 
 def model_directory(settings: Settings) -> Path:
@@ -99,17 +102,18 @@ def assemble(settings: Settings) -> Generator[Parts]:
     """
     torch.set_num_threads(settings.engine_threads)
     directory = model_directory(settings)
-    base = checkpoint.read(directory)
-    base_version = content_id(base)
+    arena = Arena.reserve(checkpoint.specs(directory))
+    for name, tensor in checkpoint.stream(directory):
+        arena.fill(name, tensor)
     with contextlib.ExitStack() as stack:
         home = Home(settings.home)
         stack.callback(home.close)
+        base_version = content_id(arena.tensors, like=home.base_version())
         home.bind(directory, load.fingerprint(directory), base_version)
         log = Log(home, directory, base_version)
-        weights = log.truth()
-        arena = Arena.create(weights)
-        clock = Clock(arena, content_id(weights))
-        del base, weights
+        if log.kept_version() != base_version:
+            arena.write(log.durable_weights())
+        clock = Clock(arena, log.kept_version())
         model = load.build(directory, arena.tensors)
         self_test(model)
         tokenizer = chat.read_tokenizer(directory)
@@ -140,8 +144,8 @@ def assemble(settings: Settings) -> Generator[Parts]:
             wiring=lambda: _wiring(model, arena),
         )
         parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer))
-        teaching.keeper.start()
-        stack.callback(teaching.keeper.stop)
+        teaching.runner.start()
+        stack.callback(teaching.runner.stop)
         yield parts
 
 

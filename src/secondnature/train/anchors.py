@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from secondnature.errors import NonFinite
 from secondnature.records import Example
 from secondnature.train.losses import divergence
+from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import continuation_logits, freeze
 
 __all__ = ["HELD", "MAX_BYTES", "Anchor", "affordable", "divergences", "drifts", "record"]
@@ -31,7 +32,11 @@ HELD = 1e-6
 """An anchor whose KL is below this, nats per token, gives no gradient: it is rounding noise, and the optimizer
 normalises."""
 TOGETHER = 16
-"""Anchors read in one forward: bounds the memory of their logits."""
+"""Anchors read in one forward, at most; of them together, padding included:"""
+MAX_TOKENS = 2048
+"""What is kept for backward grows with it."""
+MAX_LOGITS = 2**24
+"""The KL keeps several numbers for each (64 MB in fp32)."""
 MAX_BYTES = 256 * 2**20
 """Of all recorded distributions together."""
 
@@ -57,10 +62,11 @@ def affordable(examples: Sequence[Example], vocab_size: int, limit_bytes: int = 
 
 
 @torch.no_grad()
-def record(model: nn.Module, examples: Sequence[Example]) -> list[Anchor]:
+def record(model: nn.Module, examples: Sequence[Example], each: Each = unwatched) -> list[Anchor]:
     """The anchors of these examples under the weights as they are; before the first write of a lesson."""
     anchors: list[Anchor] = []
     for example in examples:
+        each(len(anchors))
         ids = (*example.context_ids, *example.continuation_ids)
         last = [len(example.continuation_ids)]
         (answer,) = continuation_logits(model, freeze(model, ids[:1]), [ids[1:]], last=last)
@@ -79,8 +85,7 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
         begins.setdefault(anchor.ids[0], []).append(anchor)
     for first, group in begins.items():
         prefix = freeze(model, [first])
-        for start in range(0, len(group), TOGETHER):
-            here = group[start : start + TOGETHER]
+        for here in _together(group):
             last = [len(a.logps_TV) for a in here]
             logits = continuation_logits(model, prefix, [a.ids[1:] for a in here], last=last)
             yield [
@@ -88,8 +93,22 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
             ]
 
 
+def _together(group: Sequence[Anchor]) -> list[list[Anchor]]:
+    """Anchors in ascending length, spread over forwards that keep to the caps; one in each at least."""
+    found: list[list[Anchor]] = []
+    num_logits = 0
+    for anchor in group:
+        num_logits += anchor.logps_TV.numel()
+        rows = len(found[-1]) + 1 if found else 0
+        if not 0 < rows <= TOGETHER or rows * len(anchor.ids) > MAX_TOKENS or num_logits > MAX_LOGITS:
+            found.append([])
+            num_logits = anchor.logps_TV.numel()
+        found[-1].append(anchor)
+    return found
+
+
 @torch.no_grad()
-def divergences(model: nn.Module, anchors: Sequence[Anchor]) -> list[float]:
+def divergences(model: nn.Module, anchors: Sequence[Anchor], each: Each = unwatched) -> list[float]:
     """KL(before || now) of each anchor, in order, nats per token; exactly 0 while nothing was written.
 
     One at a time, as they were recorded.
@@ -99,6 +118,7 @@ def divergences(model: nn.Module, anchors: Sequence[Anchor]) -> list[float]:
     """
     found: list[float] = []
     for anchor in anchors:
+        each(len(found))
         prefix = freeze(model, anchor.ids[:1])
         last = [len(anchor.logps_TV)]
         (logits_TV,) = continuation_logits(model, prefix, [anchor.ids[1:]], last=last)

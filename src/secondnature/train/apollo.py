@@ -73,6 +73,9 @@ class Apollo:
         self.lr = DEFAULT_LR if settings.lr is None else settings.lr
         self.seed = seed
         self.steps = 0
+        """Of the state, over all lessons: they key the rounding."""
+        self._steps_before = 0
+        """Of the state as it was loaded: the warm-up counts what is made since."""
         self.rules = _rules(model, settings.rank)
         if "apollo" not in self.rules.values():
             largest = highest_rank(model) + 1
@@ -106,7 +109,7 @@ class Apollo:
             NonFinite: an update is not finite; names the tensor, and neither weights nor moments were changed.
         """
         step = self.steps + 1
-        lr = self.lr * min(1.0, step / max(1, self.settings.warmup_steps))
+        lr = self.lr * min(1.0, (step - self._steps_before) / max(1, self.settings.warmup_steps))
         updates: dict[str, Update] = {}
         states: dict[str, TensorState] = {}
         for name in self.parameters:
@@ -133,7 +136,7 @@ class Apollo:
         if self.task_vector is not None:
             if name not in self.task_vector:
                 self.task_vector[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                self._norms_before[name] = float(parameter.float().norm())
+                self._norms_before[name] = float(torch.linalg.vector_norm(parameter, dtype=torch.float32))
                 self._noise[name] = 0.0
             total = self.task_vector[name]
         noise = write_(
@@ -184,7 +187,7 @@ class Apollo:
         return tensors, {**metadata, "apollo": json.dumps(about, sort_keys=True)}
 
     def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Continue where `state_dict` was taken, to the bit. The settings stay this object's own.
+        """Continue where `state_dict` was taken, to the bit, by this object's own settings; a warm-up begins anew.
 
         Raises:
             BadCheckpoint: the state is of another format, model or rank; nothing was changed.
@@ -227,7 +230,7 @@ class Apollo:
                 float(level),
                 None if rows is None else rows.to(device, copy=True),
             )
-        self._states, self.seed, self.steps = states, seed, steps
+        self._states, self.seed, self.steps, self._steps_before = states, seed, steps, steps
 
 
 def highest_rank(model: nn.Module) -> int:

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from secondnature.errors import BadInput
+
+MAX_BATCH = 4096
+"""Examples of one step, replay included."""
 _SALT_NEW, _SALT_REPLAY = 1, 2
 
 
@@ -27,8 +31,19 @@ def _passes(count: int, seed: int, salt: int) -> Iterator[int]:
 
 
 def num_replayed(num_fresh: int, share: float) -> int:
-    """Examples that are replayed beside `num_fresh` new ones; at least one, unless the share is 0."""
-    return max(round(num_fresh * share / (1 - share)), 1) if share > 0 else 0
+    """Examples that are replayed beside `num_fresh` new ones; at least one, unless the share is 0.
+
+    Raises:
+        BadInput: both together are more than `MAX_BATCH`.
+    """
+    count = max(round(num_fresh * share / (1 - share)), 1) if share > 0 else 0
+    if num_fresh + count > MAX_BATCH:
+        raise BadInput(
+            f"replay.share {share} with a batch_size of {num_fresh} makes {num_fresh + count:,} examples a step; "
+            f"expected at most {MAX_BATCH:,}",
+            "lower `replay.share` or `batch_size`",
+        )
+    return count
 
 
 def batches(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secondnature.errors import BadExample, ContextOverflow, Exploded, NonFinite
 from secondnature.model.gradients import Gradient
-from secondnature.model.load import context_limit
+from secondnature.model.limits import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
 

@@ -27,9 +27,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
-from secondnature.model.head import find_head, target_logps, token_logps
+from secondnature.model.head import find_head, target_logps, token_logps, token_ranks, whole_logits
 
-__all__ = ["Prefix", "continuation_logits", "continuation_logps", "extend", "freeze", "self_test"]
+__all__ = [
+    "Prefix",
+    "continuation_logits",
+    "continuation_logps",
+    "continuation_ranks",
+    "extend",
+    "freeze",
+    "self_test",
+]
 
 PAD_ID = 0
 """Fills the right end of shorter continuations; causality keeps it out of every real position."""
@@ -215,7 +223,7 @@ def continuation_logits(
     counts = [len(c) for c in continuations] if last is None else list(last)
     head = find_head(model)
     rows = _outputs(model if head is None else head.body, prefix, continuations, counts, version)
-    return list((rows if head is None else head.linear(rows)).split(counts))
+    return list((rows if head is None else whole_logits(head, rows)).split(counts))
 
 
 def continuation_logps(
@@ -231,6 +239,25 @@ def continuation_logps(
     targets = torch.tensor([token for c in continuations for token in c], device=rows.device)
     logps = target_logps(rows, targets) if head is None else token_logps(head, rows, targets)
     return list(logps.split(counts))
+
+
+@torch.no_grad()
+def continuation_ranks(
+    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Per continuation (log-probabilities (T) of its tokens, whether each is the likeliest (T)); no gradients.
+
+    Raises as `continuation_logits` does.
+    """
+    counts = [len(c) for c in continuations]
+    head = find_head(model)
+    rows = _outputs(model if head is None else head.body, prefix, continuations, counts, version)
+    targets = torch.tensor([token for c in continuations for token in c], device=rows.device)
+    if head is None:
+        logps, likeliest = target_logps(rows, targets), rows.argmax(dim=1) == targets
+    else:
+        logps, likeliest = token_ranks(head, rows, targets)
+    return list(zip(logps.split(counts), likeliest.split(counts), strict=True))
 
 
 def _outputs(

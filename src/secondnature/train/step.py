@@ -35,6 +35,7 @@ from secondnature.train.guard import (
     vocab_size,
 )
 from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
+from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
 
 __all__ = ["StepResult", "log_probs", "references", "train_step"]
@@ -86,6 +87,7 @@ def train_step(
     max_bytes: int = MAX_BYTES,
     recompute: bool = False,
     bounds: Bounds | None = None,
+    each: Each = unwatched,
 ) -> StepResult:
     """One step on a batch: the weighted mean of the examples' losses, its gradient, one write.
 
@@ -96,7 +98,8 @@ def train_step(
     (T, V) that the teacher gives along its continuation, from before the first step. `learned_loss` 0 switches the
     passing-over off. `max_tokens` of answers go through one forward, `max_bytes` of frozen contexts are kept at a
     time (see `forest`); both bound the memory and leave the result as it is, to rounding. `recompute` keeps the
-    layers' inputs instead of all activations, for one more forward of the answers; the result is the same.
+    layers' inputs instead of all activations, for one more forward of the answers; the result is the same. `each`
+    hears after every forward how many examples were read; what it raises ends the step before anything is written.
 
     Raises:
         BadExample, ContextOverflow: an example does not fit the model.
@@ -109,6 +112,7 @@ def train_step(
     losses = [0.0] * len(batch)
     margins: list[float | None] = [None] * len(batch)
     num_learned = 0
+    num_read = 0
     grad_norm = 0.0
 
     def score(prefix: Prefix, chosen: Sequence[int]) -> dict[int, Tensor]:
@@ -162,9 +166,11 @@ def train_step(
                         check_tensors(gradients, f"{_named([i])}: the gradient")
                     raise
             del prefix, weighted  # or the next would be computed while they are still in memory
+            num_read += len(chosen)
+            each(num_read)
         if bounds is not None:  # of the examples: the anchors' pull is as strong as it is asked to be
             bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
-        drift = _hold(model, gradients, anchors, anchor_weight) if anchors else None
+        drift = _hold(model, gradients, anchors, anchor_weight, lambda: each(num_read)) if anchors else None
         if anchors and gradients:
             grad_norm = check_tensors(gradients, "the gradient")
         limit_norm_(gradients, grad_norm, max_grad_norm)
@@ -200,10 +206,17 @@ def _named(examples: Sequence[int]) -> str:
     return ", ".join(f"example {i}" for i in examples)
 
 
-def _hold(model: nn.Module, gradients: GradientSink, anchors: Sequence[Anchor], weight: float) -> float:
+def _hold(
+    model: nn.Module,
+    gradients: GradientSink,
+    anchors: Sequence[Anchor],
+    weight: float,
+    check: Callable[[], object],
+) -> float:
     """Add the gradient of the anchors' drift; returns its mean. Raises NonFinite."""
     total = 0.0
     for found in drifts(model, anchors):
+        check()
         for drift in found:
             if not bool(torch.isfinite(drift)):
                 raise NonFinite("replay: the drift of an answer is not finite", "lower the learning rate")
@@ -234,7 +247,9 @@ def log_probs(
 
 
 @torch.no_grad()
-def references(model: nn.Module, examples: Sequence[Example]) -> list[Reference | None]:
+def references(
+    model: nn.Module, examples: Sequence[Example], each: Each = unwatched
+) -> list[Reference | None]:
     """What DPO and DPOP compare with: taken once, before the first write (the weights change in place)."""
     pairs = [i for i, e in enumerate(examples) if e.rejected_ids is not None]
     contexts = [examples[i].context_ids for i in pairs]
@@ -245,4 +260,5 @@ def references(model: nn.Module, examples: Sequence[Example]) -> list[Reference 
         for k, i in enumerate(chosen):
             found[pairs[i]] = Reference(totals[2 * k], totals[2 * k + 1])
         del prefix
+        each(sum(reference is not None for reference in found))
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -44,9 +45,12 @@ GATE = 0.01
 """Where a gradient is below this share of the root mean square of its history, APOLLO's step shrinks with it."""
 _SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) * 2 - 1
 """Of each byte's bits, the highest first."""
-_KEPT_NUMEL = 1 << 24
-"""Elements of projections that are kept between steps: 64 MB, for models of 100M parameters at rank 64."""
-_kept: dict[tuple[int, str, int, int, str], tuple[int, Tensor]] = {}
+_KEPT_BYTES = 1 << 26
+"""Of projections that are kept between steps: enough for models of 100M parameters at rank 64."""
+_Key = tuple[tuple[int, int], str, int, str]
+_kept: dict[_Key, tuple[int, Tensor]] = {}
+"""By (seed, rank), tensor, size and device: the epoch and its projection; the least recently used first."""
+_keeping = threading.Lock()
 _BLOCK = 1 << 17
 """Elements of a gradient that are worked on while they are in the cache."""
 _BLOCK_ON_GPU = 1 << 24
@@ -122,14 +126,27 @@ def projection(
 
 
 def _kept_projection(seed: int, name: str, epoch: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """`projection`, made once per epoch as long as there is room."""
-    key = seed, name, rank, size, str(device)
-    kept = _kept.get(key)
-    if kept is None or kept[0] != epoch:
-        kept = epoch, projection(seed, name, epoch, rank, size, device)
-        if key in _kept or sum(p_RM.numel() for _, p_RM in list(_kept.values())) + rank * size <= _KEPT_NUMEL:
+    """`projection`, made once per epoch as long as there is room.
+
+    Where there is none, those of other seeds and ranks go, the least recently used first. Those of the same run
+    stay: a step asks for each once, in turn, so that the one used longest ago is the next to be used.
+    """
+    key: _Key = (seed, rank), name, size, str(device)
+    with _keeping:
+        kept = _kept.pop(key, None)
+        if kept is not None and kept[0] == epoch:
             _kept[key] = kept
-    return kept[1]
+            return kept[1]
+    p_RM = projection(seed, name, epoch, rank, size, device)
+    with _keeping:
+        room = _KEPT_BYTES - p_RM.nbytes - sum(held.nbytes for _, held in _kept.values())
+        for stale in [k for k in _kept if k[0] != key[0]]:
+            if room >= 0:
+                break
+            room += _kept.pop(stale)[1].nbytes
+        if room >= 0:
+            _kept[key] = epoch, p_RM
+    return p_RM
 
 
 def plan_update(

@@ -27,15 +27,25 @@ from secondnature.wire import Health, Wiring
 LOG = logging.getLogger("secondnature")
 
 
+UNWELL: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Degraded; `detail` says why", "model": Health}
+}
+
+
+def _told(health: Health, response: Response) -> Health:
+    response.status_code = 200 if health.status == "ok" else 503
+    return health
+
+
 def application(teaching: Teaching) -> FastAPI:
     """The teaching routes, the errors they answer and the guards before them; more routers may be added."""
     app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(routes.router(teaching.keeper, teaching.ledger, teaching.memory, teaching.clock))
+    app.include_router(routes.router(teaching.runner, teaching.ledger, teaching.memory, teaching.clock))
 
-    @app.get("/v1/health", responses=routes.ERRORS)
-    def health() -> Health:  # pyright: ignore[reportUnusedFunction]
-        """Is it well, and what does it serve?"""
-        return teaching.health()
+    @app.get("/v1/health", responses=routes.ERRORS | UNWELL)
+    def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
+        """Is it well, and what does it serve? 503 where it is not well; the body says why."""
+        return _told(teaching.health(), response)
 
     @app.get("/v1/wiring", responses=routes.ERRORS)
     def wiring() -> Wiring:  # pyright: ignore[reportUnusedFunction]
@@ -63,15 +73,15 @@ def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> Fas
         completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
     )
 
-    @app.get("/health")
-    def health() -> Health:  # pyright: ignore[reportUnusedFunction]
+    @app.get("/health", responses=UNWELL)
+    def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
         """As `/v1/health`."""
-        return teaching.health()
+        return _told(teaching.health(), response)
 
     @app.get("/metrics")
     def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Counters for Prometheus."""
-        text = exposition(engine, teaching.keeper, teaching.clock)
+        text = exposition(engine, teaching.runner, teaching.clock)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     return app

@@ -17,14 +17,14 @@ from prometheus_client.registry import Collector
 from secondnature.engines.base import Histogram
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.stamps import Clock
-from secondnature.lessons.keeper import Keeper
+from secondnature.lessons.runner import Runner
 
 
 class _Teaching(Collector):
     """The weights and the lessons; of either engine."""
 
-    def __init__(self, keeper: Keeper, clock: Clock) -> None:
-        self._keeper, self._clock = keeper, clock
+    def __init__(self, runner: Runner, clock: Clock) -> None:
+        self._runner, self._clock = runner, clock
 
     def collect(self) -> Iterator[Metric]:
         """The families, as they stand."""
@@ -35,7 +35,7 @@ class _Teaching(Collector):
         )
         yield InfoMetricFamily("secondnature_weights", "The weights in force", {"version": stamp.version})
         lessons = GaugeMetricFamily("secondnature_lessons", "Entries of the log by state", labels=["state"])
-        states = [x.state for x in self._keeper.log.all()]
+        states = [x.state for x in self._runner.log.all()]
         for state in sorted(set(states)):
             lessons.add_metric([state], states.count(state))
         yield lessons
@@ -80,14 +80,14 @@ def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFam
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.total_s)
 
 
-def exposition(engine: Engine, keeper: Keeper, clock: Clock) -> bytes:
+def exposition(engine: Engine, runner: Runner, clock: Clock) -> bytes:
     """All metrics in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Local(engine))
-    registry.register(_Teaching(keeper, clock))
+    registry.register(_Teaching(runner, clock))
     return generate_latest(registry)
 
 
-def register(keeper: Keeper, clock: Clock) -> None:
+def register(runner: Runner, clock: Clock) -> None:
     """Add the weights and the lessons to what another server of this process answers at its own `/metrics`."""
-    REGISTRY.register(_Teaching(keeper, clock))
+    REGISTRY.register(_Teaching(runner, clock))

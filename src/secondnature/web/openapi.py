@@ -22,7 +22,7 @@ def document() -> dict[str, Any]:
         home=none,
         arena=none,
         clock=none,
-        keeper=none,
+        runner=none,
         ledger=none,
         memory=none,
         key="",

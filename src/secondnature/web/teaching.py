@@ -1,6 +1,6 @@
 """The routes that teach: feedback, training, lessons, checkpoint (server; shared by every engine).
 
-Thin: a body comes in typed, goes to the keeper or the ledger, and the answer goes out typed. They run in the
+Thin: a body comes in typed, goes to the runner or the ledger, and the answer goes out typed. They run in the
 thread pool, never on the event loop: completions keep streaming whatever a lesson does.
 """
 
@@ -13,9 +13,9 @@ from fastapi import APIRouter
 from secondnature import wire
 from secondnature.engines.stamps import Clock
 from secondnature.errors import BadInput
-from secondnature.lessons.keeper import Keeper
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.memory import Memory, Said
+from secondnature.lessons.runner import Runner
 from secondnature.records import Correction, Lesson, Message
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def _correction(body: wire.FeedbackRequest, said: Said) -> Correction:
     )
 
 
-def router(keeper: Keeper, ledger: Ledger, memory: Memory, clock: Clock) -> APIRouter:
+def router(runner: Runner, ledger: Ledger, memory: Memory, clock: Clock) -> APIRouter:
     """All routes that teach, for any FastAPI application."""
     routes = APIRouter(responses=ERRORS)
 
@@ -79,54 +79,56 @@ def router(keeper: Keeper, ledger: Ledger, memory: Memory, clock: Clock) -> APIR
     @routes.post("/v1/train", status_code=202, response_model_exclude_none=True)
     def train(body: wire.TrainRequest) -> wire.TrainReply:  # pyright: ignore[reportUnusedFunction]
         """Start a lesson; with `dry_run`, only plan it."""
-        return keeper.submit(body)
+        return runner.submit(body)
 
     @routes.get("/train/status", include_in_schema=False, response_model_exclude_none=True)
     @routes.get("/v1/train/status", response_model_exclude_none=True)
-    def status(job: str | None = None) -> wire.JobStatus | wire.JobList:  # pyright: ignore[reportUnusedFunction]
-        """How a job is doing; without `job`, all of them."""
-        return keeper.status(job) if job is not None else wire.JobList(jobs=keeper.statuses())
+    def status(  # pyright: ignore[reportUnusedFunction]
+        job: str | None = None, after: int | None = None
+    ) -> wire.JobStatus | wire.JobList:
+        """How a job is doing; without `job`, all of them. `after`: with the losses of the steps after this one."""
+        return runner.status(job, after) if job is not None else wire.JobList(jobs=runner.statuses())
 
     @routes.delete("/v1/train/{job}", response_model_exclude_none=True)
     def cancel(job: str) -> wire.JobStatus:  # pyright: ignore[reportUnusedFunction]
         """End a job; it is undone when this answers."""
-        return keeper.cancel(job)
+        return runner.cancel(job)
 
     @routes.get("/v1/lessons", response_model_exclude_none=True)
     def lessons() -> wire.LessonList:  # pyright: ignore[reportUnusedFunction]
         """The log, oldest first."""
         stamp = clock.read()
         return wire.LessonList(
-            lessons=keeper.log.all(),
+            lessons=runner.log.all(),
             weights_version=stamp.version,
-            optimizer_version=keeper.log.optimizer_version(),
+            optimizer_version=runner.log.optimizer_version(),
             trial=stamp.trial,
         )
 
     @routes.get("/v1/lessons/{lesson_id}", response_model_exclude_none=True)
     def lesson(lesson_id: str) -> wire.LessonDetail:  # pyright: ignore[reportUnusedFunction]
         """One lesson with its evidence, corrections and metrics."""
-        return keeper.log.detail(lesson_id)
+        return runner.log.detail(lesson_id)
 
     @routes.post("/v1/lessons/{lesson_id}/keep", response_model_exclude_none=True)
     def keep(lesson_id: str) -> Lesson:  # pyright: ignore[reportUnusedFunction]
         """Keep a lesson that is on trial."""
-        return keeper.keep(lesson_id)
+        return runner.keep(lesson_id)
 
     @routes.post("/v1/lessons/{lesson_id}/revert", response_model_exclude_none=True)
     def revert(lesson_id: str) -> Lesson:  # pyright: ignore[reportUnusedFunction]
         """Undo a lesson, to the byte; answers the entry of the log that says so."""
-        return keeper.revert(lesson_id)
+        return runner.revert(lesson_id)
 
     @routes.post("/checkpoint", include_in_schema=False, response_model_exclude_none=True)
     @routes.post("/v1/checkpoint", response_model_exclude_none=True)
     def checkpoint() -> wire.CheckpointReply:  # pyright: ignore[reportUnusedFunction]
         """Make the working copy's files current now."""
-        return keeper.checkpoint()
+        return runner.checkpoint()
 
     @routes.get("/v1/checkpoint", response_model_exclude_none=True)
     def checkpoint_state() -> wire.CheckpointReply:  # pyright: ignore[reportUnusedFunction]
         """What the working copy's files hold."""
-        return keeper.checkpoint_state()
+        return runner.checkpoint_state()
 
     return routes

@@ -3,31 +3,46 @@
 A `memfd_create` file, allocated for real (`posix_fallocate`: a sparse file on a full tmpfs kills its writer with
 SIGBUS) and sealed against shrinking. The engine owns it; the trainer opens the same file through
 `/proc/PID/fd/N`, which needs no name, no /dev/shm and vanishes with its last user. The first page holds the
-write counters; each tensor lies at a 64-byte boundary. A JSON manifest says what lies where.
+write counters (`counters`); each tensor lies at a 64-byte boundary. A JSON manifest says what lies where. Weights
+come in and change one tensor at a time, so that nobody needs a second copy of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
 
 from secondnature.errors import WeightsError
+from secondnature.weights.content import Weights, named
+from secondnature.weights.counters import HEADER_BYTES, Counters
 
-HEADER_BYTES = 4096
+__all__ = ["HEADER_BYTES", "Arena", "Slot", "Spec"]
+
 ALIGN_BYTES = 64
-MAGIC = 0x5EC0_0D0A_7012_0001
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+class Spec(Protocol):
+    """What an arena has to know of a tensor: itself, one on the meta device, or a `model.load.TensorSpec`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16, float32 or float16."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ def _no_memory(nbytes: int, cause: OSError) -> WeightsError:
     )
 
 
-def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Slot], int]:
+def _layout(tensors: Mapping[str, Spec]) -> tuple[list[Slot], int]:
     slots: list[Slot] = []
     end = HEADER_BYTES
     for name, tensor in tensors.items():
@@ -77,11 +92,10 @@ class Arena:
     def __init__(self, fd: int, nbytes: int, slots: list[Slot], *, owner_pid: int, owner_fd: int) -> None:
         self._fd = fd
         self._memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._slots = slots
+        self._slots = {slot.name: slot for slot in slots}
         self._owner = (owner_pid, owner_fd)
         self.nbytes = nbytes
-        # [magic, writes begun, writes done, requests in flight]; aligned 8-byte stores, one writer of each
-        self._header = np.frombuffer(self._memory, dtype=np.uint64, count=4)
+        self.counters = Counters(memoryview(self._memory)[:HEADER_BYTES])
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.tensors: dict[str, torch.Tensor] = {
             s.name: whole[s.offset : s.offset + s.nbytes].view(_DTYPES[s.dtype]).view(s.shape) for s in slots
@@ -101,8 +115,8 @@ class Arena:
         return arena
 
     @classmethod
-    def reserve(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """An arena for such tensors that has no memory yet; nothing of it may be touched before `fill`.
+    def reserve(cls, tensors: Mapping[str, Spec]) -> Self:
+        """An arena for such shapes and dtypes that has no memory yet; nothing may be touched before `fill`.
 
         Raises:
             WeightsError: a dtype that is not a weight's, or no file of this size.
@@ -117,16 +131,17 @@ class Arena:
             os.close(fd)
             raise _no_memory(nbytes, e) from e
         arena = cls(fd, nbytes, slots, owner_pid=os.getpid(), owner_fd=fd)
-        arena._header[0] = MAGIC
+        arena.counters.format()
         return arena
 
     def fill(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Allocate one tensor's place and copy it in; gives the view. So weights can move one after the other.
 
         Raises:
-            WeightsError: not enough memory.
+            WeightsError: not enough memory; or no such tensor is expected: nothing was written.
         """
-        slot = next(s for s in self._slots if s.name == name)
+        self._check(name, tensor)
+        slot = self._slots[name]
         self._allocate(slot.offset, slot.nbytes)
         return self.tensors[name].copy_(tensor)
 
@@ -165,7 +180,7 @@ class Arena:
             os.close(fd)
             raise WeightsError("the manifest does not fit the weights in memory", "restart the server")
         arena = cls(fd, nbytes, slots, owner_pid=pid, owner_fd=owner_fd)
-        if int(arena._header[0]) != MAGIC:
+        if not arena.counters.is_arena:
             raise WeightsError("the mapped memory is not an arena", "restart the server")
         return arena
 
@@ -173,23 +188,24 @@ class Arena:
         """What `attach` needs, as JSON: owner, size, and per tensor name, offset, shape, dtype."""
         pid, fd = self._owner
         tensors = [
-            {"name": s.name, "offset": s.offset, "shape": s.shape, "dtype": s.dtype} for s in self._slots
+            {"name": s.name, "offset": s.offset, "shape": s.shape, "dtype": s.dtype}
+            for s in self._slots.values()
         ]
         return json.dumps({"pid": pid, "fd": fd, "nbytes": self.nbytes, "tensors": tensors})
 
     @property
     def writes(self) -> tuple[int, int]:
         """(begun, done): equal when nobody is writing; never goes back, also not after an undo."""
-        return int(self._header[1]), int(self._header[2])
+        return self.counters.writes
 
     @property
     def load(self) -> int:
         """Requests that the server is answering now: the trainer gives way to them."""
-        return int(self._header[3])
+        return self.counters.load
 
     @load.setter
     def load(self, requests: int) -> None:
-        self._header[3] = max(0, requests)
+        self.counters.load = requests
 
     def seen_as(self, views: Mapping[str, torch.Tensor]) -> None:
         """Have `tensors` be these views of the same memory: other names, other cuts. The manifest stays.
@@ -203,43 +219,35 @@ class Arena:
                 raise WeightsError(f"tensor {name} is no view of the arena", "is it a copy?")
         self.tensors = dict(views)
 
-    @contextlib.contextmanager
-    def writing(self) -> Generator[None]:
+    def writing(self) -> contextlib.AbstractContextManager[None]:
         """Brackets in-place writes, so that readers can tell what they overlapped with. Takes no lock."""
-        begun = max(int(self._header[1]), int(self._header[2])) + 1
-        self._header[1] = begun
-        try:
-            yield
-        finally:
-            self._header[2] = begun
+        return self.counters.writing()
 
-    def settle(self) -> None:
+    def close_torn_write(self) -> None:
         """After a writer died inside `writing`: counts its torn write as done. Call when nobody writes."""
-        self._header[2] = self._header[1]
+        self.counters.close_torn_write()
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put these values in place (names and shapes as in the arena), in one bracket.
+    @torch.no_grad()
+    def write(self, weights: Weights) -> None:
+        """Put these values in place (names, shapes and dtypes as in the arena), in one bracket.
+
+        Each tensor is checked before it is copied; those of a mapping, all before the first. Where an iterable
+        raises, what came before is written: the bracket is closed and the exception passes on, and the weights
+        are neither the old nor the new ones.
 
         Raises:
-            WeightsError: a name or shape that is not the arena's; nothing was written.
+            WeightsError: a tensor that is not the arena's; of a mapping nothing was written then.
         """
-        for name, value in tensors.items():
-            mine = self.tensors.get(name)
-            if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
-                raise WeightsError(f"tensor {name} does not fit the arena", "is it a file of another model?")
+        if isinstance(weights, Mapping):
+            for name, value in named(weights):
+                self._check(name, value)
         with self.writing():
-            for name, value in tensors.items():
+            for name, value in named(weights):
+                self._check(name, value)
                 self.tensors[name].copy_(value)
+                del value  # before the next one is made
 
-
-def content_id(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The version of these weights: `w` and 16 hex digits of sha256 over names, dtypes, shapes and bytes.
-
-    The same weights have the same id everywhere, also after an undo.
-    """
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return "w" + hasher.hexdigest()[:16]
+    def _check(self, name: str, value: torch.Tensor) -> None:
+        mine = self.tensors.get(name)
+        if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+            raise WeightsError(f"tensor {name} does not fit the arena", "is it a file of another model?")

@@ -145,7 +145,7 @@ class ReplaySettings(Body):
     """What is mixed in against forgetting."""
 
     share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.25
-    """Share of replayed examples in a batch."""
+    """Share of replayed examples in a batch, which has at most 4096 examples, replay included."""
     match: ReplayMatch | None = None
     """`answer`: replay is trained on like the new examples. `distribution`: replay gives no gradient until the
     model drifts from what it said before the lesson, then KL(before || now) pulls it back; all `max_steps` are
@@ -215,6 +215,8 @@ class TrainRequest(Body):
     gate: GateSettings = GateSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lesson: LessonInfo = LessonInfo()
+    idempotency_key: Annotated[Unicode, Field(min_length=1, max_length=200)] | None = None
+    """Sent twice, a request with the same key starts one lesson: the second answer names the first one's."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -255,6 +257,18 @@ class TrainReply(Body):
     plan: dict[str, Any] | None = None
 
 
+class PhaseProgress(Body):
+    """How far a phase is."""
+
+    done: int
+    total: int
+    unit: str
+    """Of both: `probes`, `steps`, `tensors`, ..."""
+    per_s: float | None = None
+    """None: nothing is done yet."""
+    eta_s: float | None = None
+
+
 class JobStatus(Body):
     """`GET /v1/train/status?job=`."""
 
@@ -263,12 +277,18 @@ class JobStatus(Body):
     state: LessonState
     phase: str = ""
     """What is being done: waiting, measuring before, training, measuring after, ..."""
+    progress: PhaseProgress | None = None
+    """Of this phase; None where it cannot be counted."""
     step: int = 0
     steps: int = 0
     loss: float | None = None
     losses: list[float] = []
+    """Of the steps after `?after=` (without it the last 100), while the job lives; metrics.jsonl has them all."""
     tokens_per_s: float | None = None
     eta_s: float | None = None
+    """Until this phase ends."""
+    stopped_by: str = ""
+    """Why training stopped."""
     kl: dict[KlSet, float] = {}
     """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
     weights_version: str
@@ -283,7 +303,7 @@ class JobList(Body):
 
 
 class LessonList(Body):
-    """`GET /v1/lessons`: oldest first."""
+    """`GET /v1/lessons`: oldest first, without `moved`."""
 
     lessons: list[Lesson]
     weights_version: str

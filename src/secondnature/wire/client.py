@@ -79,6 +79,11 @@ class Client:
             Unreachable: nobody answers there.
             SecondnatureError: what the server said, as the exception that it was.
         """
+        return self._read(self._send(method, path, body))
+
+    def _send(
+        self, method: str, path: str, body: BaseModel | dict[str, Any] | None = None
+    ) -> httpx2.Response:
         sent: dict[str, Any] = {"json": body}
         if isinstance(body, BaseModel):
             sent = {
@@ -86,16 +91,16 @@ class Client:
                 "headers": {"content-type": "application/json"},
             }
         try:
-            response = self._http.request(method, path, **sent)
+            return self._http.request(method, path, **sent)
         except httpx2.TimeoutException:
             raise errors.Unreachable(
                 f"{self.url}{path}: no answer in time", "is the server overloaded?"
             ) from None
         except httpx2.TransportError as e:
             raise errors.Unreachable(f"{self.url}: {e}", "start one with `secondnature serve`") from None
-        return self._read(response)
 
-    def _read(self, response: httpx2.Response) -> Any:
+    def _read(self, response: httpx2.Response, *, unwell: bool = False) -> Any:
+        """The answer; `unwell`: also one that says 503 and is no error."""
         try:
             answer = response.json()
         except ValueError:
@@ -105,6 +110,8 @@ class Client:
             ) from None
         if response.is_error:
             said = cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
+            if unwell and response.status_code == 503 and "weights_version" in said:
+                return said
             error: Any = said.get("error", answer)
             if isinstance(error, dict) and "hint" in error:
                 raise errors.from_wire(cast("dict[str, Any]", error))
@@ -136,8 +143,8 @@ class Client:
         return cast("dict[str, Any]", found).get(field) if isinstance(found, dict) else None
 
     def health(self) -> Health:
-        """Is it there, and what does it serve?"""
-        return Health.model_validate(self.request("GET", "/v1/health"))
+        """Is it there, what does it serve, and is it well? One that is not well (503) answers too."""
+        return Health.model_validate(self._read(self._send("GET", "/v1/health"), unwell=True))
 
     def wiring(self) -> Wiring:
         """Does the engine compute with the memory that lessons are written into?"""
@@ -186,7 +193,7 @@ class Client:
         return CorrectionsReply.model_validate(self.request("POST", "/v1/corrections", body=body)).corrections
 
     def train(self, body: TrainRequest) -> TrainReply:
-        """Start a lesson (or plan it: `dry_run`)."""
+        """Start a lesson (or plan it: `dry_run`). To repeat it after `Unreachable`, send an `idempotency_key`."""
         return TrainReply.model_validate(self.request("POST", "/v1/train", body=body))
 
     def status(self, job: str) -> JobStatus:

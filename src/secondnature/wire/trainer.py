@@ -86,6 +86,12 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Server -> trainer: end the process."""
 
 
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """Trainer -> server: the first word, before anything heavy is imported; `Attach` may be sent now."""
+
+    pid: int
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """Trainer -> server: mapped and checked."""
 
@@ -94,10 +100,31 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """Trainer -> server: one line of metrics.jsonl (`kind`: step, look, kl)."""
+    """Trainer -> server: one line of metrics.jsonl (`kind`: step, look, kl), or how far a phase is.
+
+    `{"kind": "phase", "phase": a TrainerPhase, "done": n, "total": m}` (0: not known) is news, not a record: it is
+    told some times a second at most, and written nowhere.
+    """
 
     job: str
+    """Empty while the weights are mapped."""
     metric: dict[str, Any]
+
+
+TrainerPhase = Literal[
+    "mapping the weights",
+    "checking the model",
+    "loading the optimizer's state",
+    "recording answers for the KL",
+    "recording replay",
+    "reading the teacher",
+    "reading references",
+    "looking at development probes",
+    "training",
+    "measuring the KL",
+    "saving the optimizer's state",
+]
+"""What the trainer is doing, in the order in which a lesson comes through; looks come between the steps."""
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
@@ -109,6 +136,9 @@ class Done(msgspec.Struct, tag="done", frozen=True):
     kl: dict[str, float]
     moved: list[dict[str, Any]]
     stopped_by: str
+    """Why no further step was made: a key of `records.STOPPED_BY`, which has the sentences."""
+    optimizer_sha256: str = ""
+    """Of the optimizer's state as it lies on disk, 64 hex digits."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -119,7 +149,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 ToTrainer = Attach | Train | Cancel | Shutdown
-ToServer = Ready | Progress | Done | Failed
+ToServer = Hello | Ready | Progress | Done | Failed
 _encoder = msgspec.msgpack.Encoder()
 _to_trainer: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""The teaching parts around a running vLLM: home, arena, clock, keeper, trainer, routes (vLLM's API server).
+"""The teaching parts around a running vLLM: home, arena, clock, runner, trainer, routes (vLLM's API server).
 
 Start-up: the home was locked when the configuration was checked. Here the engine's memory is mapped, compared with
 the checkpoint that it was loaded from, brought to what the home's log stands for, and only then does vLLM open its
@@ -31,7 +31,7 @@ from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
 from secondnature.web.metrics import register
 from secondnature.weights import checkpoint
-from secondnature.weights.arena import content_id
+from secondnature.weights.content import ContentHasher
 from secondnature.wire import Wiring
 
 __all__ = ["begin"]
@@ -98,8 +98,8 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
     )
-    register(teaching.keeper, teaching.clock)
-    teaching.keeper.start()
+    register(teaching.runner, teaching.clock)
+    teaching.runner.start()
     LOG.info("secondnature: %s serves %s, home %s", name, teaching.clock.version, teaching.home.path)
 
 
@@ -166,21 +166,20 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     headers = {name: names.Header.of(tensor) for name, tensor in arena.tensors.items()}
     arena.seen_as(names.views(names.plan(directory, headers), arena.tensors))
     dtypes = {name: tensor.dtype for name, tensor in arena.tensors.items()}
-    base = checkpoint.read(directory, dtypes)
-    for name, tensor in base.items():
+    hasher = ContentHasher(home.base_version())
+    for name, tensor in checkpoint.stream(directory, dtypes):
+        hasher.add(name, tensor)
         if not torch.equal(tensor, arena.tensors[name]):
             raise UnsupportedModel(
                 f"{name}: the engine holds other values than {directory}",
                 "it changes weights while loading them, and a lesson's undo would not know how",
             )
-    version = content_id(base)
+    version = hasher.id()
     home.bind(directory, load.fingerprint(directory), version, "vllm")
     log = Log(home, directory, version, dtypes)
-    weights = log.truth()
-    kept = content_id(weights)
-    if kept != version:
-        arena.write(weights)
-    return Clock(arena, kept), log
+    if log.kept_version() != version:
+        arena.write(log.durable_weights())
+    return Clock(arena, log.kept_version()), log
 
 
 def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
@@ -207,6 +206,6 @@ def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
 
 def _stop(teaching: Teaching, ours: OwnThread) -> None:
     """Undo what is open, end the trainer, give the home back."""
-    teaching.keeper.stop()
+    teaching.runner.stop()
     ours.stop()
     teaching.home.close()

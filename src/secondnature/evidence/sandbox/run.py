@@ -1,11 +1,11 @@
 """Runs code that a model wrote, and regular expressions that a caller wrote, where they can do no harm (process A).
 
-`run_checks` starts one small process (walls.py, then zygote.py) for a whole batch and waits; inside, one forked
+`run_checks` starts one small process (confine.py, then zygote.py) for a whole batch and waits; inside, one forked
 and limited child per answer. Guaranteed by the kernel: a child opens no file and no socket, writes nothing, ends
 within its time and memory; seccomp and a network namespace stand behind that where the system allows them (`walls`
-says which do). Guaranteed by Python's audit hook only: that code does not reach into the harness that judges it.
-Not guaranteed: that an answer which passes is honest. It shares an interpreter with the assertions, so an object
-that claims to equal everything passes `==`; a check can ask for the type as well.
+says which do). Not guaranteed: that an answer which passes is honest. It shares an interpreter with the assertions
+and with the harness: an audit hook and emptied modules stand in the way, but a pass can be forged, most easily by
+an object that claims to equal everything. A pass says that an answer which did not set out to cheat is right.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _run(jobs: list[dict[str, Any]], limits: Limits) -> dict[str, Any]:
         },
     }
     patience_s = 60 + sum(5 * (len(job.get("regexes", ())) + 2) + limits.wall_s for job in jobs)
-    first = Path(__file__).with_name("walls.py")
+    first = Path(__file__).with_name("confine.py")
     devnull = os.open(os.devnull, os.O_RDWR)
     try:
         with tempfile.TemporaryDirectory(prefix="secondnature-") as empty:

@@ -1,6 +1,6 @@
 """First stage of the sandbox: put up the kernel's walls, then become the zygote (a process of its own).
 
-Run as `python -s -S -P -B walls.py DEVNULL_FD` with an empty environment; not imported by anything. An empty
+Run as `python -s -S -P -B confine.py DEVNULL_FD` with an empty environment; not imported by anything. An empty
 network namespace where the kernel allows one, then `no_new_privs` and a seccomp filter that refuses sockets,
 writing to the file system, io_uring, namespaces, tracing and the like, then exec of zygote.py. It is a stage of its
 own because it needs ctypes, which must not exist in a process that runs answers. A wall that cannot be put up is

@@ -1,12 +1,13 @@
 """Second stage of the sandbox: a small process that forks one limited child per check (a process of its own).
 
-Run by walls.py; not imported by anything. It reads all jobs from stdin, loads once what answers may import, drops
+Run by confine.py; not imported by anything. It reads all jobs from stdin, loads once what answers may import, drops
 root, forks (a millisecond instead of an interpreter's start), kills what overstays, and writes all rulings at once.
 
 A child can open nothing (RLIMIT_NOFILE 0: no file, socket or pipe, hence no further import), cannot fork or start a
-thread (RLIMIT_NPROC 0), has little memory and CPU, an emptied `os`, and an audit hook that refuses every event
-that is not known to be harmless. A pass is a secret written to a pipe after the last assertion; the secret lives in
-a frame that an answer cannot reach by any audited way (frames, gc, tracing) nor by signals (`signal` is empty).
+thread (RLIMIT_NPROC 0), has little memory and CPU, an audit hook that refuses every event that is not known to be
+harmless, and of all loaded modules only those that are named here: the rest, the import system too, is emptied.
+A pass is a secret written to a pipe after the last assertion. The kernel's limits are guaranteed; that an answer
+cannot get at the secret is not: the two share an interpreter, and what is kept here only makes that hard.
 """
 # ruff: noqa: SIM905 - lists of words, as words
 
@@ -41,14 +42,31 @@ encodings.utf_32 encodings.utf_8_sig encodings.unicode_escape encodings.raw_unic
 encodings.hex_codec encodings.rot_13 encodings.base64_codec
 """.split()
 """What the library itself imports late."""
-EMPTIED = (
-    "_posixsubprocess _signal _thread faulthandler fcntl gc os posix resource select signal threading".split()
-)
-"""Modules that a child keeps by name only, but for what the library needs of them:"""
-KEPT = frozenset(
-    "__name__ __spec__ __loader__ __doc__ fspath PathLike path sep altsep linesep strerror getpid urandom RLock "
-    "allocate_lock get_ident LockType".split()
-)
+NEEDED = """
+_abc _annotationlib _ast _bisect _blake2 _codecs _collections _collections_abc _colorize _contextvars _datetime
+_decimal _functools _hashlib _heapq _io _json _locale _md5 _opcode _opcode_metadata _operator _py_warnings
+_pydatetime _random _sha1 _sha2
+_sha256 _sha3 _sha512 _sre _stat _statistics _string _struct _suggestions _tokenize _types _typing _uuid
+_warnings _weakref _weakrefset annotationlib ast builtins codecs contextvars dis encodings encodings.aliases
+encodings.utf_8 genericpath html.entities inspect json.decoder json.encoder json.scanner linecache locale opcode
+posixpath re._casefix re._compiler re._constants re._parser stat stringprep token tokenize typing.io typing.re
+""".split()
+"""What those stand on. A module on none of the three lists is taken out of a child, its contents deleted."""
+KEPT = {
+    "_thread": "LockType RLock allocate_lock get_ident",
+    "gc": "collect disable enable isenabled",
+    "os": "PathLike altsep curdir extsep fspath getpid linesep name pardir path pathsep sep strerror urandom",
+    "sys": (
+        "__displayhook__ __excepthook__ __stderr__ __stdin__ __stdout__ __unraisablehook__ _getframemodulename "
+        "abiflags api_version argv builtin_module_names byteorder copyright displayhook exc_info excepthook "
+        "exception executable exit flags float_info float_repr_style get_int_max_str_digits getallocatedblocks "
+        "getdefaultencoding getfilesystemencodeerrors getfilesystemencoding getrecursionlimit getrefcount "
+        "getsizeof hash_info hexversion implementation int_info intern maxsize maxunicode modules path platform "
+        "prefix set_int_max_str_digits setrecursionlimit stderr stdin stdlib_module_names stdout thread_info "
+        "unraisablehook version version_info warnoptions"
+    ),
+}
+"""Modules of which these names (and the doc and the name) are all that a child keeps."""
 HARMLESS = frozenset(
     "compile exec builtins.id builtins.input builtins.input/result time.sleep object.__setattr__ "
     "object.__delattr__ array.__new__ sys.unraisablehook sys._getframemodulename".split()
@@ -134,7 +152,7 @@ def _run_answer(job: dict[str, Any], secret: bytes) -> NoReturn:
         where = "the answer"
         sys.modules["__main__"] = main
         _install_hook()
-        _empty_modules()
+        _keep_what_is_allowed()
         globals().clear()
         exec(answer, scope)  # noqa: S102 - this is what the sandbox is for
         where = "the check"
@@ -157,11 +175,32 @@ def _run_answer(job: dict[str, Any], secret: bytes) -> NoReturn:
     leave(1)
 
 
-def _empty_modules() -> None:
-    for name in EMPTIED:
-        contents = vars(sys.modules[name]) if name in sys.modules else {}
-        for key in [k for k in contents if k not in KEPT]:
+def _keep_what_is_allowed() -> None:
+    """Take every module out of this child that is not on the lists, and delete what it held.
+
+    The import system is among them: it could make a fresh copy of what was emptied. What C code asks of it by name
+    (`from PACKAGE import NAME`, `repr(MODULE)`) is put back; the hook has refused a real import before.
+    """
+    imports = sys.modules["_frozen_importlib"]
+    whole = {*IMPORTABLE, *LAZY, *NEEDED, "__main__"} - KEPT.keys()
+    for name, module in list(sys.modules.items()):
+        if name in whole:
+            continue
+        kept = {"__name__", "__doc__", *KEPT.get(name, "").split()}
+        contents = vars(module)
+        for key in [k for k in contents if k not in kept]:
             del contents[key]
+        if name not in KEPT:
+            del sys.modules[name]
+    vars(imports).update(_handle_fromlist=_as_it_is, _module_repr=_module_repr)
+
+
+def _as_it_is(module: types.ModuleType, _names: object, _import: object) -> types.ModuleType:
+    return module
+
+
+def _module_repr(module: types.ModuleType) -> str:
+    return f"<module {module.__name__!r}>"
 
 
 def _run_regexes(items: list[list[str]]) -> NoReturn:

@@ -1,0 +1,234 @@
+"""What the tests say of one probe set: one decision, with the p, levels and limits that belong to it (any process).
+
+`compare` is a pure function of the counts. All that people read (table, sentence, page) is worded from `decision`,
+so no two places say different things. The limits of the difference invert the tests: the lower one that for the
+gain (at 0) or against the margin, the upper one that for harm (at 0). Where a test has no form of its own at other
+differences (McNemar), the exact score test is inverted there, and the tested difference falls on the side that the
+test says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from secondnature.evidence.power import EXACT_N, gain_n_needed, noninferiority_n_needed
+from secondnature.evidence.statistics import (
+    Cluster,
+    clopper_pearson,
+    cluster_sign_flip,
+    difference_p,
+    mcnemar_mid_p,
+    noninferiority_p,
+    scenario_counts,
+    score_p,
+    shifted_sign_flip,
+)
+from secondnature.records import Comparison, Decision, GateSettings
+
+HOPELESS = 0.20
+"""A guard with a lower pass rate before the lesson guards nothing: it is shown, not judged."""
+POWER = 0.80
+"""With this chance the n that is asked for would do."""
+LEAST_LEVEL = 1e-300
+"""No p is told apart from 0 below this; about a thousand retries."""
+RESOLUTION = 5e-4
+"""Of the limits: a twentieth of a point."""
+
+ProbeRole = Literal["gain", "other", "guard"]
+Family = Callable[[float], float]
+"""The p of "the difference is at most this", for each difference."""
+
+
+def level(gate: GateSettings, num_retries: int) -> float:
+    """The level of the tests: halved for each earlier try with the same corrections."""
+    return max(math.ldexp(gate.alpha, -num_retries), LEAST_LEVEL)
+
+
+def compare(
+    *,
+    name: str,
+    role: ProbeRole,
+    n: int,
+    num_seeds: int,
+    before: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    gate: GateSettings,
+    num_retries: int = 0,
+) -> Comparison:
+    """Judge one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
+    alpha = level(gate, num_retries)
+    margin = {"gain": None, "other": gate.other_margin, "guard": gate.guard_margin}[role]
+    after = before + gains - losses
+    p, method = _p(n, gains, losses, clusters, margin)
+    mirrored = [(size, lost, gained) for size, gained, lost in clusters]
+    harm_p = cluster_sign_flip(mirrored) if clusters else mcnemar_mid_p(losses, gains)
+    few, notes = _few(role, n, num_seeds, gate)
+    hopeless = role != "gain" and before < HOPELESS * n
+    point, tested = (gains - losses) / n, 0.0 if margin is None else -margin
+    shown, harm = p <= alpha and point > tested, harm_p <= gate.alpha and point < 0
+    decision = _decide(role, shown, harm, few or hopeless, hopeless, gains > losses)
+    if decision in ("not_shown", "not_judged", "no_gain") and not hopeless:
+        needed = _n_needed(role, n, num_seeds, gains, losses, clusters, alpha, gate)
+    else:
+        needed = None
+    if hopeless:
+        notes = [f"passed only {before} of {n} before the lesson: it guards nothing and is not judged"]
+    elif decision == "harmed":
+        notes = []
+    return Comparison(
+        name=name,
+        role=role,
+        n=n,
+        num_seeds=num_seeds,
+        before=before,
+        after=after,
+        gains=gains,
+        losses=losses,
+        before_interval=clopper_pearson(before, n),
+        after_interval=clopper_pearson(after, n),
+        difference_interval=(
+            _lower_limit(n, gains, losses, clusters, margin, alpha, shown),
+            -_lower_limit(n, losses, gains, mirrored, None, gate.alpha, harm),
+        ),
+        margin=margin,
+        alpha=alpha,
+        method=method,
+        p=p,
+        decision=decision,
+        passed=None if decision == "not_judged" else decision in ("gained", "held"),
+        harm_p=harm_p,
+        harm_alpha=gate.alpha,
+        harmed=decision == "harmed",
+        n_needed=needed,
+        clusters=list(clusters),
+        note="; ".join(notes),
+    )
+
+
+def _decide(role: ProbeRole, shown: bool, harm: bool, unjudged: bool, hopeless: bool, more: bool) -> Decision:
+    """`shown` and `harm` are what the two tests say, `more` whether there are more gains than losses."""
+    if harm and not shown and not hopeless:
+        return "harmed"
+    if unjudged:
+        return "not_judged"
+    if shown:
+        return "gained" if role == "gain" else "held"
+    return "no_gain" if role == "gain" and not more else "not_shown"
+
+
+def _p(
+    n: int, gains: int, losses: int, clusters: Sequence[Cluster], margin: float | None
+) -> tuple[float, str]:
+    """p of what is to be shown, and the name of the test."""
+    if margin is None:
+        if clusters:
+            return cluster_sign_flip(clusters), "cluster-sign-flip/1"
+        return mcnemar_mid_p(gains, losses), "mcnemar-midp/1"
+    size, up, down = _observations(clusters, n, gains, losses)
+    p = noninferiority_p(size, down, up, margin)
+    if not clusters:
+        return p, "exact-paired-noninferiority/1"
+    p = max(p, shifted_sign_flip(clusters, -margin))
+    return p, "exact-paired-noninferiority/1+scenario-means/1+shifted-sign-flip/1"
+
+
+def _observations(clusters: Sequence[Cluster], n: int, gains: int, losses: int) -> tuple[int, float, float]:
+    return scenario_counts(clusters) if clusters else (n, gains, losses)
+
+
+def _few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[bool, list[str]]:
+    """Whether there are too few probes to judge by, and what is said of their number."""
+    if role == "gain":
+        if n >= gate.min_gain_probes and num_seeds >= gate.min_gain_seeds:
+            return False, []
+        return True, [
+            f"{n} probes from {num_seeds} scenarios; at least {gate.min_gain_probes} from "
+            f"{gate.min_gain_seeds} are asked for"
+        ]
+    minimum = gate.min_other_probes if role == "other" else gate.min_guard_probes
+    notes = [f"{n} probes of {num_seeds} scenarios count as {num_seeds}"] if num_seeds < n else []
+    return n < minimum, notes + ([f"at least {minimum} probes are asked for"] if n < minimum else [])
+
+
+def _n_needed(
+    role: ProbeRole,
+    n: int,
+    num_seeds: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    alpha: float,
+    gate: GateSettings,
+) -> int | None:
+    """How many probes with these flip rates would do; None where no number would."""
+    size, up, down = _observations(clusters, n, gains, losses)
+    few, _ = _few(role, n, num_seeds, gate)
+    if role == "gain":
+        needed = gain_n_needed(up / size, down / size, alpha, POWER)
+        least = gate.min_gain_probes
+        if num_seeds < gate.min_gain_seeds:
+            least = max(least, math.ceil(gate.min_gain_seeds * n / num_seeds))
+    else:
+        margin = gate.other_margin if role == "other" else gate.guard_margin
+        needed = noninferiority_n_needed(up / size, down / size, margin, alpha, POWER)
+        least = gate.min_other_probes if role == "other" else gate.min_guard_probes
+    if needed is not None:
+        return max(least, math.ceil(needed * n / size))
+    return least if few else None
+
+
+def _lower_limit(
+    n: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    margin: float | None,
+    alpha: float,
+    shown: bool,
+) -> float:
+    """The lower limit of the difference: all below it is refused at `alpha`.
+
+    What was tested (minus the margin, or 0) lies outside exactly where it was refused (`shown`), and the observed
+    difference inside.
+    """
+    tested, point = (0.0 if margin is None else -margin), (gains - losses) / n
+    outer, inner = (tested, max(point, tested)) if shown else (-1.0, min(point, tested))
+    if not clusters:
+        border = _border(lambda d: score_p(n, losses, gains, d), alpha, outer, inner)
+        if n > EXACT_N:
+            return border
+        return _border_near(lambda d: difference_p(n, losses, gains, d), alpha, outer, inner, border)
+    low = _border(lambda d: shifted_sign_flip(clusters, d), alpha, outer, inner)
+    if margin is None:
+        return low
+    size, up, down = scenario_counts(clusters)
+    return min(low, _border(lambda d: score_p(size, down, up, d), alpha, outer, inner))
+
+
+def _border(p: Family, alpha: float, outer: float, inner: float) -> float:
+    """By bisection: the smallest difference that is not refused, between one that is and one that is not."""
+    while inner - outer > RESOLUTION:
+        middle = (inner + outer) / 2
+        if p(middle) <= alpha:
+            outer = middle
+        else:
+            inner = middle
+    return inner
+
+
+def _border_near(p: Family, alpha: float, outer: float, inner: float, guess: float) -> float:
+    """The same, where each p costs and a guess is good: steps away from it until the border lies between two."""
+    step = 8 * RESOLUTION
+    refused = p(guess) <= alpha
+    while True:
+        outer, inner = (guess, inner) if refused else (outer, guess)
+        guess += step if refused else -step
+        if not outer < guess < inner:
+            return _border(p, alpha, outer, inner)
+        if (p(guess) <= alpha) != refused:
+            return _border(p, alpha, *((outer, guess) if refused else (guess, inner)))
+        step *= 2

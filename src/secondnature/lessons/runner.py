@@ -1,0 +1,530 @@
+"""The runner: one thread that does everything that changes the log or the weights, one lesson at a time (server).
+
+Nothing else writes while a lesson runs or is on trial. Requests hand it commands and wait; whatever takes long
+checks in, and commands are served meanwhile. Whatever a turn raises, of whatever kind, the thread goes on: the
+weights are restored until they are whole, an entry stays open until then, and before that nothing else begins.
+`health` tells of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+from secondnature.config import Settings
+from secondnature.engines.stamps import Clock
+from secondnature.errors import (
+    Busy,
+    Cancelled,
+    Conflict,
+    NotFound,
+    SecondnatureError,
+    StorageError,
+    TrainingError,
+    Unreachable,
+    WeightsError,
+    WrongState,
+)
+from secondnature.lessons.job import Ending, Job
+from secondnature.lessons.ledger import Ledger
+from secondnature.lessons.life import Life
+from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log, Pruned
+from secondnature.lessons.own_answers import OwnAnswers
+from secondnature.lessons.planner import Plan, Planner
+from secondnature.lessons.prober import Prober
+from secondnature.lessons.reverted import Reverted
+from secondnature.lessons.trained import Trained
+from secondnature.lessons.trainer import Trainer
+from secondnature.lessons.weights import ServedWeights
+from secondnature.records import ErrorInfo, Lesson, digest, to_jsonl, utc_now
+from secondnature.weights.arena import Arena
+from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
+
+__all__ = ["Runner"]
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+COMMAND_TIMEOUT_S = 50.0
+"""Less than a client waits: what could not be begun by then is not done, and the client is told so."""
+CANCEL_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
+"""So long may a stop take to undo what is open; the next start would do it too."""
+MAX_PAUSE_S = 30.0
+"""Between two tries of what failed; doubled from one to the next."""
+
+
+class Runner:
+    """The one that changes the weights."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        log: Log,
+        ledger: Ledger,
+        arena: Arena,
+        clock: Clock,
+        trainer: Trainer,
+        prober: Prober,
+        planner: Planner,
+        own_answers: OwnAnswers,
+    ) -> None:
+        self._settings = settings
+        self.log = log
+        self.ledger = ledger
+        self.weights = ServedWeights(arena, clock, log)
+        self._clock = clock
+        self.trainer = trainer
+        self._prober = prober
+        self._planner = planner
+        self._own_answers = own_answers
+        self._waiting: deque[Job] = deque()
+        self._jobs: dict[str, Job] = {}
+        """Those that wait, and the one that lives."""
+        self._current: Job | None = None
+        self._life: Life | None = None
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._fold_due: float | None = None
+        self._retry_at = 0.0
+        self._failures = 0
+        self._fault = ""
+        """What the last turn raised; empty: it went well."""
+        self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
+
+    # ---------------------------------------------------------------------------------- from any thread
+
+    @property
+    def trouble(self) -> str:
+        """Why `/health` says degraded; empty: all is well."""
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._stop.is_set():
+            return "the thread that leads lessons has ended: restart the server"
+        found = {
+            "the weights": self.weights.dirty,
+            "the disk": "it does not confirm what was kept" if self.log.unsynced else "",
+            "the last turn": self._fault,
+            "the trainer": self.trainer.trouble,
+        }
+        told = [f"{what}: {why}" for what, why in found.items() if why]
+        return "; ".join(told) + "; it is tried again" if told else ""
+
+    def start(self) -> None:
+        """Begin; the trainer is started at once, so that it is ready when the first lesson comes."""
+        if self.log.chain():  # the home may have waited for its working copy since long
+            self._fold_due = time.monotonic() + self._settings.checkpoint_after_s
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End: a lesson that runs or is on trial is undone; within a limit, whatever hangs."""
+        self._stop.set()
+        if self._current is not None:
+            self._current.cancel.set()
+        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            LOG.error("the runner does not end: what is open is undone at the next start")
+        self.trainer.stop()
+
+    def submit(self, request: TrainRequest) -> TrainReply:
+        """Check and plan a job, write its entry, queue it; the same idempotency key twice gives one job.
+
+        Raises:
+            Busy: too many jobs wait, or the runner had no time for it; nothing was accepted.
+            Conflict: another request had this idempotency key.
+            BadInput, BadExample, ContextOverflow: see `Planner.plan`.
+            StorageError: the disk refused; nothing was accepted.
+        """
+        plan = self._planner.plan(request, self.ledger.all(), self.log.earlier()[0])
+        self._prober.check(request.probes)
+        if request.dry_run:
+            return TrainReply(job="dry-run", lesson=None, state="planned", plan=plan.summary())
+        return self._do(lambda: self._accept(request, plan))
+
+    def status(self, job: str, after: int | None = None) -> JobStatus:
+        """One job; `after`: with the losses of the steps after this one. Raises NotFound."""
+        live = self._jobs.get(job)
+        if live is not None:
+            return live.status(self._clock.read().version, after)
+        for lesson in self.log.all():
+            if lesson.job == job and lesson.kind == "train":
+                return self._ended(lesson, whole=True)
+        raise NotFound(f"no job {job!r}", "`GET /v1/train/status` lists them")
+
+    def statuses(self) -> list[JobStatus]:
+        """Every job of this home, oldest first; of those that have ended, without evidence."""
+        version = self._clock.read().version
+        found: list[JobStatus] = []
+        for lesson in self.log.all():
+            if lesson.kind == "train":
+                live = self._jobs.get(lesson.job)
+                found.append(live.status(version, None) if live else self._ended(lesson, whole=False))
+        return found
+
+    def _ended(self, lesson: Lesson, *, whole: bool) -> JobStatus:
+        return JobStatus(
+            job=lesson.job,
+            lesson=lesson.id,
+            state=lesson.state,
+            phase="done",
+            step=lesson.steps,
+            steps=lesson.steps,
+            loss=lesson.loss,
+            kl=lesson.kl,
+            stopped_by=lesson.stopped_by,
+            weights_version=self._clock.read().version,
+            evidence=self.log.evidence(lesson) if whole else None,
+            error=lesson.error,
+        )
+
+    def cancel(self, job: str) -> JobStatus:
+        """End a job; returns when it is undone. Raises NotFound, WrongState."""
+        live = self._jobs.get(job)
+        if live is None:
+            state = self.status(job).state
+            raise WrongState(f"job {job} is {state} already", "use revert to take back a kept lesson")
+        live.cancel.set()
+        self._do(self._drop_cancelled)
+        deadline = time.monotonic() + CANCEL_TIMEOUT_S
+        while job in self._jobs and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.status(job)
+
+    def keep(self, lesson_id: str) -> Lesson:
+        """Keep the lesson on trial. Raises NotFound, WrongState."""
+        return self._do(lambda: self._keep_command(lesson_id))
+
+    def revert(self, lesson_id: str) -> Lesson:
+        """Undo the lesson on trial, or take back the newest kept one. Raises NotFound, WrongState, Conflict."""
+        return self._do(lambda: self._revert_command(lesson_id))
+
+    def checkpoint(self) -> CheckpointReply:
+        """Bring the working copy up to date with the kept lessons now. Raises StorageError."""
+
+        def command() -> CheckpointReply:
+            self._fold()
+            return self.checkpoint_state()
+
+        return self._do(command)
+
+    def checkpoint_state(self) -> CheckpointReply:
+        """What the working copy holds."""
+        path, version, _ = self.log.checkpoint_state()
+        held = version or self.log.base_version
+        return CheckpointReply(path=str(path), weights_version=held, current=held == self.log.kept_version())
+
+    def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
+        """See `Log.prune`. Raises StorageError."""
+        return self._do(lambda: self.log.prune(keep_states, keep_deltas))
+
+    def _do(self, command: Callable[[], T]) -> T:
+        """Run a command on the runner's thread, between its own steps: done, or never begun.
+
+        Raises:
+            Busy: it could not be begun in time, and will not be.
+            Unreachable: the server is shutting down.
+        """
+        if self._stop.is_set() or not self._thread.is_alive():
+            raise Unreachable("the server is shutting down", "start it again")
+        future: Future[T] = Future()
+        self._commands.put((command, future))
+        try:
+            return future.result(timeout=COMMAND_TIMEOUT_S)
+        except TimeoutError:
+            if future.cancel():
+                raise Busy(
+                    "the server was too busy to begin with it; nothing was done", "try again"
+                ) from None
+        return future.result()  # it was begun: it will end
+
+    # ---------------------------------------------------------------------------------- the runner's thread
+
+    def _serve_commands(self, wait_s: float = 0.0) -> None:
+        """Run what was handed over; waits up to `wait_s` for the first command."""
+        try:
+            command, future = self._commands.get(timeout=wait_s) if wait_s else self._commands.get_nowait()
+        except queue.Empty:
+            return
+        while True:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(command())
+                except BaseException as e:  # noqa: BLE001  (it belongs to the caller, on whose thread it is raised)
+                    future.set_exception(e)
+            try:
+                command, future = self._commands.get_nowait()
+            except queue.Empty:
+                return
+
+    def _live(self) -> None:
+        """The supervisor: whatever a turn raises is told, and the next turn begins."""
+        while not self._stop.is_set():
+            try:
+                self._turn()
+            except BaseException as e:  # noqa: BLE001  (the thread outlives whatever a turn raises)
+                self._failed(e)
+        self._wind_down()
+
+    def _failed(self, error: BaseException) -> None:
+        """Nothing that this does may raise: it runs where memory or the disk may be full."""
+        self._failures += 1
+        self._retry_at = time.monotonic() + min(MAX_PAUSE_S, 0.25 * 2 ** min(self._failures, 10))
+        self._fault = f"{type(error).__name__}: {error}"
+        LOG.error("a turn failed and is tried again: %s", self._fault, exc_info=error)
+
+    def _turn(self) -> None:
+        """A little of everything, the weights first. Raises whatever was wrong."""
+        self._serve_commands(wait_s=0.05)
+        if time.monotonic() < self._retry_at:
+            return
+        if self._current is not None:
+            self._finish(self._current)  # it could not be ended before
+        elif self.weights.dirty:
+            self._restore()
+        if self.log.unsynced:
+            self.log.sync()
+        self.trainer.tend()
+        if self._must_fold():
+            self._fold_quietly()
+        self._failures, self._fault = 0, ""
+        if self._waiting and not self._stop.is_set():
+            self._lead(self._waiting.popleft())
+
+    def _wind_down(self) -> None:
+        """Undo and cancel what is open; each on its own, for the next start does what fails here."""
+        for job in [self._current, *self._waiting]:
+            try:
+                if job is not None and job.ending is not None:
+                    self._finish(job)
+                elif job is not None:
+                    self._end(job, Ending("cancelled", "the server ended while it was waiting"))
+            except BaseException:
+                LOG.exception("at the end; the next start does it")
+        while not self._commands.empty():
+            _, future = self._commands.get_nowait()
+            try:
+                future.set_exception(Unreachable("the server is shutting down", "start it again"))
+            except InvalidStateError:  # whoever asked has given up
+                continue
+
+    def _drop_cancelled(self) -> None:
+        """What waits and was cancelled need not wait for the lesson that holds the weights."""
+        for job in [j for j in self._waiting if j.cancel.is_set()]:
+            self._end(job, Ending("cancelled", "cancelled while it was waiting"))
+            self._waiting.remove(job)
+
+    def _lead(self, job: Job) -> None:
+        """One lesson, from running to its end. What cannot be ended now stays `_current`. Raises: as `_finish`."""
+        self._current = job
+        if job.cancel.is_set():
+            job.ending = Ending("cancelled", "cancelled while it was waiting")
+        else:
+            job.ending = self._ending_of(job)
+        if job.ending is None:
+            self._forget(job)
+            self._fold_due = self._fold_due or time.monotonic() + self._settings.checkpoint_after_s
+            self._prune_quietly()
+        else:
+            self._finish(job)
+
+    def _ending_of(self, job: Job) -> Ending | None:
+        """Its life; how it is to end, or None where it was kept."""
+
+        def check_in() -> None:
+            self._serve_commands()
+            if job.cancel.is_set():
+                raise Cancelled("cancelled")
+
+        parts = {"log": self.log, "prober": self._prober}
+        change = Trained(
+            job, planner=self._planner, own_answers=self._own_answers, trainer=self.trainer, **parts
+        )
+        self._life = Life(
+            job,
+            change,
+            settings=self._settings,
+            weights=self.weights,
+            check_in=check_in,
+            wait=self._serve_commands,
+            **parts,
+        )
+        try:
+            return self._life.run()
+        except Cancelled as e:
+            ending = Ending("cancelled", e.message)
+        except SecondnatureError as e:
+            ending = Ending("failed", f"{e.type}: {e.message}", ErrorInfo(**e.to_wire()))
+        except BaseException as e:
+            LOG.exception("lesson %s", job.lesson.id)
+            error = TrainingError(f"internal error: {e!r}", "please report it, with the server's log")
+            ending = Ending("failed", error.message, ErrorInfo(**error.to_wire()))
+        finally:
+            self._life = None
+        if job.lesson.state == "kept":  # it was committed: whatever came after that does not undo it
+            LOG.error("lesson %s is kept, but: %s", job.lesson.id, ending.reason)
+            self.weights.dirty = ending.reason  # they are most likely right: `restore` finds out
+            return None
+        if self._stop.is_set():
+            words = "on trial" if job.lesson.state == "on_trial" else "running"
+            return Ending("undone", f"the server ended while it was {words}")
+        return ending
+
+    def _finish(self, job: Job) -> None:
+        """Make the weights whole again, to the byte, and only then say so in the log.
+
+        Raises whatever keeps it from that; the entry is open until then.
+        """
+        assert job.ending is not None, "whoever finishes a job has decided how"
+        self._restore(job)
+        self._end(job, job.ending)
+        self._current = None
+
+    def _restore(self, job: Job | None = None) -> None:
+        """The weights that the log stands for, written into memory; nobody else may be writing."""
+        if self.trainer.may_write:
+            self.weights.dirty = "a trainer that was killed has not ended yet"
+            raise WeightsError(self.weights.dirty, "it is tried again")
+        if job is not None:
+            job.enter("undoing", "tensors")
+
+        def on_tensor(done: int, total: int) -> None:
+            if job is not None:
+                job.count(done, total)
+            self._serve_commands()
+
+        self.weights.restore(on_tensor)
+
+    def _end(self, job: Job, ending: Ending) -> None:
+        """Write down how a lesson ended, whose weights are gone. Never raises for the disk."""
+        ended = job.lesson.model_copy(
+            update={
+                "state": ending.state,
+                "reason": ending.reason,
+                "error": ending.error,
+                "ended_at": utc_now(),
+                "trial_until": None,
+            }
+        )
+        try:
+            job.lesson = self.log.save(ended)
+            for name in (DELTA_FILE, OPTIMIZER_FILE):  # nothing will ever need them
+                (self.log.directory(ended) / name).unlink(missing_ok=True)
+        except (StorageError, OSError) as e:  # the next start does it: an open lesson is never kept
+            LOG.warning("lesson %s is %s, but could not be written down: %s", ended.id, ending.state, e)
+            self.log.remember(ended)
+            job.lesson = ended
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        """It has ended: the log knows all that is asked of it from now on."""
+        job.enter("done")
+        self._jobs.pop(job.lesson.job, None)
+        if self._current is job:
+            self._current = None
+
+    # --------------------------------------------------------------------------------------- commands
+
+    def _accept(self, request: TrainRequest, plan: Plan) -> TrainReply:
+        key = request.idempotency_key
+        asked = digest(request.model_dump(mode="json", exclude={"idempotency_key"})) if key else None
+        known = self.log.by_idempotency_key(key) if key else None
+        if known is not None:
+            if known.request_digest != asked:
+                raise Conflict(
+                    f"another request had the idempotency key {key!r}; it made lesson {known.id}",
+                    "give each lesson a key of its own",
+                )
+            return TrainReply(job=known.job, lesson=known.id, state=known.state)
+        if len(self._waiting) >= self._settings.max_jobs:
+            raise Busy(
+                f"{len(self._waiting)} jobs are waiting; at most {self._settings.max_jobs} may", "try later"
+            )
+        behaviour = request.lesson.behaviour or next(
+            (c.behaviour for c in plan.corrections if c.behaviour), None
+        )
+        lesson = self.log.create(
+            "train",
+            behaviour or "lesson",
+            files={"corrections.jsonl": to_jsonl(plan.corrections)} if plan.corrections else None,
+            behaviour=behaviour,
+            note=request.lesson.note,
+            idempotency_key=key,
+            request_digest=asked,
+            cause=plan.cause(0),
+            settings=plan.settings(),
+        )
+        job = Job(lesson, plan, request)
+        self._jobs[lesson.job] = job
+        self._waiting.append(job)
+        return TrainReply(job=lesson.job, lesson=lesson.id, state="queued", plan=plan.summary())
+
+    def _keep_command(self, lesson_id: str) -> Lesson:
+        lesson = self.log.get(lesson_id)
+        job = self._on_trial(lesson)
+        if job is None or self._life is None:
+            raise WrongState(
+                f"lesson {lesson.id} is {lesson.state}, not on trial", "only a lesson on trial can be kept"
+            )
+        self._life.keep("kept by hand")
+        return job.lesson
+
+    def _on_trial(self, lesson: Lesson) -> Job | None:
+        """The job that waits for somebody's word about this lesson. Raises WrongState: it does not wait yet."""
+        job = self._current
+        if job is None or job.lesson.id != lesson.id:
+            return None
+        if job.phase != "on trial" or job.ending is not None:
+            raise WrongState(f"lesson {lesson.id} is {job.phase}", "wait for it, or cancel its job")
+        return job
+
+    def _revert_command(self, lesson_id: str) -> Lesson:
+        lesson = self.log.get(lesson_id)
+        job = self._on_trial(lesson)
+        if job is not None:
+            job.ending = Ending("undone", "undone by hand")
+            self._finish(job)
+            return job.lesson
+        if self._current is not None:
+            raise Conflict(
+                f"lesson {self._current.lesson.id} holds the weights ({self._current.phase})",
+                "wait for it, or cancel it",
+            )
+        change = Reverted(lesson, log=self.log, weights=self.weights)
+        change.prepare(_nothing)
+        entry = change.apply(_nothing)
+        self._fold_due = self._fold_due or time.monotonic() + self._settings.checkpoint_after_s
+        return entry
+
+    # ------------------------------------------------------------------------------------------ the disk
+
+    def _must_fold(self) -> bool:
+        """The chain of deltas is long, or the working copy is old."""
+        due = self._fold_due is not None and time.monotonic() > self._fold_due
+        return due or len(self.log.chain()) > self._settings.max_chain
+
+    def _fold(self) -> None:
+        self.weights.fold()
+        self._fold_due = None
+
+    def _fold_quietly(self) -> None:
+        """What fails here is tried again: nothing depends on it but the time that an undo takes."""
+        try:
+            self._fold()
+        except SecondnatureError as e:
+            LOG.warning("no checkpoint now: %s", e)
+            self._fold_due = time.monotonic() + self._settings.checkpoint_after_s
+            self._retry_at = time.monotonic() + 1.0
+
+    def _prune_quietly(self) -> None:
+        try:
+            self.log.prune(self._settings.keep_states)
+        except SecondnatureError as e:
+            LOG.warning("nothing was pruned now: %s", e)
+
+
+def _nothing() -> None:
+    """A revert is quick, and nobody may come between."""

@@ -1,0 +1,166 @@
+"""A change by the trainer: corrections, replay and the model's own answers become small steps (server).
+
+What enters a batch is read here, when the lesson begins, and not when it was queued: the plan is made again with
+the lessons that were kept meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from secondnature import wire
+from secondnature.engines.base import GenerationResult
+from secondnature.errors import Cancelled
+from secondnature.lessons.change import CheckIn
+from secondnature.lessons.job import Job
+from secondnature.lessons.log import OPTIMIZER_FILE, Log
+from secondnature.lessons.own_answers import OwnAnswers
+from secondnature.lessons.planner import Planner
+from secondnature.lessons.prober import Prober
+from secondnature.lessons.trainer import Trainer
+from secondnature.records import Lesson, Moved
+
+__all__ = ["Trained"]
+
+LOG = logging.getLogger(__name__)
+
+
+class Trained:
+    """The change that a `POST /v1/train` asks for."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        log: Log,
+        planner: Planner,
+        prober: Prober,
+        own_answers: OwnAnswers,
+        trainer: Trainer,
+    ) -> None:
+        self._job = job
+        self._log = log
+        self._planner = planner
+        self._prober = prober
+        self._own_answers = own_answers
+        self._trainer = trainer
+        self._examples: list[wire.Work] = []
+        self._replay: list[wire.Work] = []
+        self.answers: list[GenerationResult] = []
+        """The greedy answers to the plan's samples, before."""
+
+    def plan_again(self) -> None:
+        """The plan with what is kept now; the corrections stay those that were accepted. Raises as `plan`."""
+        job = self._job
+        earlier, unreadable = self._log.earlier()
+        plan = self._planner.plan(job.request, job.plan.corrections, earlier)
+        left_out = {**plan.left_out, **({"unreadable lessons": len(unreadable)} if unreadable else {})}
+        job.plan = replace(plan, skipped=job.plan.skipped, left_out=left_out)
+
+    def prepare(self, check_in: CheckIn) -> None:
+        """Ask the model for what only it can say: answers to compare, to distil, to replay."""
+        job, plan = self._job, self._job.plan
+
+        def count(done: int, total: int) -> None:
+            job.count(done, total)
+            check_in()
+
+        self.answers = self.sample(check_in)
+        self._examples, self._replay = list(plan.examples), list(plan.replay)
+        if plan.distilled or plan.own:
+            job.enter("sampling answers", "answers")
+        if plan.distilled:
+            self._examples += self._own_answers.distil(plan.distilled, plan.sdft, count, seed=plan.seed)
+        if plan.own:
+            self._replay += self._own_answers.own(
+                plan.own, count, temperature=plan.own_temperature, seed=plan.seed, hold=plan.hold_own
+            )
+
+    def sample(self, check_in: CheckIn) -> list[GenerationResult]:
+        """The greedy answers to the sample prompts, by the weights as they are."""
+
+        def count(done: int, total: int) -> None:
+            self._job.count(done, total)
+            check_in()
+
+        samples = self._job.plan.samples
+        self._job.enter("answering samples", "answers", len(samples))
+        return self._prober.answers([s.context for s in samples], count)
+
+    def apply(self, check_in: CheckIn) -> Lesson:
+        """Train. Raises Cancelled, TrainerDied, or what the trainer found."""
+        job = self._job
+        message = self._message()
+        job.enter("waiting for the trainer")
+        self._trainer.ensure(check_in)
+        job.enter("training", "steps", job.plan.steps)
+        done = self._trainer.run(message, self._on_progress, lambda: _asks_to_end(check_in))
+        if job.cancel.is_set():
+            raise Cancelled("cancelled")
+        moved = [Moved.model_validate(m) for m in done.moved]
+        self._log.write_moved(job.lesson, moved)
+        return job.lesson.model_copy(
+            update={
+                "steps": done.steps,
+                "loss": done.loss,
+                "kl": done.kl,
+                "optimizer_after": job.lesson.id,
+                "optimizer_sha256": done.optimizer_sha256 or None,
+                "stopped_by": done.stopped_by,
+                "reason": done.stopped_by,
+            }
+        )
+
+    def _message(self) -> wire.Train:
+        job, plan = self._job, self._job.plan
+        state = self._log.optimizer_file(plan.optimizer.rank)
+        kl: dict[str, list[wire.Work]] = {"new": [], "replay": []}
+        for sample, answer in zip(plan.samples, self.answers, strict=True):
+            kl[sample.on].append(wire.Work(sample.context, answer.token_ids))
+        return wire.Train(
+            job=job.lesson.job,
+            lesson=job.lesson.id,
+            objective=plan.objective,
+            steps=plan.steps,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+            examples=self._examples,
+            replay=self._replay,
+            replay_share=plan.replay_share,
+            replay_weight=plan.replay_weight,
+            learned_loss=plan.learned_loss,
+            optimizer=plan.optimizer.model_dump(mode="json"),
+            optimizer_in=str(state) if state is not None else None,
+            optimizer_out=str(self._log.directory(job.lesson) / OPTIMIZER_FILE),
+            development=plan.development,
+            until_margin=plan.until_margin,
+            until_passed=plan.until_passed,
+            look_every=plan.look_every,
+            kl=kl,
+        )
+
+    def _on_progress(self, metric: dict[str, object]) -> None:
+        job = self._job
+        if metric.get("kind") == "phase":
+            job.enter(str(metric["phase"]), str(metric.get("unit", "")))
+            job.count(int(str(metric.get("done", 0))), int(str(metric.get("total", 0))))
+            return
+        self._log.add_metric(job.lesson, metric)
+        if metric.get("kind") == "step":
+            if job.phase != "training":  # after a phase of another kind
+                job.enter("training", "steps", job.plan.steps)
+            job.step = int(str(metric["step"]))
+            job.losses.append(float(str(metric["loss"])))
+            rate = metric.get("tokens_per_s")
+            job.tokens_per_s = float(str(rate)) if rate is not None else None
+            job.count(job.step, job.plan.steps)
+
+
+def _asks_to_end(check_in: CheckIn) -> bool:
+    """Whether somebody wants the trainer to end."""
+    try:
+        check_in()
+    except Cancelled:
+        return True
+    return False

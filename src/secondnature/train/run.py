@@ -1,0 +1,318 @@
+"""One training job, from its message to the optimizer's state on disk (trainer).
+
+Whatever must be known of the weights as they were (KL, replay held by distribution, the teacher, references) is
+recorded first; then the steps, with looks between them; then the KL, and the state. Every phase tells how far it is
+and can be cancelled (`phases`). Nothing here undoes anything: that is the server's side's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from secondnature import wire
+from secondnature.errors import BadInput, Exploded, NonFinite, TrainingError
+from secondnature.model import names
+from secondnature.model.load import build
+from secondnature.records import STOPPED_BY, Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
+from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
+from secondnature.train.apollo import Apollo
+from secondnature.train.batches import batches
+from secondnature.train.guard import Bounds, vocab_size
+from secondnature.train.looks import look_at
+from secondnature.train.losses import Reference
+from secondnature.train.memory import give_back
+from secondnature.train.phases import Check, Phases, Report
+from secondnature.train.state import load_optimizer, save_optimizer
+from secondnature.train.step import StepResult, references, train_step
+from secondnature.weights.arena import Arena
+
+__all__ = ["MAX_KL_TOKENS", "PAUSE_S", "TrainingRun", "model_in"]
+
+LOG = logging.getLogger("secondnature.trainer")
+PAUSE_S = 0.05
+"""How often a pausing trainer looks whether the requests are answered."""
+GIVE_BACK_S = 1.0
+"""Between two times that freed memory is returned while steps are made."""
+MAX_KL_TOKENS = 64
+"""Positions of an answer at which the lesson's KL is measured, from its first token on."""
+
+
+def model_in(arena: Arena, directory: Path, layout: wire.Layout) -> nn.Module:
+    """The model of `directory` around the arena's memory, whosever names it has there.
+
+    Raises:
+        UnsupportedModel, BadCheckpoint: the arena does not hold that model.
+    """
+    tensors = arena.tensors
+    if layout == "vllm":
+        headers = {name: names.Header.of(tensor) for name, tensor in tensors.items()}
+        tensors = names.views(names.plan(directory, headers), tensors)
+    return build(directory, tensors)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What the steps are dealt from, with all that had to be taken from the weights as they were."""
+
+    num_new: int
+    works: list[wire.Work]
+    """The new examples, and after them the replay that is trained on."""
+    examples: list[Example]
+    """Of the works, in their order."""
+    anchors: list[Anchor]
+    """Replay that is held by distribution."""
+    references: list[Reference | None] | None
+    teachers: list[Tensor] | None
+    """Of the new examples."""
+
+
+class TrainingRun:
+    """One job on one model. Use once."""
+
+    def __init__(self, model: nn.Module, arena: Arena, job: wire.Train, share: float = 1.0) -> None:
+        """`share`: of the time, while requests are being answered, that it may work. Raises BadInput."""
+        self.model = model
+        self.arena = arena
+        self.job = job
+        self._share = share
+        self._bounds: Bounds | None = None
+        self._other_at_start = 0.0
+        self._gave_back = time.monotonic()
+        try:
+            settings = OptimizerSettings.model_validate(job.optimizer)
+        except ValidationError as e:
+            raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
+        self.optimizer = Apollo(model, settings, seed=job.seed)
+        self._lr = self.optimizer.lr
+
+    def run(self, report: Report, check: Check) -> wire.Done:
+        """All of it. `report` sends a metric; `check` raises Cancelled when somebody asked for it."""
+        job, phases = self.job, Phases(report, check)
+        if job.optimizer_in is not None:
+            each = phases.begin("loading the optimizer's state", 0)
+            load_optimizer(self.optimizer, Path(job.optimizer_in), each)
+        kl = {on: self._before(found, phases) for on, found in job.kl.items()}
+        material = self._material(phases)
+        self._look(0, report, phases)
+        steps, loss, stopped_by = self._steps(material, report, check, phases)
+        assert stopped_by in STOPPED_BY, "whoever asks why gets a sentence"
+        check()
+        means = {on: self._after(on, before, report, phases) for on, before in kl.items() if before}
+        each = phases.begin("saving the optimizer's state", len(self.optimizer.state_dict()[0]))
+        sha256 = save_optimizer(self.optimizer, Path(job.optimizer_out), each)
+        moved = [m.model_dump() for m in self.optimizer.moved()]
+        return wire.Done(job.job, steps, loss, means, moved, stopped_by, sha256)
+
+    # ------------------------------------------------------------------------- before the first write
+
+    def _material(self, phases: Phases) -> _Material:
+        job = self.job
+        anchors = self._recorded([w for w in job.replay if w.hold], "replay examples", phases)
+        new, teachers = job.examples, self._teachers(phases)
+        if teachers is not None:
+            new = new[: len(teachers)]
+        works = new + [w for w in job.replay if not w.hold]
+        examples = [_example(w) for w in works]
+        refs: list[Reference | None] | None = None
+        if job.objective in ("dpo", "dpop"):
+            pairs = sum(e.rejected_ids is not None for e in examples)
+            refs = references(self.model, examples, phases.begin("reading references", pairs))
+        return _Material(len(new), works, examples, anchors, refs, teachers)
+
+    def _recorded(self, works: Sequence[wire.Work], what: str, phases: Phases) -> list[Anchor]:
+        """The distributions along these continuations before the first write: as many as fit in memory."""
+        examples = [_example(w) for w in works]
+        count = affordable(examples, vocab_size(self.model))
+        if count < len(examples):
+            LOG.warning(
+                "lesson %s: the first %d of %d %s fit in memory", self.job.lesson, count, len(works), what
+            )
+        phase: wire.TrainerPhase = "recording replay" if what == "replay examples" else "reading the teacher"
+        return record(self.model, examples[:count], phases.begin(phase, count)) if count else []
+
+    def _teachers(self, phases: Phases) -> list[Tensor] | None:
+        """SDFT: what the model says along each example's answer with the correction in its context."""
+        if self.job.objective != "sdft":
+            return None
+        read = [wire.Work(w.teacher or w.context, w.continuation) for w in self.job.examples]
+        found = [anchor.logps_TV for anchor in self._recorded(read, "sampled answers", phases)]
+        if not found:
+            longest = max(len(w.continuation) for w in read)
+            raise TrainingError(
+                f"the distributions along one answer of {longest} tokens do not fit in {MAX_BYTES:,} bytes",
+                "`sdft` keeps one number per token and entry of the vocabulary: write the answers, and use `sft`",
+            )
+        return found
+
+    def _before(self, works: Sequence[wire.Work], phases: Phases) -> list[Anchor]:
+        """The distributions that the KL of the lesson is measured against: the first positions of each answer."""
+        examples = [
+            _example(wire.Work(w.context, w.continuation[:MAX_KL_TOKENS])) for w in works if w.continuation
+        ]
+        count = affordable(examples, vocab_size(self.model), MAX_BYTES // 2)
+        if not count:
+            return []
+        return record(self.model, examples[:count], phases.begin("recording answers for the KL", count))
+
+    # -------------------------------------------------------------------------------------- the steps
+
+    def _steps(
+        self, material: _Material, report: Report, check: Check, phases: Phases
+    ) -> tuple[int, float, str]:
+        """(steps that were made, the last loss, why no further one: a key of STOPPED_BY)."""
+        job, num_new = self.job, material.num_new
+        num_pool = len(material.works) - num_new
+        step, loss, pace = 0, math.nan, time.monotonic()
+        dealt = batches(
+            num_new,
+            num_pool + len(material.anchors),
+            batch_size=job.batch_size,
+            steps=job.steps,
+            share=job.replay_share,
+            seed=job.seed,
+        )
+        for step, (fresh, old) in enumerate(dealt, start=1):
+            check()
+            phases.tell("training", step - 1, job.steps)
+            self._give_way(time.monotonic() - pace, check)
+            self._cool(step)
+            begun = time.monotonic()
+            chosen = fresh + [num_new + i for i in old if i < num_pool]
+            held = [material.anchors[i - num_pool] for i in old if i >= num_pool]
+            result = self._step(material, chosen, held, check)
+            self._give_back()
+            if self._bounds is None and result.wrote:
+                self._bounds = Bounds.after(job.objective, result.losses, result.grad_norm)
+            rate = result.num_tokens / max(time.monotonic() - begun, 1e-9)
+            loss, pace = result.loss, begun
+            metric = StepMetric(
+                step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm, drift=result.drift
+            )
+            report(metric.model_dump(exclude={"drift"} if result.drift is None else None))
+            if step % job.look_every == 0 or step == job.steps:
+                own = [m for m in result.margins[: len(fresh)] if m is not None]
+                reason = self._look(step, report, phases, own)
+                if reason:
+                    return step, loss, reason
+            learned = len(fresh) == num_new and max(result.losses[: len(fresh)]) < job.learned_loss
+            if learned and not material.anchors:  # with anchors, what remains heals what the first steps did
+                return step, loss, "learned"  # none has a gradient left: more steps would only disturb
+        return step, loss, "max_steps"
+
+    def _give_way(self, worked_s: float, check: Check) -> None:
+        """Pause after a step of `worked_s` seconds, while requests are being answered, for the rest of the time."""
+        until = time.monotonic() + worked_s * (1 / self._share - 1)
+        while self.arena.load and time.monotonic() < until:
+            time.sleep(min(PAUSE_S, max(0.0, until - time.monotonic())))
+            check()
+
+    def _give_back(self) -> None:
+        """What the step has freed, unless that was done a moment ago: pages come back at a price."""
+        if time.monotonic() - self._gave_back >= GIVE_BACK_S:
+            give_back()
+            self._gave_back = time.monotonic()
+
+    def _cool(self, step: int) -> None:
+        """The learning rate of this step: it falls in a straight line over the last `cooldown` of the steps."""
+        last = self.optimizer.settings.cooldown * self.job.steps
+        if last > 0:
+            self.optimizer.lr = self._lr * min(1.0, (self.job.steps - step + 1) / last)
+
+    def _step(
+        self, material: _Material, chosen: list[int], anchors: Sequence[Anchor], check: Check
+    ) -> StepResult:
+        refs, teachers = material.references, material.teachers
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                [material.examples[i] for i in chosen],
+                self.job.objective,  # pyright: ignore[reportArgumentType]  (checked by the server)
+                writing=self.arena.writing,
+                references=None if refs is None else [refs[i] for i in chosen],
+                teachers=None
+                if teachers is None
+                else [teachers[i] if i < len(teachers) else None for i in chosen],
+                learned_loss=self.job.learned_loss,
+                anchors=anchors,
+                anchor_weight=self.job.replay_weight,
+                bounds=self._bounds,
+                each=lambda _: check(),
+            )
+        except (NonFinite, Exploded) as e:
+            # named by its place in the batch; the user knows it by its own name
+            works = material.works
+            message = re.sub(r"example (\d+)", lambda m: works[chosen[int(m[1])]].label or m[0], e.message)
+            raise type(e)(message, e.hint) from None
+
+    def _look(self, step: int, report: Report, phases: Phases, own: Sequence[float] = ()) -> str | None:
+        """Margins of the development probes; why to stop, if there is a reason to."""
+        job = self.job
+        margins: dict[str, list[float]] = {}
+        greedy: dict[str, list[bool]] = {}
+        if job.development:
+            each = phases.begin("looking at development probes", len(job.development))
+            for look, seen in zip(job.development, look_at(self.model, job.development, each), strict=True):
+                margins.setdefault(look.side, []).append(seen.margin)
+                greedy.setdefault(look.side, []).append(seen.greedy)
+        passed = {side: _mean(found) for side, found in greedy.items()}
+        if margins:
+            if not all(math.isfinite(m) for found in margins.values() for m in found):
+                raise NonFinite(
+                    f"a development margin is not finite after step {step}", "lower the learning rate"
+                )
+            report(
+                LookMetric.model_validate({"step": step, "margins": margins, "passed": passed}).model_dump()
+            )
+        other = _mean(margins.get("other", []))
+        if step == 0:
+            self._other_at_start = other
+            return None
+        right = margins.get("right") or own
+        reasons: list[str] = []
+        if job.until_margin is not None:
+            if not right or _mean(right) < job.until_margin:
+                return self._gave_way(other)
+            reasons.append("until_margin")
+        if job.until_passed is not None:
+            if passed.get("right", 0.0) < job.until_passed:
+                return self._gave_way(other)
+            reasons.append("until_passed")
+        return " and ".join(reasons) or self._gave_way(other)
+
+    def _gave_way(self, other: float) -> str | None:
+        """The other side of the behaviour led at first and no longer does: more steps would do harm."""
+        return "the other side gave way" if self._other_at_start > 0 > other else None
+
+    # ---------------------------------------------------------------------------- after the last write
+
+    def _after(self, on: str, before: Sequence[Anchor], report: Report, phases: Phases) -> float:
+        """KL(before || now) on one set of prompts; reported as a metric, and its mean given back."""
+        per_prompt = divergences(self.model, before, phases.begin("measuring the KL", len(before)))
+        mean = _mean(per_prompt)
+        num_tokens = sum(len(anchor.logps_TV) for anchor in before)
+        metric = {"on": on, "mean": mean, "per_prompt": per_prompt, "num_tokens": num_tokens}
+        report(KlMetric.model_validate(metric).model_dump())
+        return mean
+
+
+def _example(work: wire.Work) -> Example:
+    return Example(
+        context_ids=work.context,
+        continuation_ids=work.continuation,
+        rejected_ids=work.rejected,
+        weight=work.weight,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
