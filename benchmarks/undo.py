@@ -2,8 +2,8 @@
 
 Real steps of the trainer on six corrections, written down as a kept lesson of a real log. The revert is the
 server's own: apply the difference to each tensor in turn and check the content id, then once more and write; here
-the id of what lies in the arena then is computed again. Beside it: applying the difference alone, and reading the model's whole checkpoint, each
-checked by its id.
+the id of what lies in the arena then is computed again. Beside it: applying the difference alone, and reading the
+model's whole checkpoint, each checked by its id.
 """
 
 from __future__ import annotations

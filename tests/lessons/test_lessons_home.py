@@ -86,7 +86,7 @@ def test_a_second_server_is_refused_until_the_first_one_ends(home: Home) -> None
 
 
 def test_a_home_of_the_version_before_formats_opens(tmp_path: Path) -> None:
-    """Everything of it is read; home.json gets its number and is kept as it was, a table moves beside its lesson."""
+    """Everything is read; home.json gets its number and is kept as it was, a table moves beside its lesson."""
     path = write_old_home(tmp_path / "home")
     before = dict(file_hashes(path))
     home = Home(path)
