@@ -1,7 +1,9 @@
-"""Settings: defaults < secondnature.toml < SECONDNATURE_* < flags; an unknown key is an error (any process).
+"""Settings: defaults < files < SECONDNATURE_* < flags; an unknown key is an error (any process).
 
-The file is looked for in the working directory, then in the home. The resolved settings are written into the
-home when a server starts, so that nobody has to guess afterwards which value was in force.
+Files are called `secondnature.toml` and lie in the user's configuration directory, in the home and in the working
+directory; the later one wins, setting by setting. Whoever calls a command may stand in a folder that somebody else
+wrote: what says where a key is read or sent is not taken from there. A server writes the resolved settings into its
+home (`settings.json`, keys masked), so that nobody has to guess afterwards which value was in force.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from secondnature.errors import ConfigError
 
@@ -22,6 +24,14 @@ FILE_NAME = "secondnature.toml"
 ENV_PREFIX = "SECONDNATURE_"
 NOT_SETTINGS = frozenset({"SECONDNATURE_REALDATA"})
 """Variables with our prefix that belong to the tests, not to the settings."""
+FROM_ANY_FOLDER = frozenset(
+    {
+        *("model", "port", "engine_threads", "train_threads", "share", "max_rows", "max_queue", "max_jobs"),
+        *("max_body_bytes", "requests_per_minute", "trial_lease_s", "checkpoint_after_s"),
+    }
+)
+"""What the file of the working directory may set; the rest says where keys are read or sent."""
+MIN_KEY_CHARACTERS = 16
 
 
 def _default_home() -> Path:
@@ -67,6 +77,14 @@ class Settings(BaseModel):
     """So many of the newest kept lessons can be taken back with the optimizer's state of then; older states are
     removed, and a lesson after such an undo starts with a fresh one."""
 
+    @field_validator("api_key", "inference_key")
+    @classmethod
+    def _is_long_enough(cls, key: SecretStr | None) -> SecretStr | None:
+        found = None if key is None else len(key.get_secret_value().strip())
+        if found is not None and found < MIN_KEY_CHARACTERS:
+            raise ValueError(f"a key of {found} characters; expected {MIN_KEY_CHARACTERS} or more")
+        return key
+
     def public(self) -> dict[str, Any]:
         """The settings as plain values, keys masked: what is written down and shown."""
         return self.model_dump(mode="json")
@@ -99,6 +117,11 @@ def _refuse_unknown(values: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown setting `{key}`", hint)
 
 
+def user_file() -> Path:
+    """The file of the user's configuration directory."""
+    return Path(platformdirs.user_config_dir("secondnature")) / FILE_NAME
+
+
 def load(
     flags: Mapping[str, Any] | None = None,
     *,
@@ -112,22 +135,37 @@ def load(
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     env = _from_environment(os.environ if environ is None else environ)
+    files: list[tuple[str, dict[str, Any]]] = [(str(user_file()), _from_file(user_file()))]
+    home = Path(given.get("home") or env.get("home") or files[0][1].get("home") or _default_home())
     here = (Path.cwd() if directory is None else directory) / FILE_NAME
-    in_file = _from_file(here)
-    source = str(here)
-    if not in_file:
-        home = Path(given.get("home") or env.get("home") or _default_home())
-        in_file, source = _from_file(home / FILE_NAME), str(home / FILE_NAME)
-    _refuse_unknown(in_file, source)
-    _refuse_unknown({f"{k}": v for k, v in env.items()}, "environment (SECONDNATURE_*)")
-    _refuse_unknown(given, "flags")
+    own = home.expanduser() / FILE_NAME
+    files.append((str(own), _from_file(own)))
+    if here.absolute() != own.absolute():
+        files.append((str(here), _from_file(here)))
+        _refuse_foreign(*files[-1])
+    if "home" in files[1][1]:
+        raise ConfigError(f"{own}: a home names no home", f"set it in {user_file()}, or give --home")
+    sources = [*files, (f"environment ({ENV_PREFIX}*)", env), ("flags", given)]
+    for source, values in sources:
+        _refuse_unknown(values, source)
     try:
-        return Settings.model_validate({**in_file, **env, **given})
+        return Settings.model_validate({k: v for _, values in sources for k, v in values.items()})
     except ValidationError as e:
         first = e.errors(include_url=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else "?"
-        where = "flag" if key in given else f"{ENV_PREFIX}{key.upper()}" if key in env else source
+        where = next((source for source, values in reversed(sources) if key in values), "?")
+        found = "" if key.endswith("_key") else f"found {first['input']!r}; "  # keys are shown to nobody
         raise ConfigError(
-            f"setting `{key}` ({where}): found {first['input']!r}; {first['msg']}",
+            f"setting `{key}` ({where}): {found}{first['msg'].removeprefix('Value error, ')}",
             "see docs/reference/settings.md",
         ) from None
+
+
+def _refuse_foreign(source: str, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError: a folder's file sets what is not taken from any folder."""
+    for key in values.keys() & Settings.model_fields.keys() - FROM_ANY_FOLDER:
+        raise ConfigError(
+            f"{source}: `{key}` is not taken from the folder in which a command is called (it says where keys are "
+            "read or sent, and the folder may be somebody else's)",
+            f"set it in {user_file()}, in the home's own {FILE_NAME}, in {ENV_PREFIX}{key.upper()} or by an option",
+        )

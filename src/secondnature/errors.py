@@ -19,7 +19,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     ├── TooLarge(ValueError)           413  a body or a field over its limit
     ├── Busy(RuntimeError)             429  a queue is full, or too many requests
     ├── StorageError(OSError)          507  the disk refused (full, read-only); nothing was acknowledged
-    │   └── NotDurable                      written and seen by all, but a loss of power may still take it back
+    │   └── NotDurable                      it took the change, but a power loss may take it back
     ├── DamagedFile(ValueError)        500  a file of the home is not as it was written
     ├── WeightsError(RuntimeError)     500  weights could not be read, mapped or written
     │   ├── UnsupportedModel           400  the architecture or dtype cannot be trained here
@@ -172,7 +172,7 @@ class StorageError(SecondnatureError, OSError):
 
 
 class NotDurable(StorageError):
-    """The new content is in place, but the disk did not say that it would outlast a loss of power."""
+    """The change was made, but it is not known to be on the disk: a power loss may take it back."""
 
 
 class DamagedFile(SecondnatureError, ValueError):

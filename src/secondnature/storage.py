@@ -128,17 +128,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _sync_entry(path: Path) -> None:
-    """Make a name that was just given durable. Raises NotDurable."""
-    try:
-        sync_dir(path.parent)
-    except OSError as e:
-        raise NotDurable(
-            f"{path}: written, but {e.strerror or e} while its directory was synced: a power loss may take it back",
-            "mend the disk, then look whether it is there before repeating",
-        ) from e
-
-
 def clean(directory: Path) -> int:
     """Remove the temporary files, links and folders in `directory` whose process no longer lives; how many.
 
@@ -169,6 +158,17 @@ def _is_being_written(path: Path, pid: int) -> bool:
     except OSError:  # a process of somebody else
         return True
     return True
+
+
+def _sync_entry(path: Path) -> None:
+    """Make a name that was just given durable. Raises NotDurable."""
+    try:
+        sync_dir(path.parent)
+    except OSError as e:
+        raise NotDurable(
+            f"{path}: written, but {e.strerror or e} while its directory was synced: a power loss may take it back",
+            "mend the disk, then look whether it is there before repeating",
+        ) from e
 
 
 def write_text(path: Path, text: str) -> None:

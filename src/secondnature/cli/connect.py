@@ -3,7 +3,8 @@
 `--url` names it; else `<home>/server.json` does, while that process lives and answers; else it is started as a
 child in a session of its own (ctrl-C reaches only the command, which then cancels in order) and stopped at the
 end. The key is taken from SECONDNATURE_API_KEY, secondnature.toml or `<home>/key`, never from a flag: flags are in
-every process list. The home's key is sent to this machine only.
+every process list. A server that only a home's file names has to be on this machine: no key, no correction and no
+question is sent anywhere else, unless `--url` says so. The home's own key is sent to this machine only.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
     patience = STOP_S
     try:
         url = _await_start(process, home, out, engine)
+        _stay_here(url, home)
         with Client(url, _key(settings, home, url)) as client:
             yield Server(client, client.health(), started=True, flags=home_flags)
     except KeyboardInterrupt:
@@ -144,6 +146,15 @@ def _key(settings: config.Settings, home: Path, url: str) -> str | None:
         raise Unauthorized(f"{home / 'key'}: {e.strerror}", "are you the owner of this home?") from None
 
 
+def _stay_here(url: str, home: Path) -> None:
+    """Raises Unauthorized: the URL, which nobody gave by hand, leads to another machine."""
+    if not is_loopback(url):
+        raise Unauthorized(
+            f"{home / 'server.json'} names {url}, which is not an address of this machine alone; nothing was sent",
+            f"if that is your server, say so: --url {shlex.quote(url)}",
+        )
+
+
 def is_loopback(url: str) -> bool:
     """Whether a URL leads to this machine."""
     host = urlsplit(url).hostname or ""
@@ -165,7 +176,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _running(home: Path) -> str | None:
-    """The URL of the server that runs on this home; a file left by a crash counts as none."""
+    """The URL of the server that runs on this home; a file left by a crash counts as none.
+
+    Raises:
+        Unauthorized: it is on another machine, as far as its URL tells.
+    """
     found = _read_json(home / "server.json")
     pid, url = found.get("pid"), found.get("url")
     if not isinstance(pid, int) or not isinstance(url, str):
@@ -176,6 +191,7 @@ def _running(home: Path) -> str | None:
         return None
     except PermissionError:
         pass  # it lives, under another user
+    _stay_here(url, home)
     try:
         with Client(url, timeout_s=5.0) as client:
             client.health()

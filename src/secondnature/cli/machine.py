@@ -105,9 +105,7 @@ def _shared_memory() -> Finding:
     try:
         file = os.memfd_create("secondnature-doctor")
     except (AttributeError, OSError) as e:
-        return Finding(
-            "memfd", "warn", f"{e}", "the weights will lie in a mapped file in a private directory"
-        )
+        return Finding("memfd", "fail", f"{e}", "no server can start here: it needs Linux with memfd_create")
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as e:

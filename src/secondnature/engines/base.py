@@ -32,12 +32,51 @@ class Stamp:
     """A lesson is running or on trial."""
 
 
-class Generator(Protocol):
+Ability = Literal["score", "logprobs"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can take."""
+
+    vocab_size: int
+    """Ids of prompts are below this."""
+    context: int
+    """Prompt and answer together, in tokens."""
+    rows: int
+    """Requests that it answers at once."""
+    can: frozenset[Ability]
+    """`score`: log-probabilities of a given text; `logprobs`: those of an answer, with alternatives."""
+
+
+class Engine(Protocol):
     """What answers requests: the local engine, or vLLM's behind an adapter."""
 
-    def submit(self, request: GenerationRequest) -> GenerationHandle:
-        """Queue a request. Raises what the engine refuses at the door (see `engine.Engine.submit`)."""
+    @property
+    def limits(self) -> Limits:
+        """What it can take; never changes."""
         ...
+
+    @property
+    def trouble(self) -> str:
+        """Why it answers no more; empty while it does."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request.
+
+        Raises:
+            BadExample: no prompt, or ids outside the vocabulary.
+            ContextOverflow: prompt and answer do not fit.
+            BadInput: another field is out of range, or asks for what the engine cannot.
+            Busy: too much waits.
+            Unreachable: the engine is closed.
+        """
+        ...
+
+
+Generator = Engine
+"""The protocol's name until now."""
 
 
 class WeightsClock(Protocol):

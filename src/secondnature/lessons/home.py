@@ -3,6 +3,7 @@
     <home>/
       home.json        which model this home belongs to, and the home's form (home.json.1: as it was in form 1)
       key              the key of the routes that change state (owner-only)
+      settings.json    what was in force when the server started, keys masked
       ledger.jsonl     corrections
       lessons/         one directory per lesson: the log
       model/current    the working copy (after the first checkpoint)
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from secondnature import storage
-from secondnature.errors import BadCheckpoint, DamagedFile, HomeInUse
+from secondnature.config import MIN_KEY_CHARACTERS, Settings
+from secondnature.errors import BadCheckpoint, ConfigError, DamagedFile, HomeInUse
 from secondnature.lessons.leftovers import clean_home, clean_private_directories
 from secondnature.records.migrations import form, migrate, newest
 
@@ -82,14 +84,28 @@ class Home:
         storage.write_text(self.path / "server.json", json.dumps({"pid": os.getpid(), "url": url}) + "\n")
 
     def key(self, given: str | None) -> str:
-        """The key of the admin routes: the given one, else the home's own, made at first use."""
+        """The key of the admin routes: the given one, else the home's own, made at first use.
+
+        Raises:
+            ConfigError: the file's key is too short to be one.
+        """
         if given:
             return given
         path = self.path / "key"
         if not path.is_file():
             storage.write_text(path, secrets.token_urlsafe(32) + "\n")
         with storage.storage_errors(path):
-            return path.read_text().strip()
+            key = path.read_text().strip()
+        if len(key) < MIN_KEY_CHARACTERS:
+            raise ConfigError(
+                f"{path}: a key of {len(key)} characters; expected {MIN_KEY_CHARACTERS} or more",
+                "delete the file, and the next start makes a new one",
+            )
+        return key
+
+    def note_settings(self, settings: Settings) -> None:
+        """Write down what is in force, keys masked."""
+        storage.write_text(self.path / "settings.json", json.dumps(settings.public(), indent=2) + "\n")
 
     def base_version(self) -> str | None:
         """The version of the model's own weights, as the home knows it; None: it is new, or cannot be read."""

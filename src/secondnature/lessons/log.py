@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from secondnature import storage
 from secondnature.errors import (
     BadDelta,
-    BadRecord,
+    DamagedFile,
     NotDurable,
     NotFound,
     SecondnatureError,
@@ -37,6 +37,7 @@ from secondnature.errors import (
 )
 from secondnature.lessons.home import Home
 from secondnature.records import (
+    EVIDENCE_VERSION,
     OPEN_STATES,
     SCHEMA_VERSION,
     Correction,
@@ -238,10 +239,10 @@ class Log:
     # -------------------------------------------------------------------------------------- what lies in it
 
     def detail(self, lesson_id: str) -> LessonDetail:
-        """One entry with everything in its directory but the weights. Raises NotFound, BadRecord."""
+        """One entry with everything in its directory but the weights. Raises NotFound, DamagedFile."""
         lesson = self.get(lesson_id)
         directory = self.directory(lesson)
-        moved = _read_json(directory / MOVED_FILE, list)
+        moved = _read_whole(directory / MOVED_FILE)
         metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
             lesson=lesson.model_copy(update={"moved": [Moved.from_disk(m) for m in moved or []]}),
@@ -253,13 +254,18 @@ class Log:
         )
 
     def evidence(self, lesson: Lesson) -> Evidence | None:
-        """The certificate, where there is one. Raises BadRecord: the file is damaged."""
+        """The certificate, where there is one. Raises DamagedFile."""
         path = self.directory(lesson) / "evidence.json"
-        raw = _read_json(path, dict)
+        raw = _read_whole(path)
         try:
-            return None if raw is None else Evidence.from_disk(migrate("evidence", raw, str(path)))
+            found = None if raw is None else Evidence.from_disk(raw)
         except ValidationError as e:
-            raise BadRecord(f"{path}: {describe(e)}", "restore it from a backup") from None
+            raise DamagedFile(f"{path}: {describe(e)}", "restore it from a backup") from None
+        if found is not None and found.schema_version > EVIDENCE_VERSION:
+            raise TooNew(
+                f"{path}: schema_version {found.schema_version}; known up to {EVIDENCE_VERSION}", "upgrade"
+            )
+        return found
 
     def corrections(self, lesson: Lesson) -> list[Correction]:
         """What was taught, where it was not token ids. Raises BadRecord: the file is damaged."""
@@ -513,11 +519,14 @@ class Log:
 
 
 def _text(lesson: Lesson) -> str:
-    return lesson.to_disk(indent=2, exclude={"moved"}) + "\n"
+    """An entry as it lies on disk: without the long table, which has a file of its own."""
+    raw = json.loads(lesson.to_disk())
+    raw.pop("moved", None)
+    return json.dumps(raw, ensure_ascii=False, indent=2) + "\n"
 
 
 def _write_moved(directory: Path, moved: list[Moved]) -> None:
-    text = json.dumps([json.loads(m.to_disk()) for m in moved], indent=1)
+    text = json.dumps([m.model_dump(mode="json") for m in moved], indent=1)
     storage.write_text(directory / MOVED_FILE, text + "\n")
 
 
@@ -532,16 +541,11 @@ def _read_lesson(path: Path) -> Lesson:
         ) from None
 
 
-def _read_json(path: Path, kind: type) -> Any:
-    """What a whole file holds, or None where there is none. Raises BadRecord."""
+def _read_whole(path: Path) -> Any:
+    """What a file that is written whole holds, or None where there is none. Raises DamagedFile."""
     try:
-        found = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:
-        raise BadRecord(f"{path}: {e}", "restore it from a backup") from None
-    if not isinstance(found, kind):
-        raise BadRecord(
-            f"{path}: a {type(found).__name__}; expected a {kind.__name__}", "restore it from a backup"
-        )
-    return found
+        raise DamagedFile(f"{path}: {str(e).splitlines()[0]}", "restore it from a backup") from None

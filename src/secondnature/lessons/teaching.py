@@ -48,14 +48,14 @@ class Teaching:
 
     def health(self) -> Health:
         """The answer of `/v1/health`."""
-        stamp = self.clock.read()
+        stamp, trouble = self.clock.read(), self.runner.trouble
         return Health(
-            status="degraded" if self.runner.trouble else "ok",
+            status="degraded" if trouble else "ok",
             model=self.model_name,
             weights_version=stamp.version,
             trial=stamp.trial,
             trainer=self.runner.trainer.state,
-            detail=self.runner.trouble,
+            detail=trouble,
         )
 
 

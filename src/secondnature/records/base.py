@@ -51,11 +51,9 @@ class Record(BaseModel):
         """
         return cls.model_validate(raw, extra="allow")
 
-    def to_disk(
-        self, *, indent: int | None = None, exclude_none: bool = False, exclude: set[str] | None = None
-    ) -> str:
+    def to_disk(self, *, indent: int | None = None, exclude_none: bool = False) -> str:
         """The record as JSON, with the unknown fields that `from_disk` found (HTTP answers leave them out)."""
-        text = self.model_dump_json(indent=indent, exclude_none=exclude_none, exclude=exclude)
+        text = self.model_dump_json(indent=indent, exclude_none=exclude_none)
         raw = json.loads(text)
         if not _put_back(self, raw):
             return text

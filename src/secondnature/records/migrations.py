@@ -13,16 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 from secondnature.errors import DamagedFile, TooNew
-from secondnature.records.evidence import EVIDENCE_VERSION
 
 __all__ = ["STEPS", "Kind", "Step", "form", "migrate", "newest"]
 
-Kind = Literal["home", "lesson", "evidence", "correction"]
+Kind = Literal["home", "lesson", "correction"]
+"""Not a certificate: it says how it was made, is checked in that way, and keeps its form."""
 Step = Callable[[dict[str, Any]], dict[str, Any]]
 NUMBERED_BY: dict[Kind, str] = {
     "home": "format",
     "lesson": "schema_version",
-    "evidence": "schema_version",
     "correction": "schema_version",
 }
 
@@ -36,13 +35,9 @@ STEPS: dict[tuple[Kind, int], Step] = {("home", 1): _home_1_to_2}
 """(kind, the form that the step starts from)."""
 
 
-AS_IT_IS: dict[Kind, int] = {"evidence": EVIDENCE_VERSION}
-"""The newest form of what is never migrated: a certificate says what was found then, by the rules of then."""
-
-
 def newest(kind: Kind, steps: Mapping[tuple[Kind, int], Step] = STEPS) -> int:
     """The form that this version writes."""
-    return AS_IT_IS.get(kind) or 1 + sum(k == kind for k, _ in steps)
+    return 1 + sum(k == kind for k, _ in steps)
 
 
 def form(kind: Kind, raw: Any, source: str) -> int:
@@ -77,6 +72,6 @@ def migrate(
             f"upgrade to a version that reads {NUMBERED_BY[kind]} {found}",
         )
     present = dict(cast("dict[str, Any]", raw))
-    for number in range(found, known) if kind not in AS_IT_IS else ():
+    for number in range(found, known):
         present = {**steps[kind, number](present), NUMBERED_BY[kind]: number + 1}
     return present

@@ -45,6 +45,8 @@ from secondnature.weights.content import content_id
 from secondnature.wire import Wiring
 
 LOG = logging.getLogger("secondnature")
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+"""How this machine reaches a server that listens on all of its addresses."""
 KEEP_ALIVE_S = 30
 """Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
 
@@ -110,6 +112,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         stack.callback(home.close)
         base_version = content_id(arena.tensors, like=home.base_version())
         home.bind(directory, load.fingerprint(directory), base_version)
+        home.note_settings(settings)
         log = Log(home, directory, base_version)
         if log.kept_version() != base_version:
             arena.write(log.durable_weights())
@@ -175,6 +178,7 @@ def main(settings: Settings) -> int:
     with assemble(settings) as parts:
         listener = _listen(settings)
         host, port = listener.getsockname()[:2]
+        host = REACHED_AT.get(str(host), str(host))
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         options: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 5}
         server = uvicorn.Server(uvicorn.Config(parts.app, timeout_keep_alive=KEEP_ALIVE_S, **options))

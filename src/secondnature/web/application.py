@@ -5,7 +5,6 @@ The local engine adds its completions to this application; inside vLLM it stands
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,45 +13,42 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from secondnature import __version__
+from secondnature.engines.base import Engine as AnyEngine
 from secondnature.engines.local.engine import Engine
 from secondnature.errors import BadInput, NotFound, SecondnatureError
 from secondnature.lessons.teaching import Teaching
 from secondnature.records import describe_errors
 from secondnature.web import completions
 from secondnature.web import teaching as routes
-from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Guards, error_body
+from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, error_body
 from secondnature.web.metrics import exposition
 from secondnature.wire import Health, Wiring
-
-LOG = logging.getLogger("secondnature")
-
 
 UNWELL: dict[int | str, dict[str, Any]] = {
     503: {"description": "Degraded; `detail` says why", "model": Health}
 }
 
 
-def _told(health: Health, response: Response) -> Health:
-    response.status_code = 200 if health.status == "ok" else 503
-    return health
+def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
+    """The teaching routes, the errors they answer and the guards before them; more routers may be added.
 
-
-def application(teaching: Teaching) -> FastAPI:
-    """The teaching routes, the errors they answer and the guards before them; more routers may be added."""
+    Args:
+        engine: whose trouble `/v1/health` tells, too; None: another server's, which tells of it itself.
+    """
     app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(routes.router(teaching.runner, teaching.ledger, teaching.memory, teaching.clock))
 
+    # on the loop, for it only looks: it answers also while every thread of the pool waits for a lesson
     @app.get("/v1/health", responses=routes.ERRORS | UNWELL)
-    def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
+    async def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
         """Is it well, and what does it serve? 503 where it is not well; the body says why."""
-        return _told(teaching.health(), response)
+        return _health(teaching, engine, response)
 
     @app.get("/v1/wiring", responses=routes.ERRORS)
     def wiring() -> Wiring:  # pyright: ignore[reportUnusedFunction]
         """Does the engine compute with the memory that lessons are written into? Looks at it anew each time."""
         return teaching.wiring()
 
-    _speak_errors(app)
     settings = teaching.settings
     inference = settings.inference_key.get_secret_value() if settings.inference_key else None
     app.add_middleware(
@@ -63,20 +59,21 @@ def application(teaching: Teaching) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         requests_per_minute=settings.requests_per_minute,
     )
+    _speak_errors(app)
     return app
 
 
 def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> FastAPI:
     """The whole server: completions and what teaches."""
-    app = application(teaching)
+    app = application(teaching, engine)
     app.include_router(
         completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
     )
 
     @app.get("/health", responses=UNWELL)
-    def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
+    async def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]
         """As `/v1/health`."""
-        return _told(teaching.health(), response)
+        return _health(teaching, engine, response)
 
     @app.get("/metrics")
     def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -85,6 +82,15 @@ def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> Fas
         return Response(text, media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _health(teaching: Teaching, engine: AnyEngine | None, response: Response) -> Health:
+    found = teaching.health()
+    trouble = "; ".join(x for x in (engine.trouble if engine is not None else "", found.detail) if x)
+    if trouble:
+        response.status_code = 503
+        return found.model_copy(update={"status": "degraded", "detail": trouble})
+    return found
 
 
 def _speak_errors(app: FastAPI) -> None:
@@ -109,8 +115,4 @@ def _speak_errors(app: FastAPI) -> None:
             )
         return JSONResponse(error_body(found), error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    def unforeseen(request: Request, error: Exception) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        LOG.error("%s %s", request.method, request.url.path, exc_info=error)
-        found = SecondnatureError("internal error", "please report it, with the server's log")
-        return JSONResponse(error_body(found), 500)
+    app.add_middleware(Faults)

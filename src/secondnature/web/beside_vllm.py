@@ -11,7 +11,6 @@ vLLM leaves open beside them; ours guards ours and what changes the engine's wor
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import re
 import threading
@@ -21,9 +20,18 @@ from typing import Any
 from secondnature.engines.base import Span
 from secondnature.engines.stamps import Clock
 from secondnature.errors import BadInput, SecondnatureError, TooLarge, Unauthorized
-from secondnature.lessons.memory import Memory, Said
+from secondnature.lessons.memory import Memory, Said, Unread
 from secondnature.records import Message
-from secondnature.web.guards import INFERENCE_PATHS, App, Receive, Scope, Send, error_body
+from secondnature.web.guards import (
+    INFERENCE_PATHS,
+    App,
+    Receive,
+    Scope,
+    Send,
+    error_body,
+    refuse_socket,
+    same_key,
+)
 from secondnature.web.stamps import headers_of, stamps
 
 __all__ = ["Door", "OwnThread"]
@@ -86,12 +94,7 @@ class OwnThread:
         async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)
 
-        try:
-            await self._app(scope, receive, send)
-        except Exception:
-            if not sent:
-                raise
-            # a fault of ours was answered and logged; starlette raises it once more for the server to see
+        await self._app(scope, receive, send)
         return sent
 
     def stop(self) -> None:
@@ -151,16 +154,19 @@ class Door:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+        if scope["type"] == "websocket" and OURS.fullmatch(path):
+            await refuse_socket(receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
         if OURS.fullmatch(path):
             await self._ours.answer(scope, receive, send)
             return
         given = next((v for k, v in scope["headers"] if k.lower() == b"authorization"), b"")
         given = given.removeprefix(b"Bearer ").strip()
-        is_ours = hmac.compare_digest(given, self._key)
+        is_ours = same_key(given, self._key)
         refused = scope["method"] == "POST" and not is_ours and self._refuses(path, given)
         if refused:
             what = "a wrong key" if given else "no key"
@@ -182,7 +188,7 @@ class Door:
         """A POST without our key that vLLM would let through, and must not."""
         if path in CHANGES_THE_ENGINE:
             return True
-        known = any(hmac.compare_digest(given, key) for key in self._engine_keys)
+        known = any(same_key(given, key) for key in self._engine_keys)
         return bool(self._engine_keys) and not known and path != "/ping"
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,8 +279,11 @@ class Door:
             return
         version = self._clock.read().version
         chat = path == "/v1/chat/completions"
-        size = len(asked) + len(said)
-        self._memory.remember(found[1].decode(), lambda: _said(asked, said, version, chat=chat), size)
+
+        def read(asked: bytes, said: bytes) -> Said:
+            return _said(asked, said, version, chat=chat)
+
+        self._memory.remember(found[1].decode(), Unread(asked, said, read))
 
 
 def _with_headers(

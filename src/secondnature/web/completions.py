@@ -4,6 +4,9 @@ What the official client sends works unchanged; what would change an answer and 
 name, never silently ignored. Every answer is stamped with the weights that gave it: `weights_version`,
 `weights_span` and `trial` in the body, `x-weights-version`, `x-weights-span` and `x-weights-trial` in the headers
 (a stream says in its headers what it began with, and in its last chunk what it saw).
+
+The event loop computes nothing: texts are rendered, measured and encoded in lanes beside it, and so are answers
+with many log-probabilities. A client that leaves takes its request with it.
 """
 
 from __future__ import annotations
@@ -11,25 +14,37 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
 
-from secondnature.engines.base import Delta, GenerationRequest, GenerationResult, Span, TokenLogprob
-from secondnature.engines.local.engine import Engine
+from secondnature.engines.base import (
+    Delta,
+    Engine,
+    GenerationHandle,
+    GenerationRequest,
+    GenerationResult,
+    Span,
+    TokenLogprob,
+)
 from secondnature.engines.stamps import Clock
-from secondnature.errors import SecondnatureError
+from secondnature.errors import SecondnatureError, Unreachable
 from secondnature.lessons.memory import Memory, Said
-from secondnature.model.chat import encode_chat
+from secondnature.model.chat import encode_chat, encode_text
 from secondnature.records import Message
 from secondnature.web.guards import error_body
+from secondnature.web.lanes import Lanes, while_connected
 from secondnature.web.stamps import headers_of, stamps
 from secondnature.web.teaching import ERRORS
 from secondnature.wire import ChatCompletionRequest, CompletionRequest
 
+CHARACTERS_PER_SCORED_TOKEN = 60
+"""Of an answer with log-probabilities, for each token and each of its alternatives."""
+CLIENT_LEFT = 499
+"""What the log of a proxy calls a client that did not wait; nobody reads it."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`."""
 
@@ -47,8 +62,19 @@ class _Asked:
     """`echo`: the prompt's text, in front of the answer."""
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the lanes made of a body: the request for the engine, and what its answer is called."""
+
+    request: GenerationRequest
+    asked: _Asked
+
+
 def _finish(result: GenerationResult) -> str:
-    return result.finish_reason if result.finish_reason in ("stop", "length") else "stop"
+    """Raises what ended an answer that did not come to its end."""
+    if result.finish_reason in ("stop", "length"):
+        return result.finish_reason
+    raise result.error or Unreachable("the answer was broken off", "ask again")
 
 
 def _usage(result: GenerationResult) -> dict[str, int]:
@@ -87,66 +113,92 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
     """The inference routes of one engine."""
     routes = APIRouter(responses=ERRORS)
     started = int(time.time())
+    lanes = Lanes()
 
     @routes.get("/v1/models")
-    def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """The one model that is served."""
         card = {"id": model_name, "object": "model", "created": started, "owned_by": "secondnature"}
         return {"object": "list", "data": [{**card, "weights_version": clock.read().version}]}
 
     @routes.post("/v1/chat/completions")
-    async def chat(body: ChatCompletionRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def chat(body: ChatCompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         """One answer to a conversation; with `stream`, as server-sent events."""
-        top = body.top_logprobs or 0
-        request = GenerationRequest(
-            encode_chat(tokenizer, body.messages),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop=tuple(body.stops()),
-            logprobs=top if body.logprobs else None,
-        )
-        asked = _Asked("chatcmpl-" + secrets.token_hex(12), model_name, int(time.time()), True, body.messages)
-        return await _serve(request, asked, body)
+
+        def work() -> _Work:
+            messages = body.plain()
+            wanted = GenerationRequest(
+                encode_chat(tokenizer, messages, limit=engine.limits.context),
+                max_tokens=body.max_completion_tokens or body.max_tokens,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                seed=body.seed,
+                stop=tuple(body.stops()),
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            )
+            identity = "chatcmpl-" + secrets.token_hex(12)
+            return _Work(wanted, _Asked(identity, model_name, int(time.time()), True, messages))
+
+        size = sum(len(m.content) for m in body.messages)
+        return await _serve(request, body, size, work)
 
     @routes.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def completions(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Continue a text or token ids."""
-        ids = body.prompt if isinstance(body.prompt, list) else tokenizer(body.prompt)["input_ids"]
-        score = body.echo and body.logprobs is not None and len(ids) > 1
-        request = GenerationRequest(
-            list(ids),
-            max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop=tuple(body.stops()),
-            logprobs=body.logprobs,
-            score_from=1 if score else None,
-        )
-        prefix = (
-            (tokenizer.decode(ids) if isinstance(body.prompt, list) else body.prompt) if body.echo else ""
-        )
-        asked = _Asked("cmpl-" + secrets.token_hex(12), model_name, int(time.time()), False, None, prefix)
-        return await _serve(request, asked, body)
+
+        def work() -> _Work:
+            text, ids = (body.prompt, None) if isinstance(body.prompt, str) else (None, body.prompt)
+            if ids is None:
+                ids = encode_text(tokenizer, str(text), limit=engine.limits.context)
+            score = body.echo and body.logprobs is not None and len(ids) > 1
+            wanted = GenerationRequest(
+                ids,
+                max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                seed=body.seed,
+                stop=tuple(body.stops()),
+                logprobs=body.logprobs,
+                score_from=1 if score else None,
+            )
+            prefix = (str(tokenizer.decode(ids)) if text is None else text) if body.echo else ""
+            identity = "cmpl-" + secrets.token_hex(12)
+            return _Work(wanted, _Asked(identity, model_name, int(time.time()), False, None, prefix))
+
+        return await _serve(request, body, len(body.prompt), work)
 
     async def _serve(
-        request: GenerationRequest, asked: _Asked, body: ChatCompletionRequest | CompletionRequest
+        request: Request,
+        body: ChatCompletionRequest | CompletionRequest,
+        size: int,
+        work: Callable[[], _Work],
     ) -> Response:
-        handle = engine.submit(request)
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            begun = clock.read()
-            events = _events(handle.stream(), asked, request, usage=usage)
-            return StreamingResponse(
-                events,
-                media_type="text/event-stream",
-                headers=headers_of(Span.begin(begun)) | {"cache-control": "no-cache"},
-            )
-        result = await handle.answer()
-        _remember(asked, result)
-        return JSONResponse(_whole(asked, request, result), headers=headers_of(result.weights))
+        async def answer() -> Response:
+            made = await lanes.run(size, work)
+            handle = engine.submit(made.request)
+            if body.stream:
+                return _streamed(handle, made.asked, body)
+            result = await handle.answer()
+            scored = len(result.prompt_tokens) + len(result.tokens)
+            written = scored * CHARACTERS_PER_SCORED_TOKEN * (1 + (made.request.logprobs or 0))
+            content = await lanes.run(written, lambda: _json(_whole(made.asked, made.request, result)))
+            _remember(made.asked, result)
+            return Response(content, media_type="application/json", headers=headers_of(result.weights))
+
+        # a stream looks for its client's leaving by itself
+        found = await while_connected(request, answer())
+        return Response(status_code=CLIENT_LEFT) if found is None else found
+
+    def _streamed(
+        handle: GenerationHandle, asked: _Asked, body: ChatCompletionRequest | CompletionRequest
+    ) -> Response:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        begun = clock.read()
+        return StreamingResponse(
+            _events(handle.stream(), asked, handle.request, usage=usage),
+            media_type="text/event-stream",
+            headers=headers_of(Span.begin(begun)) | {"cache-control": "no-cache"},
+        )
 
     def _remember(asked: _Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
@@ -208,21 +260,22 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
                 yield chunk(event.text, None, event.tokens)
                 continue
             result: GenerationResult = event.result
-            if result.error is not None:
-                error = (
-                    result.error
-                    if isinstance(result.error, SecondnatureError)
-                    else SecondnatureError("failed")
-                )
-                yield _sse(error_body(error))
+            try:
+                finish = _finish(result)
+            except SecondnatureError as e:
+                yield _sse(error_body(e))
                 return
             _remember(asked, result)
-            yield chunk("", _finish(result), **stamps(result.weights))
+            yield chunk("", finish, **stamps(result.weights))
             if usage:
                 yield _sse({**head, "choices": [], "usage": _usage(result)})
         yield b"data: [DONE]\n\n"
 
     return routes
+
+
+def _json(payload: dict[str, Any]) -> bytes:
+    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _sse(payload: dict[str, Any]) -> bytes:

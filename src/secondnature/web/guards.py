@@ -1,4 +1,5 @@
-"""What stands before every route: host, size, rate and key (server; plain ASGI, so it also fits other servers).
+"""What stands around every route: host, size, rate and key before it, faults behind it (server; plain ASGI, so it
+also fits other servers).
 
 Loopback alone is no defence against a web page that the user happens to visit: the Host header must name this
 machine (no DNS rebinding), bodies are counted before they are parsed, and everything that changes state or reveals
@@ -9,13 +10,16 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from secondnature.errors import BadInput, Busy, SecondnatureError, TooLarge, Unauthorized
 
+LOG = logging.getLogger("secondnature")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -28,6 +32,17 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """How its `Host` header then names it."""
 MAX_CLIENTS = 10_000
+
+
+MAX_HELD_BODIES = 8
+"""The bodies of all requests under way are together no larger than so many of the largest."""
+SMALL_BODY = 64
+"""One that is so many times smaller than the largest is taken all the same: large ones lock nobody out."""
+
+
+def same_key(given: bytes, key: bytes) -> bool:
+    """Whether the right key was sent, in constant time; no key at all is never the right one."""
+    return bool(given) and bool(key) and hmac.compare_digest(given, key)
 
 
 def error_body(error: SecondnatureError) -> dict[str, Any]:
@@ -64,12 +79,24 @@ class Guards:
         self._max_body_bytes = max_body_bytes
         self._rate = requests_per_minute
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._held_bytes = 0
+        """Of the bodies of all requests under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
+        """One request; of what ASGI knows besides, only the server's life passes."""
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            await refuse_socket(receive, send)
+            return
+        held = _Held()
+        try:
+            await self._guarded(scope, receive, send, held)
+        finally:
+            self._held_bytes -= held.nbytes
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send, held: _Held) -> None:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         try:
             self._check_host(headers)
@@ -77,7 +104,9 @@ class Guards:
             self._check_key(scope["path"], headers)
             self._check_length(headers)
             body = (
-                await self._read(receive) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else None
+                await self._read(receive, held)
+                if scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
+                else None
             )
         except SecondnatureError as e:
             await _answer(send, e)
@@ -103,12 +132,12 @@ class Guards:
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
         given = headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
-        if hmac.compare_digest(given, self._key):
+        if same_key(given, self._key):
             return
         if path in OPEN_PATHS and (path != "/v1/models" or self._inference_key is None):
             return
         if path in INFERENCE_PATHS | {"/v1/models"}:
-            if self._inference_key is None or hmac.compare_digest(given, self._inference_key):
+            if self._inference_key is None or same_key(given, self._inference_key):
                 return
             raise Unauthorized("this server's completions need a key", "send `Authorization: Bearer KEY`")
         what = "a wrong key" if given else "no key"
@@ -125,30 +154,79 @@ class Guards:
     def _too_large(self, found: int) -> TooLarge:
         return TooLarge(f"a body of {found:,} bytes; at most {self._max_body_bytes:,}", "send less at once")
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read(self, receive: Receive, held: _Held) -> bytes:
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise BadInput("the request ended before its body", "send it again")
-            body += message.get("body", b"")
+            piece = message.get("body", b"")
+            body += piece
+            held.nbytes += len(piece)
+            self._held_bytes += len(piece)
             if len(body) > self._max_body_bytes:
                 raise self._too_large(len(body))
+            full = self._held_bytes > MAX_HELD_BODIES * self._max_body_bytes
+            if full and len(body) > self._max_body_bytes // SMALL_BODY:
+                raise Busy("the requests under way are too large together", "try again later, or send less")
             if not message.get("more_body", False):
                 return bytes(body)
 
 
+@dataclass
+class _Held:
+    """What one request counts for."""
+
+    nbytes: int = 0
+
+
+class Faults:
+    """ASGI middleware, behind starlette's own: what no handler knows is answered 500 and logged once.
+
+    Starlette hands such an exception on to the server, which then closes the connection under the client.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        except Exception:  # (the server ends an answer that has begun and does not end)
+            LOG.exception("%s %s", scope["method"], scope["path"])
+            if not begun:
+                await _answer(
+                    send, SecondnatureError("internal error", "please report it, with the server's log")
+                )
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
+    """The body once more, then whatever comes next: that the client leaves is seen through this."""
+    left: list[bytes] = [body]
 
     async def replayed() -> MutableMapping[str, Any]:
-        nonlocal sent
-        if sent:
+        if not left:
             return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": left.pop(), "more_body": False}
 
     return replayed
+
+
+async def refuse_socket(receive: Receive, send: Send) -> None:
+    """Close a websocket before it opens (the client sees 403): no route of ours speaks it."""
+    await receive()
+    await send({"type": "websocket.close", "code": 1008, "reason": "this server speaks HTTP only"})
 
 
 async def _answer(send: Send, error: SecondnatureError) -> None:

@@ -95,11 +95,11 @@ def router(runner: Runner, ledger: Ledger, memory: Memory, clock: Clock) -> APIR
         return runner.cancel(job)
 
     @routes.get("/v1/lessons", response_model_exclude_none=True)
-    def lessons() -> wire.LessonList:  # pyright: ignore[reportUnusedFunction]
-        """The log, oldest first."""
+    def lessons(after: int = 0) -> wire.LessonList:  # pyright: ignore[reportUnusedFunction]
+        """The log, oldest first; `after`: only the entries with a higher number."""
         stamp = clock.read()
         return wire.LessonList(
-            lessons=runner.log.all(),
+            lessons=[x for x in runner.log.all() if x.number > after],
             weights_version=stamp.version,
             optimizer_version=runner.log.optimizer_version(),
             trial=stamp.trial,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,7 @@ from secondnature.records import (
     OptimizerSettings,
     Probe,
     Prompt,
+    Role,
     Text,
     TokenIds,
     Unicode,
@@ -46,9 +47,64 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+def _without_nulls(data: Any) -> Any:
+    """An object without its fields that are null: clients send many of them."""
+    if not isinstance(data, dict):
+        return data
+    return {k: v for k, v in cast("dict[Any, Any]", data).items() if v is not None}
+
+
+class ChatMessage(BaseModel):
+    """A turn as OpenAI's clients send it: what an answer carries beside its text may come back, as long as it says
+    nothing (`refusal: null`, `tool_calls: []` and the like). Anything that would change the answer is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    content: Text
+    """Text, or a list of parts of the type `text`, which are joined."""
+    name: Annotated[Unicode, Field(max_length=64)] | None = None
+    """Accepted and not shown to the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_clients_send_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if cast("dict[str, Any]", data).get("content", "") is None:
+            raise ValueError("`content` is null; expected text (an empty one is text)")
+        given = _without_nulls(data)
+        for name in ("tool_calls", "annotations"):
+            if given.get(name) == []:
+                del given[name]
+        return {**given, "content": _joined(given["content"])} if "content" in given else given
+
+    def plain(self) -> Message:
+        """The turn as it is kept and rendered."""
+        return Message(role=self.role, content=self.content)
+
+
+def _joined(content: Any) -> Any:
+    """The text of content parts; what is no list stays as it is. Raises ValueError."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for i, part in enumerate(cast("list[Any]", content)):
+        found = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+        text = found.get("text")
+        if found.get("type") != "text" or not isinstance(text, str) or set(found) != {"type", "text"}:
+            kind = str(found.get("type"))[:40]
+            raise ValueError(
+                f"part {i} of `content` is of the type {kind!r}; expected type and text of a `text`"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
 class _Sampling(BaseModel):
     """Fields that both kinds of completion share. What OpenAI clients may send besides is accepted and ignored
-    only where ignoring it cannot change the answer; `n > 1`, `tools` and penalties are refused by name."""
+    only where ignoring it cannot change the answer; `n > 1`, `tools` and penalties are refused by name. A field
+    that is null is a field that was not sent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,6 +122,11 @@ class _Sampling(BaseModel):
     metadata: dict[Unicode, Unicode] | None = None
     cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_sent(cls, data: Any) -> Any:
+        return _without_nulls(data)
+
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -74,11 +135,15 @@ class _Sampling(BaseModel):
 class ChatCompletionRequest(_Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def plain(self) -> list[Message]:
+        """The conversation as it is kept and rendered."""
+        return [m.plain() for m in self.messages]
 
 
 class CompletionRequest(_Sampling):

@@ -193,7 +193,7 @@ class Client:
         return CorrectionsReply.model_validate(self.request("POST", "/v1/corrections", body=body)).corrections
 
     def train(self, body: TrainRequest) -> TrainReply:
-        """Start a lesson (or plan it: `dry_run`). To repeat it after `Unreachable`, send an `idempotency_key`."""
+        """Start a lesson (or plan it: `dry_run`); one with an `idempotency_key` can be repeated safely."""
         return TrainReply.model_validate(self.request("POST", "/v1/train", body=body))
 
     def status(self, job: str) -> JobStatus:

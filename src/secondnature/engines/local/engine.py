@@ -40,6 +40,7 @@ from secondnature.engines.base import (
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
+    Limits,
     Stamp,
     WeightsClock,
     score_request,
@@ -94,6 +95,7 @@ class Engine:
         max_rows: int = 64,
         reserved_rows: int | None = None,
         max_waiting: int = 1024,
+        max_waiting_tokens: int = 2_000_000,
         prefill_tokens: int = 256,
         max_context: int | None = None,
         max_held_tokens: int = 262_144,
@@ -110,6 +112,7 @@ class Engine:
             max_rows: at most so many requests are generated at once.
             reserved_rows: rows that background requests never take (default: an eighth).
             max_waiting: at most so many wait, of each class; more are refused (Busy).
+            max_waiting_tokens: once the waiting prompts of a class are longer together, more are refused (Busy).
             prefill_tokens: prompt tokens that are read between two steps of the running rows.
             max_context: lowers the model's context limit.
             max_held_tokens: bound of the K/V memory, rows times the longest row.
@@ -133,6 +136,7 @@ class Engine:
         self._clock: WeightsClock = clock or Unchanging()
         self._reserved = max_rows // 8 if reserved_rows is None else reserved_rows
         self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
         self._prefill_tokens = prefill_tokens
         self._max_held = max_held_tokens
         self._threads = threads
@@ -147,6 +151,7 @@ class Engine:
         """By `background`: whether the long prompt has the next turn, or the short ones."""
         self._wake = threading.Condition()
         self._closing = self._draining = False
+        self._trouble = ""
         self._thread = threading.Thread(target=self._run, name="secondnature-engine", daemon=True)
         self._thread.start()
 
@@ -157,6 +162,16 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def limits(self) -> Limits:
+        """What it can take."""
+        return Limits(self.vocab_size, self.max_context, self.max_rows, frozenset({"score", "logprobs"}))
+
+    @property
+    def trouble(self) -> str:
+        """Why its thread ended before it was told to; empty while it works."""
+        return self._trouble
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request.
@@ -173,6 +188,8 @@ class Engine:
         handle = GenerationHandle(request, self._notify)
         job = Job(handle, max_tokens, self.decode, self.stop_ids)
         with self._wake:
+            if self._trouble:
+                raise Unreachable(self._trouble, "restart the server; its log says more")
             if self._closing:
                 raise Unreachable("the engine is shutting down", "try again when the server is back")
             queue = self._waiting[request.background]
@@ -180,6 +197,12 @@ class Engine:
                 self.metrics.refused += 1
                 raise Busy(
                     f"{len(queue)} requests are waiting; at most {self._max_waiting} may", "try again later"
+                )
+            if queue and sum(len(j.request.prompt_ids) for j in queue) > self._max_waiting_tokens:
+                self.metrics.refused += 1
+                raise Busy(
+                    f"the prompts that are waiting have over {self._max_waiting_tokens:,} tokens",
+                    "try again later",
                 )
             queue.append(job)
             self._wake.notify_all()
@@ -252,26 +275,38 @@ class Engine:
     # -------------------------------------------------------------------------------------- the engine's thread
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            while self._wait():
-                try:
-                    self._drop_cancelled()
-                    self._read_prompts()
-                    self._step()
-                    self._count()
-                except Exception as e:  # noqa: BLE001  (a fault of ours; without this every caller would hang)
-                    self._fail(self._all_jobs(), e)
-                    self._forget()
-                for hook in self._on_step:
-                    try:
-                        hook(self)
-                    except Exception:  # noqa: BLE001
-                        _LOG.exception("a hook of the engine failed")
         error = Unreachable("the engine was shut down", "try again when the server is back")
+        try:
+            torch.set_num_threads(self._threads)
+            with torch.inference_mode():
+                while self._wait():
+                    self._turn()
+        except BaseException as e:  # noqa: BLE001  (nobody above would see it: whoever waits would wait for ever)
+            _LOG.critical("the engine's thread ended", exc_info=e)
+            error = Unreachable(f"the engine has ended: {type(e).__name__}: {e}", "restart the server")
+            with self._wake:
+                self._trouble = error.message
         for job in self._all_jobs():
-            self._end(job, "cancelled", error)
+            try:
+                self._end(job, "error", error)
+            except Exception:  # noqa: BLE001  (the next one waits, too)
+                _LOG.exception("a request could not be ended")
         self._forget()
+
+    def _turn(self) -> None:
+        try:
+            self._drop_cancelled()
+            self._read_prompts()
+            self._step()
+            self._count()
+        except Exception as e:  # noqa: BLE001  (a fault of ours; without this every caller would hang)
+            self._fail(self._all_jobs(), e)
+            self._forget()
+        for hook in self._on_step:
+            try:
+                hook(self)
+            except Exception:  # noqa: BLE001
+                _LOG.exception("a hook of the engine failed")
 
     def _forget(self) -> None:
         """Drop every row, after a failure or at the end."""

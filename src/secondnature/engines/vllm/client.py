@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import secrets
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from secondnature.engines.base import (
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
+    Limits,
     Span,
     TokenLogprob,
 )
@@ -39,7 +41,6 @@ LOG = logging.getLogger("secondnature")
 AT_ONCE = 64
 """Background requests in the engine while no user waits; it batches as many as it has been told to."""
 AT_ONCE_UNDER_LOAD = 8
-POLL_S = 0.02
 
 
 class VllmEngine:
@@ -70,12 +71,14 @@ class VllmEngine:
         self._client = client
         self._loop = loop
         self._clock = clock
-        self._vocab_size = vocab_size
-        self._max_context = max_context
         self._load = load
         self._priority = 1 if priorities else 0
         self._inside = 0
         """Ours in the engine; changed on the loop only."""
+        self._turns: deque[asyncio.Future[None]] = deque()
+        """Those that wait to be let in, oldest first; changed on the loop only."""
+        self.limits = Limits(vocab_size, max_context, AT_ONCE, frozenset({"score"}))
+        self.trouble = ""
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request.
@@ -88,60 +91,91 @@ class VllmEngine:
         """
         request.check()
         ids = request.prompt_ids
-        if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
+        if not ids or min(ids) < 0 or max(ids) >= self.limits.vocab_size:
             raise BadExample(
-                f"{len(ids)} token ids; expected at least one, all from 0 to {self._vocab_size - 1}",
+                f"{len(ids)} token ids; expected at least one, all from 0 to {self.limits.vocab_size - 1}",
                 "use this model's tokenizer",
             )
-        room = self._max_context - len(ids)
+        room = self.limits.context - len(ids)
         answer = max(room, 1) if request.max_tokens is None else request.max_tokens
         if answer > room:
             raise ContextOverflow(
-                f"prompt of {len(ids)} tokens and answer of {answer}; the engine reads {self._max_context}",
+                f"prompt of {len(ids)} tokens and answer of {answer}; the engine reads {self.limits.context}",
                 "shorten it, or start vLLM with a longer --max-model-len",
             )
         if request.logprobs is not None and request.score_from is None:
             raise BadInput("log-probabilities of an answer were asked for", "ask vLLM's own routes for them")
         if self._loop.is_closed():
-            raise Unreachable("the server is shutting down", "start it again")
+            raise self._ended()
         running: list[asyncio.Task[None]] = []
 
         def wake() -> None:  # somebody cancelled it
-            if running and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(running[0].cancel)
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in running])
 
         handle = GenerationHandle(request, wake)
+        starting = self._drive(handle, answer, running)
+        try:
+            driving = asyncio.run_coroutine_threadsafe(starting, self._loop)
+        except RuntimeError:
+            starting.close()
+            raise self._ended() from None
 
-        def start() -> None:
-            running.append(self._loop.create_task(self._drive(handle, answer)))
+        def see(_: object) -> None:  # a task that is cancelled before its first step never takes it
+            if not handle.done:
+                handle.emit(Done(_ended(request, "error", self._ended())))
 
-        self._loop.call_soon_threadsafe(start)
+        driving.add_done_callback(see)
         return handle
 
-    async def _drive(self, handle: GenerationHandle, max_tokens: int) -> None:
-        """One request, to its `Done`, whatever happens."""
-        entered = False
+    def load_changed(self) -> None:
+        """The number of users' requests is another one: who waits may be let in. Called on the loop."""
+        if self._turns:
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while self._turns and self._inside < (AT_ONCE_UNDER_LOAD if self._load() else AT_ONCE):
+            turn = self._turns.popleft()
+            if not turn.done():  # else it was cancelled
+                self._inside += 1
+                turn.set_result(None)
+
+    async def _drive(
+        self, handle: GenerationHandle, max_tokens: int, running: list[asyncio.Task[None]]
+    ) -> None:
+        """One request, to its `Done`, whatever happens. From its first step on, `running` is how to cancel it."""
+        task = asyncio.current_task()
+        assert task is not None, "it is run as a task"
+        running.append(task)
+        turn: asyncio.Future[None] = self._loop.create_future()
         try:
-            while self._inside >= (AT_ONCE_UNDER_LOAD if self._load() else AT_ONCE) and not handle.cancelled:
-                await asyncio.sleep(POLL_S)
             if handle.cancelled:
                 raise asyncio.CancelledError
-            self._inside += 1
-            entered = True
+            self._turns.append(turn)
+            self._let_in()
+            await turn
             result = await self._ask(handle.request, max_tokens)
         except asyncio.CancelledError:
-            result = _ended(handle.request, "cancelled", None)
+            gone = None if handle.cancelled else self._ended()  # the loop ends, and everything on it
+            result = _ended(handle.request, "error" if gone else "cancelled", gone)
         except SecondnatureError as e:
             result = _ended(handle.request, "error", e)
-        except Exception as e:  # noqa: BLE001  (whatever vLLM raises: without a Done the judge would wait for ever)
+        except Exception as e:  # noqa: BLE001  (whatever vLLM raises: without a Done the prober would wait for ever)
             LOG.warning("a probe failed: %r", e)
             error = SecondnatureError(
                 f"vLLM could not answer: {type(e).__name__}: {e}", "see the server's log"
             )
             result = _ended(handle.request, "error", error)
         finally:
-            self._inside -= entered
+            if turn.done() and not turn.cancelled():
+                self._inside -= 1
+                self._let_in()
+            else:
+                turn.cancel()
         handle.emit(Done(result))
+
+    def _ended(self) -> Unreachable:
+        return Unreachable("the server is shutting down", "start it again")
 
     async def _ask(self, request: GenerationRequest, max_tokens: int) -> GenerationResult:
         from vllm import SamplingParams

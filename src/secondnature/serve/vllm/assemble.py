@@ -75,13 +75,18 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         )
     loop = asyncio.get_running_loop()
     name = (args.served_model_name or [vllm_config.model_config.model])[0]
-    teaching = await asyncio.to_thread(
+    await asyncio.to_thread(found.home.note_settings, settings)
+    teaching, engine = await asyncio.to_thread(
         _teach, manifests[0], settings, found.home, client, vllm_config, args, loop, str(name)
     )
     ours = OwnThread(application(teaching), settings.max_body_bytes)
 
     async def stop() -> None:
         await asyncio.to_thread(_stop, teaching, ours)
+
+    def on_load(num_requests: int) -> None:
+        teaching.arena.load = num_requests
+        engine.load_changed()
 
     host = settings.host if settings.host not in (ANY_HOST, "::") else "127.0.0.1"
     scheme = "https" if args.ssl_certfile else "http"
@@ -94,7 +99,7 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         memory=teaching.memory,
         key=teaching.key,
         engine_keys=engine_keys,
-        on_load=lambda n: setattr(teaching.arena, "load", n),
+        on_load=on_load,
         on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
     )
@@ -112,7 +117,7 @@ def _teach(
     args: Any,
     loop: asyncio.AbstractEventLoop,
     model_name: str,
-) -> Teaching:
+) -> tuple[Teaching, VllmEngine]:
     """Everything but the routes; on a thread, for it reads and hashes all weights."""
     torch.set_num_threads(1)
     shared = attach(manifest)
@@ -128,7 +133,7 @@ def _teach(
         load=lambda: arena.load,
         priorities=str(vllm_config.scheduler_config.policy) == "priority",
     )
-    return put_together(
+    teaching = put_together(
         settings,
         home=home,
         log=log,
@@ -143,6 +148,7 @@ def _teach(
         model_name=model_name,
         wiring=lambda: _wiring(client, loop),
     )
+    return teaching, engine
 
 
 def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
