@@ -36,6 +36,7 @@ from secondnature.wire import (
     JobStatus,
     LessonDetail,
     LessonList,
+    PhaseProgress,
     TrainReply,
     TrainRequest,
     UnreadableLine,
@@ -142,7 +143,11 @@ class Fake:
             step=step,
             steps=steps,
             loss=lesson.loss,
+            progress=PhaseProgress(done=step, total=steps, unit="steps", per_s=0.5, eta_s=3.0)
+            if phase == "training"
+            else None,
             eta_s=3.0 if phase == "training" else None,
+            stopped_by=lesson.stopped_by,
             weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
             error=lesson.error,
         )

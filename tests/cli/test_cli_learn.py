@@ -32,7 +32,7 @@ def test_learn_ends_with_the_code_of_the_verdict(
     assert ("the weights are as before" in out) == (ends != "kept")
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
-    assert "training, step 4/5, loss 0.25, about 3 s left" in err
+    assert "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25" in err
     page = Path("report.html").read_text()
     assert "0001-listening" in page
     assert Path("report.json").exists()

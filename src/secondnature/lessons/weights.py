@@ -197,6 +197,7 @@ class ServedWeights:
             on_tensor(done, total)
             yield name, tensor
             del tensor
+        on_tensor(total, total)
 
 
 def checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
