@@ -143,7 +143,7 @@ def test_it_writes_nothing_where_it_shall_not(
     assert fake.requests == []
 
 
-@pytest.mark.parametrize("key", ["another", KEY])
+@pytest.mark.parametrize("key", ["the-key-of-another", KEY])
 def test_a_vllm_without_the_plug_in_is_named(
     key: str, fake: Fake, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
