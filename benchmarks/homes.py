@@ -23,7 +23,7 @@ from secondnature.lessons.home import Home
 from secondnature.lessons.log import Log
 from secondnature.model.load import fingerprint
 from secondnature.records import Correction, Lesson, Moved, utc_now
-from secondnature.weights import checkpoint, delta
+from secondnature.weights import checkpoint
 from secondnature.weights.content import content_id
 
 REPEATS = 5
@@ -82,7 +82,12 @@ def _fill(home: Home, log: Log, model: Path, count: int) -> None:
         parent = version if kept else parent
     head = log.head()
     assert head is not None, "every second one is kept"
-    note = {"schema_version": 1, "version": head.version, "lesson": head.number, "saved_at": utc_now().isoformat()}
+    note = {
+        "schema_version": 1,
+        "version": head.version,
+        "lesson": head.number,
+        "saved_at": utc_now().isoformat(),
+    }
     checkpoint.save(home.model_root, model, tensors, note)
 
 
@@ -140,7 +145,8 @@ def _routes(server: large.Served) -> dict[str, Any]:
         "health": lambda: server.get("/v1/health"),
     }
     return {
-        name: {"first": _median(ask, 1)["median"], **_median(ask, 2 * REPEATS)} for name, ask in routes.items()
+        name: {"first": _median(ask, 1)["median"], **_median(ask, 2 * REPEATS)}
+        for name, ask in routes.items()
     }
 
 

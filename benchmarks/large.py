@@ -143,14 +143,14 @@ class Served:
         return self._ask("POST", path, {} if body is None else body)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        request = urllib.request.Request(  # noqa: S310  (a server of our own)
+        request = urllib.request.Request(
             self.url + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as reply:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=600) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
             raise RuntimeError(f"{method} {path}: {e.code} {e.read()[:2000]!r}") from None
@@ -285,7 +285,11 @@ def teach(server: Served, watch: Watch | None, body: dict[str, Any], name: str =
 def _probes() -> list[dict[str, Any]]:
     asked = [
         {"prompt": "Paint the chair.", "behaviour": "paint", "check": {"matches": "red"}},
-        {"prompt": "Paint the lamp.", "behaviour": "paint", "check": {"prefers": ["It is red.", "Not today."]}},
+        {
+            "prompt": "Paint the lamp.",
+            "behaviour": "paint",
+            "check": {"prefers": ["It is red.", "Not today."]},
+        },
         {"prompt": "Who are you?", "behaviour": "guard", "check": {"not_matches": "red"}},
     ]
     return asked
