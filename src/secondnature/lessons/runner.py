@@ -34,7 +34,7 @@ from secondnature.errors import (
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log, Pruned
+from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Plan, Planner
 from secondnature.lessons.prober import Prober
@@ -44,7 +44,14 @@ from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
-from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
+from secondnature.wire import (
+    CheckpointReply,
+    JobStatus,
+    PruneReply,
+    PruneRequest,
+    TrainReply,
+    TrainRequest,
+)
 
 __all__ = ["Runner"]
 
@@ -229,9 +236,22 @@ class Runner:
             progress=writing.progress() if writing is not None else None,
         )
 
-    def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
-        """See `Log.prune`. Raises StorageError."""
-        return self._do(lambda: self.log.prune(keep_states, keep_deltas))
+    def prune(self, request: PruneRequest) -> PruneReply:
+        """See `Log.prune`; and what can be taken back afterwards. Raises StorageError."""
+
+        def command() -> PruneReply:
+            states = self._settings.keep_states if request.keep_states is None else request.keep_states
+            pruned = self.log.prune(states, request.keep_deltas, dry_run=request.dry_run)
+            lessons, with_state = self.log.undoable(set(pruned.removed))
+            return PruneReply(
+                removed=pruned.removed,
+                nbytes=pruned.nbytes,
+                dry_run=request.dry_run,
+                undoable=lessons,
+                undoable_with_state=with_state,
+            )
+
+        return self._do(command)
 
     def _do(self, command: Callable[[], T]) -> T:
         """Run a command on the runner's thread, between its own steps: done, or never begun.
