@@ -1,9 +1,9 @@
 """A large model: how much memory server and trainer have beside the weights, and what each phase of a lesson takes.
 
-A Llama-like model of random bf16 weights is written in a stream; a real server, of whatever source tree, serves it,
-teaches two short lessons (one on probes, judged; one kept and taken back) and starts again. Every 50 ms the kernel is
-asked what each process holds: private memory (`RssAnon`), pages of the arena (`RssShmem`), pages of other files
-(`RssFile`: libraries, and whatever is mapped from the home); and beside that, for the home's files, PSS.
+A Llama-like model of random bf16 weights is written in a stream; a real server, of whatever source tree, serves
+it, teaches two short lessons (one on probes, judged; one kept and taken back) and starts again. Every 50 ms the
+kernel is asked what each process holds: private memory (`RssAnon`), pages of the arena (`RssShmem`), and pages of
+other files (`RssFile`: libraries, and whatever is mapped from the home), which it can take away at any time.
 """
 
 from __future__ import annotations
@@ -143,14 +143,14 @@ class Served:
         return self._ask("POST", path, {} if body is None else body)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        request = urllib.request.Request(  # noqa: S310  (a server of our own)
+        request = urllib.request.Request(
             self.url + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as reply:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=600) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
             raise RuntimeError(f"{method} {path}: {e.code} {e.read()[:2000]!r}") from None
@@ -283,12 +283,15 @@ def teach(server: Served, watch: Watch | None, body: dict[str, Any], name: str =
 
 
 def _probes() -> list[dict[str, Any]]:
-    asked = [
+    return [
         {"prompt": "Paint the chair.", "behaviour": "paint", "check": {"matches": "red"}},
-        {"prompt": "Paint the lamp.", "behaviour": "paint", "check": {"prefers": ["It is red.", "Not today."]}},
+        {
+            "prompt": "Paint the lamp.",
+            "behaviour": "paint",
+            "check": {"prefers": ["It is red.", "Not today."]},
+        },
         {"prompt": "Who are you?", "behaviour": "guard", "check": {"not_matches": "red"}},
     ]
-    return asked
 
 
 def run(source: Path, model: Path, folder: Path, *, steps: int = 2, threads: int = 1) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py [--only large listed kept] [--params 1e9] [--src PATH] [--output FILE]
 
-By hand: it takes half an hour, 10 GB of memory and 20 GB of disk in the temporary directory. `--src` is the `src` of
-another commit (a git worktree): the servers are of that one, the measuring is of this one. Figures are added to the
-JSON file under the name of the source tree (`--name`), so that two runs stand beside each other.
+By hand: it takes an hour, 10 GB of memory and 20 GB of disk in the temporary directory. `--src` is the `src` of
+another commit (a git worktree): the servers are of that one, the measuring is of this one. Figures are added to
+the JSON file under the name of the source tree (`--name`), so that two runs stand beside each other.
 """
 
 from __future__ import annotations
