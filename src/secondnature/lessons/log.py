@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
+_WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
 
@@ -113,16 +115,23 @@ class Log:
                     )
                 )
 
-    def _read(self) -> Iterator[Lesson]:
+    def _read(self) -> list[Lesson]:
         """Every entry on disk; what an unfinished birth left behind is no entry (`leftovers` removes it)."""
+        found: list[Lesson] = []
         for directory in self._home.lessons.iterdir():
             if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
-                lesson = _read_lesson(directory / "lesson.json")
-                if lesson.moved:  # homes of before had the table inside: every list of lessons carried it
-                    _write_moved(directory, lesson.moved)
-                    lesson = lesson.model_copy(update={"moved": []})
-                    storage.write_text(directory / "lesson.json", _text(lesson))
-                yield lesson
+                found.append(_read_lesson(directory / "lesson.json"))
+        of_before = [lesson for lesson in found if lesson.moved]
+        if of_before:  # the table was inside: every list of lessons carried it
+            with ThreadPoolExecutor(_WRITERS) as pool:  # the disk confirms many at once as fast as one
+                list(pool.map(self._move_out, of_before))
+        return [x.model_copy(update={"moved": []}) if x.moved else x for x in found]
+
+    def _move_out(self, lesson: Lesson) -> None:
+        """Give the table of an entry of before a file of its own; an end in between leaves both."""
+        directory = self.directory(lesson)
+        _write_moved(directory, lesson.moved)
+        storage.write_text(directory / "lesson.json", _text(lesson))
 
     def _mend_reverts(self) -> None:
         """`reverted_by` follows from the kept reverts, whatever the disk says: a server may have ended between the
