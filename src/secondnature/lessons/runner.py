@@ -208,7 +208,7 @@ class Runner:
         return self._do(lambda: self._revert_command(lesson_id))
 
     def checkpoint(self) -> CheckpointReply:
-        """Bring the working copy up to date with the kept lessons now. Raises StorageError."""
+        """Bring the working copy up to date with the kept lessons now. Raises Busy, StorageError."""
 
         def command() -> CheckpointReply:
             self._fold()
@@ -223,8 +223,13 @@ class Runner:
         return CheckpointReply(path=str(path), weights_version=held, current=held == self.log.kept_version())
 
     def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
-        """See `Log.prune`. Raises StorageError."""
-        return self._do(lambda: self.log.prune(keep_states, keep_deltas))
+        """See `Log.prune`. Raises Busy, StorageError."""
+
+        def command() -> Pruned:
+            self.weights.check_unread()
+            return self.log.prune(keep_states, keep_deltas)
+
+        return self._do(command)
 
     def _do(self, command: Callable[[], T]) -> T:
         """Run a command on the runner's thread, between its own steps: done, or never begun.
