@@ -11,7 +11,7 @@ from served_home import Served, serve
 from tiny_models import dense_config, save_tiny
 
 from secondnature import storage
-from secondnature.errors import BadCheckpoint, WeightsError
+from secondnature.errors import BadCheckpoint, Busy, WeightsError
 from secondnature.lessons.weights import RESTORING
 from secondnature.weights import checkpoint
 from secondnature.weights.content import content_id
@@ -164,6 +164,30 @@ def test_it_is_saved_from_disk_while_a_lesson_writes(served: Served) -> None:
     served.weights.fold()
     assert in_the_copy(served) == kept.version
     assert served.log.chain() == []
+
+
+def test_a_checkpoint_asked_for_in_the_middle_takes_nothing_away(served: Served) -> None:
+    """The one before it would go with it: while that is read, the new one has to wait."""
+    served.kept()
+    served.weights.fold()
+    kept = served.kept(0.25)
+    entry = served.begin()
+    served.write(0.9)
+    refused: list[str] = []
+
+    def ask(done: int, _total: int) -> None:
+        if done == 1:
+            with pytest.raises(Busy, match="nothing was done"):
+                served.weights.fold()
+            refused.append(in_the_copy(served))
+
+    entry = served.weights.record(entry, ask)
+    assert entry.version == served.found
+    served.weights.restore(ask)
+    assert served.found == kept.version
+    served.weights.fold()
+    assert len(refused) == 2
+    assert in_the_copy(served) == kept.version
 
 
 # ------------------------------------------------------------------------------------------ commits on a bad disk

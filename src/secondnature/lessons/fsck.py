@@ -433,7 +433,7 @@ class _Reader:
 
 
 def _stored_dtypes(directory: Path) -> dict[str, Any]:
-    """The dtypes of the files themselves: vLLM's arena keeps some that are not bf16, and so does its working copy."""
+    """The dtypes of the files themselves: vLLM's arena and working copy keep some not in bf16."""
     known = {name: dtype for dtype, name in DTYPES.items()}
     found: dict[str, Any] = {}
     for name, spec in checkpoint.specs(directory).items():

@@ -217,7 +217,7 @@ class Runner:
         return self._do(lambda: self._revert_command(lesson_id))
 
     def checkpoint(self) -> CheckpointReply:
-        """Bring the working copy up to date with the kept lessons now. Raises StorageError."""
+        """Bring the working copy up to date with the kept lessons now. Raises Busy, StorageError."""
 
         def command() -> CheckpointReply:
             self._fold()
@@ -237,9 +237,10 @@ class Runner:
         )
 
     def prune(self, request: PruneRequest) -> PruneReply:
-        """See `Log.prune`; and what can be taken back afterwards. Raises StorageError."""
+        """See `Log.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
 
         def command() -> PruneReply:
+            self.weights.check_unread()
             states = self._settings.keep_states if request.keep_states is None else request.keep_states
             pruned = self.log.prune(states, request.keep_deltas, dry_run=request.dry_run)
             lessons, with_state = self.log.undoable(set(pruned.removed))
