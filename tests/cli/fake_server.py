@@ -39,6 +39,7 @@ from secondnature.wire import (
     PhaseProgress,
     TrainReply,
     TrainRequest,
+    UnreadableLine,
     Wiring,
 )
 
@@ -65,6 +66,8 @@ class Fake:
     reaches_at: float = 1e-4
     """The learning rate from which unjudged lessons reach their margin before the last step."""
     ledger: list[Correction] = field(default_factory=list[Correction])
+    unreadable: list[UnreadableLine] = field(default_factory=list[UnreadableLine])
+    num_torn: int | None = None
     lessons: dict[str, Lesson] = field(default_factory=dict[str, Lesson])
     requests: list[TrainRequest] = field(default_factory=list[TrainRequest])
     looks: dict[str, int] = field(default_factory=dict[str, int])
@@ -261,7 +264,9 @@ def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body
         case ("DELETE", ["v1", "train", job]):
             return fake.cancel(job)
         case ("GET", ["v1", "corrections"]):
-            return CorrectionsReply(corrections=fake.ledger)
+            return CorrectionsReply(
+                corrections=fake.ledger, num_torn=fake.num_torn, unreadable=fake.unreadable or None
+            )
         case ("POST", ["v1", "feedback"]):
             return feedback(fake, body)
         case ("GET", ["v1", "lessons"]):

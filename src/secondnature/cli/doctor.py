@@ -59,7 +59,7 @@ def doctor(probes: Path | None, where: Where, out: Output, *, write: bool) -> in
                 found, hint = f"{found}; {health.detail or health.status}", "see server.log in its home"
             findings.append(Finding("server", level, found, hint))
             findings.append(_key_works(server.client))
-            if findings[-1].level == "ok":
+            if findings[-1].level != "fail":
                 findings.append(_wiring(server.client))
                 if write:
                     findings.append(_write_and_restore(server.client, out))
@@ -88,7 +88,7 @@ def _key_works(client: Client) -> Finding:
     found = f"accepted; {len(ledger.corrections)} corrections in the ledger"
     if ledger.unreadable:
         lines = "; ".join(f"line {x.line}: {x.reason}" for x in ledger.unreadable[:3])
-        found += f", {len(ledger.unreadable)} lines that cannot be read ({lines})"
+        found += f", {len(ledger.unreadable)} line{'s'[: len(ledger.unreadable) > 1]} that cannot be read ({lines})"
         return Finding("key", "warn", found, "upgrade the server, or mend ledger.jsonl in its home")
     if ledger.num_torn:
         found += "; its end was torn by a crash, and was never acknowledged"

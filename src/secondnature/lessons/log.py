@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from secondnature.errors import (
     NotDurable,
     NotFound,
     SecondnatureError,
+    StorageError,
     TooNew,
     WrongState,
 )
@@ -59,6 +61,7 @@ LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
+_WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
 
@@ -95,12 +98,14 @@ class Log:
         """Directories in which a commit is seen, but not known to outlast a loss of power."""
         self._corrections: dict[str, list[Correction]] = {}
         """By lesson: they never change."""
+        self._state_hashes: dict[str, str] = {}
+        """sha256 of optimizer states of homes of before, whose entries do not say it."""
         self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
         self._last_number = max((x.number for x in self._lessons.values()), default=0)
         self._mend_reverts()
         for lesson in self.all():
             if lesson.state in OPEN_STATES:
-                self.save(
+                self._save_or_remember(
                     lesson.model_copy(
                         update={
                             "state": "cancelled" if lesson.state == "queued" else "undone",
@@ -110,21 +115,28 @@ class Log:
                     )
                 )
 
-    def _read(self) -> Iterator[Lesson]:
-        """Every entry on disk; what an unfinished birth left behind is removed."""
+    def _read(self) -> list[Lesson]:
+        """Every entry on disk; what an unfinished birth left behind is no entry (`leftovers` removes it)."""
+        found: list[Lesson] = []
         for directory in self._home.lessons.iterdir():
-            if directory.name.startswith("."):
-                shutil.rmtree(directory, ignore_errors=True)
-            elif (directory / "lesson.json").is_file():
-                lesson = _read_lesson(directory / "lesson.json")
-                if lesson.moved:  # homes of before had the table inside: every list of lessons carried it
-                    _write_moved(directory, lesson.moved)
-                    lesson = lesson.model_copy(update={"moved": []})
-                    storage.write_text(directory / "lesson.json", _text(lesson))
-                yield lesson
+            if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
+                found.append(_read_lesson(directory / "lesson.json"))
+        of_before = [lesson for lesson in found if lesson.moved]
+        if of_before:  # the table was inside: every list of lessons carried it
+            with ThreadPoolExecutor(_WRITERS) as pool:  # the disk confirms many at once as fast as one
+                list(pool.map(self._move_out, of_before))
+        return [x.model_copy(update={"moved": []}) if x.moved else x for x in found]
+
+    def _move_out(self, lesson: Lesson) -> None:
+        """Give the table of an entry of before a file of its own; an end in between leaves both."""
+        directory = self.directory(lesson)
+        _write_moved(directory, lesson.moved)
+        storage.write_text(directory / "lesson.json", _text(lesson))
 
     def _mend_reverts(self) -> None:
-        """`reverted_by` follows from the kept reverts; a server may have ended between the two files."""
+        """`reverted_by` follows from the kept reverts, whatever the disk says: a server may have ended between the
+        two files.
+        """
         follows: dict[str, str | None] = dict.fromkeys(self._lessons)
         for entry in self.all():
             if entry.kind == "revert" and entry.state == "kept" and entry.reverts is not None:
@@ -134,7 +146,15 @@ class Log:
                     follows[target.reverts] = None
         for lesson in self.all():
             if lesson.reverted_by != follows[lesson.id]:
-                self.save(lesson.model_copy(update={"reverted_by": follows[lesson.id]}))
+                self._save_or_remember(lesson.model_copy(update={"reverted_by": follows[lesson.id]}))
+
+    def _save_or_remember(self, lesson: Lesson) -> None:
+        """Write down what the next start would find out again: where the disk refuses, it is known here."""
+        try:
+            self.save(lesson)
+        except StorageError as e:
+            LOG.warning("lesson %s: %s", lesson.id, e)
+            self._put(lesson)
 
     # ------------------------------------------------------------------------------------------ entries
 
@@ -182,12 +202,14 @@ class Log:
             except BaseException:
                 shutil.rmtree(unborn, ignore_errors=True)
                 raise
-            self._put(lesson)
             try:
+                self._put(lesson)
                 storage.sync_dir(final.parent)
-            except OSError:
+            except BaseException as e:
                 if lesson.state == "kept":  # a commit that everybody sees: it stands, and is synced again
+                    LOG.warning("%s is there, but not known to be durable: %r", lesson.id, e)
                     self.unsynced.add(final.parent)
+                    self._put(lesson)
                 else:
                     self._lessons = {k: v for k, v in self._lessons.items() if k != lesson.id}
                     shutil.rmtree(final, ignore_errors=True)
@@ -251,7 +273,7 @@ class Log:
         moved = _read_whole(directory / MOVED_FILE)
         metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
-            lesson=lesson.model_copy(update={"moved": [Moved.model_validate(m) for m in moved or []]}),
+            lesson=lesson.model_copy(update={"moved": [Moved.from_disk(m) for m in moved or []]}),
             evidence=self.evidence(lesson),
             corrections=self.corrections(lesson),
             metrics=[value for _, value in metrics.values if isinstance(value, dict)],
@@ -422,11 +444,7 @@ class Log:
             ),
             ended_at=utc_now(),
         )
-        try:
-            self._mend_reverts()
-        except SecondnatureError as e:  # it follows from the entries: the next start writes it down
-            LOG.warning("%s: %s", entry.id, e)
-            self.remember(self.get(lesson.id).model_copy(update={"reverted_by": entry.id}))
+        self._mend_reverts()
         return entry
 
     # ------------------------------------------------------------------------------------------ optimizer
@@ -453,15 +471,17 @@ class Log:
         if path is None or head is None or head.optimizer_after is None:
             return None
         owner = self.get(head.optimizer_after)
-        if owner.optimizer_sha256 is None:  # of a home of before: read once, then known
+        sha256 = owner.optimizer_sha256 or self._state_hashes.get(owner.id)
+        if (
+            sha256 is None
+        ):  # of a home of before: read once, then known; any thread may ask, so not in the table
             try:
                 with path.open("rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError:
                 return None
-            owner = owner.model_copy(update={"optimizer_sha256": sha256})
-            self._put(owner)
-        return "o" + str(owner.optimizer_sha256)[:16]
+            self._state_hashes[owner.id] = sha256
+        return f"o{sha256[:16]}"
 
     # ------------------------------------------------------------------------------------------ disk
 
