@@ -44,8 +44,8 @@ def render(results: dict[str, Any]) -> str:
 def _machine(found: dict[str, Any]) -> str:
     at = found["machine"]
     return (
-        f"Measured on {found['date'][:10]}: {at['cpu']}, {at['cores']} cores, {at['memory_bytes'] / GB:.0f} GB, torch "
-        f"{at['versions']['torch']}; one thread each, other work on the machine."
+        f"Measured on {found['date'][:10]}: {at['cpu']}, {at['cores']} cores, {at['memory_bytes'] / GB:.0f} GB, "
+        f"torch {at['versions']['torch']}; one thread each, other work on the machine."
     )
 
 
@@ -53,10 +53,10 @@ def _large(runs: dict[str, Any]) -> list[str]:
     """Private memory over the idle trainer and server, as a share of the weights."""
     parts = [
         "## A large model",
-        "Llama-like models of random bf16 weights; one lesson of two steps at rank 16 on two short corrections with "
-        "rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of server and "
-        "trainer; the weights, shared by both, are counted once and not in it. An interpreter with torch has 0.3 GB "
-        "of its own in each.",
+        "Llama-like models of random bf16 weights; one lesson of two steps at rank 16 on two short corrections "
+        "with rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of server and "
+        "trainer; the weights, shared by both, are counted once and not in it. An interpreter with torch has "
+        "0.3 GB of its own in each.",
     ]
     for name, found in runs.items():
         weights = 2 * found["parameters"] / GB
@@ -99,8 +99,8 @@ def _listed(found: dict[str, Any]) -> list[str]:
         f"{start['home']['high']:.2f}) | |",
         f"| open the log | {start['first']['log']:.2f} | {start['log']['median']:.2f} (up to "
         f"{start['log']['high']:.2f}) | |",
-        f"| open the log, home in the form of before | {before['first']['log']:.2f} | {before['log']['median']:.2f} "
-        f"(up to {before['log']['high']:.2f}) | |",
+        f"| open the log, home in the form of before | {before['first']['log']:.2f} | "
+        f"{before['log']['median']:.2f} (up to {before['log']['high']:.2f}) | |",
     ]
     names = {"lessons": "`GET /v1/lessons`", "status": "`GET /v1/train/status`", "dry_run": "a dry run"}
     for key, name in names.items():
@@ -111,8 +111,8 @@ def _listed(found: dict[str, Any]) -> list[str]:
         )
     return [
         f"## {found['entries']:,} lessons",
-        "Half of them are kept and in the working copy, four corrections each; the first dry run after a start encodes "
-        "all that was taught, for replay. A server with such a home that nobody asks anything uses "
+        "Half of them are kept and in the working copy, four corrections each; the first dry run after a start "
+        "encodes all that was taught, for replay. A server with such a home that nobody asks anything uses "
         f"{found['idle_share_of_a_core']:.1%} of a core.",
         "\n".join(rows),
         _machine(found),
@@ -132,14 +132,14 @@ def _kept(found: dict[str, Any]) -> list[str]:
         middle = len(reads) // 2
         sizes = " | ".join(f"{row['disk'].get(kind, 0) / 1e6:.1f}" for kind in KINDS)
         rows.append(
-            f"| {row['kept']} | {undo['median']:.2f} ({undo['low']:.2f} to {undo['high']:.2f}) | {logs[middle]:.2f}, "
-            f"{weights[middle]:.2f} ({weights[0]:.2f} to {weights[-1]:.2f}) | {row['chain']} | {sizes} |"
+            f"| {row['kept']} | {undo['median']:.2f} ({undo['low']:.2f} to {undo['high']:.2f}) | "
+            f"{logs[middle]:.2f}, {weights[middle]:.2f} ({weights[0]:.2f} to {weights[-1]:.2f}) | {row['chain']} | {sizes} |"
         )
     return [
         "## Lessons kept in a row",
         f"One step each, on the embedded model ({found['model_bytes'] / 1e6:.0f} MB). Differences grow with their "
-        "number; optimizer states are kept for the newest 8, and the chain is folded into the working copy when it is "
-        "longer than 8.",
+        "number; optimizer states are kept for the newest 8, and the chain is folded into the working copy when "
+        "it is longer than 8.",
         "\n".join(rows),
         "![Undo, start and disk by the number of kept lessons](../figures/kept.svg)",
         _machine(found),
