@@ -54,8 +54,8 @@ def _large(runs: dict[str, Any]) -> list[str]:
     parts = [
         "## A large model",
         "Llama-like models of random bf16 weights; one lesson of two steps at rank 16 on two short corrections "
-        "with rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of server and "
-        "trainer; the weights, shared by both, are counted once and not in it. An interpreter with torch has "
+        "with rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of "
+        "server and trainer; the weights, shared by both, are counted once and not in it. An interpreter with torch has "
         "0.3 GB of its own in each.",
     ]
     for name, found in runs.items():
@@ -133,7 +133,8 @@ def _kept(found: dict[str, Any]) -> list[str]:
         sizes = " | ".join(f"{row['disk'].get(kind, 0) / 1e6:.1f}" for kind in KINDS)
         rows.append(
             f"| {row['kept']} | {undo['median']:.2f} ({undo['low']:.2f} to {undo['high']:.2f}) | "
-            f"{logs[middle]:.2f}, {weights[middle]:.2f} ({weights[0]:.2f} to {weights[-1]:.2f}) | {row['chain']} | {sizes} |"
+            f"{logs[middle]:.2f}, {weights[middle]:.2f} "
+            f"({weights[0]:.2f} to {weights[-1]:.2f}) | {row['chain']} | {sizes} |"
         )
     return [
         "## Lessons kept in a row",
