@@ -55,8 +55,8 @@ def _large(runs: dict[str, Any]) -> list[str]:
         "## A large model",
         "Llama-like models of random bf16 weights; one lesson of two steps at rank 16 on two short corrections "
         "with rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of "
-        "server and trainer; the weights, shared by both, are counted once and not in it. An interpreter with torch has "
-        "0.3 GB of its own in each.",
+        "server and trainer; the weights, shared by both, are counted once and not in it. An interpreter with "
+        "torch has 0.3 GB of its own in each.",
     ]
     for name, found in runs.items():
         weights = 2 * found["parameters"] / GB
