@@ -19,7 +19,7 @@ from secondnature.weights import delta
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import ContentHasher, Named, content_id
 
-__all__ = ["RESTORING", "ServedWeights"]
+__all__ = ["RESTORING", "ServedWeights", "checked"]
 
 LOG = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class ServedWeights:
             self._log.save_checkpoint(self._unwritten(self._counted(in_order, on_tensor)))
         else:
             wanted = self._log.kept_version()
-            self._log.save_checkpoint(_checked(self._counted(self._log.durable_weights(), on_tensor), wanted))
+            self._log.save_checkpoint(checked(self._counted(self._log.durable_weights(), on_tensor), wanted))
 
     def _unwritten(self, weights: Iterable[Named]) -> Iterator[Named]:
         """The weights as they pass; before the end, that nobody wrote meanwhile. Raises WeightsError."""
@@ -207,7 +207,7 @@ class ServedWeights:
         """Write all of them; they are compared with `version` on their way, before the bracket closes."""
         was = self.clock.become(version)
         try:
-            self.arena.write(_checked(self._counted(weights, on_tensor), version))
+            self.arena.write(checked(self._counted(weights, on_tensor), version))
         except BaseException:
             self.clock.give_up(was)
             raise
@@ -231,7 +231,7 @@ class ServedWeights:
             del tensor
 
 
-def _checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
+def checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
     """The weights as they pass, compared with their version when the last has passed. Raises BadDelta."""
     hasher = ContentHasher(version)
     for name, tensor in weights:

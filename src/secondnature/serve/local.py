@@ -36,6 +36,7 @@ from secondnature.lessons.home import Home
 from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
+from secondnature.lessons.weights import checked
 from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
@@ -115,7 +116,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         home.note_settings(settings)
         log = Log(home, directory, base_version)
         if log.kept_version() != base_version:
-            arena.write(log.durable_weights())
+            arena.write(checked(log.durable_weights(), log.kept_version()))
         clock = Clock(arena, log.kept_version())
         model = load.build(directory, arena.tensors)
         self_test(model)
