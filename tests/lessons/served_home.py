@@ -13,7 +13,7 @@ from typing import Any
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import DELTA_FILE, Log
-from secondnature.lessons.weights import ServedWeights, checked
+from secondnature.lessons.weights import ServedWeights, fill_kept
 from secondnature.records import Correction, Lesson, to_jsonl, utc_now
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
@@ -75,8 +75,7 @@ def serve(path: Path, model: Path) -> Served:
         base = content_id(arena.tensors)
         home.bind(model, "tiny", base)
         log = Log(home, model, base)
-        if log.kept_version() != base:
-            arena.write(checked(log.durable_weights(), log.kept_version()))
+        fill_kept(arena, log)
     except BaseException:
         home.close()
         raise

@@ -21,6 +21,8 @@ from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
 _READ_AS = {"example": "taught", "student": "taught", "development probe": "development probes"}
+_TokenIds = tuple[list[int], list[int], list[int] | None]
+"""(context, wanted answer, rejected answer); nobody writes into them."""
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
@@ -167,6 +169,8 @@ class Planner:
         self._limit = context_limit
         self._highest_rank = highest_rank
         self._default_lr = default_lr or DEFAULT_LR
+        self._encoded: dict[str, _TokenIds] = {}
+        """Of what the kept lessons taught, by digest: every plan asks for all of it."""
 
     def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
         """The job that a request asks for, as things stand now; made again when the lesson begins.
@@ -292,16 +296,21 @@ class Planner:
             *((c, f"replay {i}") for i, c in enumerate(settings.examples) if c.chosen is not None),
             *((p, f"replay prompt {i}") for i, p in enumerate(settings.prompts)),
         ]
+        known: dict[int, str] = {}
         if settings.lessons:
-            others = [c for c in earlier if c.digest() not in mine]
-            given += [(c, f"replay of an earlier lesson {i}") for i, c in enumerate(others)]
+            digests = [c.digest() for c in earlier]
+            others = [(c, d) for c, d in zip(earlier, digests, strict=True) if d not in mine]
+            known = {id(c): d for c, d in others}
+            given += [(c, f"replay of an earlier lesson {i}") for i, (c, _) in enumerate(others)]
+            encoded = self._encoded
+            self._encoded = {d: encoded[d] for d in digests if d in encoded}
         num_own = len(settings.examples) + len(settings.prompts)
         hold = settings.match == "distribution"
         for i, (item, label) in enumerate(given):
             try:
                 written = isinstance(item, Correction) and item.chosen is not None
                 if isinstance(item, Correction) and item.chosen is not None:
-                    work = self._work(item, label, hold=hold)
+                    work = self._work(item, label, hold=hold, known_as=known.get(id(item)))
                 else:  # with room for an answer of one token
                     work = wire.Work(encode_chat(self._tokenizer, item.prompt), [0], label=label)
                 self._check(work)
@@ -378,13 +387,25 @@ class Planner:
         self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
-    def _work(self, correction: Correction, label: str, *, hold: bool = False) -> wire.Work:
+    def _work(
+        self, correction: Correction, label: str, *, hold: bool = False, known_as: str | None = None
+    ) -> wire.Work:
+        """`known_as`: the digest of what will be asked for again."""
+        found = None if known_as is None else self._encoded.get(known_as)
+        if found is None:
+            found = self._ids(correction)
+            if known_as is not None:
+                self._encoded[known_as] = found
+        context, continuation, rejected = found
+        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+
+    def _ids(self, correction: Correction) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
         context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
         rejected = None
         if correction.rejected is not None:
             _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
-        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+        return context, continuation, rejected
 
     def _look(self, probe: Probe, index: int) -> wire.Look:
         assert probe.check.prefers is not None, "checked by the request"

@@ -123,12 +123,20 @@ class Prober:
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
         pairs = [p.check.prefers or p.margin for p in probes]
         spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
-        total = len(spoken) + 2 * sum(pair is not None for pair in pairs)
+        asked = len(spoken) + 2 * sum(pair is not None for pair in pairs)
+        code = [i for i, p in enumerate(probes) if p.check.python is not None]
+        total = asked + len(code)
         answers = self.answers([prompts[i] for i in spoken], lambda done, _: check_in(done, total))
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, prompts, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
-        return list(zip(probes, _judged(probes, texts, margins, lambda: check_in(total, total)), strict=True))
+
+        def count(judged: int) -> None:
+            check_in(asked + sum(i < judged for i in code), total)
+
+        outcomes = _judged(probes, texts, margins, count)
+        check_in(total, total)
+        return list(zip(probes, outcomes, strict=True))
 
     def _margins(
         self,
@@ -184,9 +192,11 @@ class Prober:
 
 
 def _judged(
-    probes: Sequence[Probe], texts: list[str], margins: list[float | None], check_in: Callable[[], None]
+    probes: Sequence[Probe], texts: list[str], margins: list[float | None], check_in: Callable[[int], None]
 ) -> list[Outcome]:
     """Judge on another thread, for programs may take seconds each; whoever gives up leaves it behind at once.
+
+    `check_in` is told how many are judged.
 
     Not an executor's thread: the interpreter waits for those at its end.
     """
@@ -194,14 +204,15 @@ def _judged(
     given_up = threading.Event()
     at_once = PROGRAMS_AT_ONCE if any(p.check.python is not None for p in probes) else AT_ONCE
 
+    found: list[Outcome] = []
+
     def judge() -> None:
-        found: list[Outcome] = []
         try:
             for start in range(0, len(probes), at_once):
                 if given_up.is_set():
                     return
                 part = slice(start, start + at_once)
-                found += judge_probes(probes[part], texts[part], margins[part])
+                found.extend(judge_probes(probes[part], texts[part], margins[part]))
             future.set_result(found)
         except BaseException as e:  # noqa: BLE001  (it belongs to the thread that waits)
             future.set_exception(e)
@@ -209,7 +220,7 @@ def _judged(
     threading.Thread(target=judge, name="judge", daemon=True).start()
     try:
         while not future.done():
-            check_in()
+            check_in(len(found))
             time.sleep(0.01)
     except BaseException:
         given_up.set()

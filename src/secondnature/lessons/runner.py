@@ -32,10 +32,10 @@ from secondnature.errors import (
     WeightsError,
     WrongState,
 )
-from secondnature.lessons.job import Ending, Job
+from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log, Pruned
+from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Plan, Planner
 from secondnature.lessons.prober import Prober
@@ -45,7 +45,14 @@ from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
-from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
+from secondnature.wire import (
+    CheckpointReply,
+    JobStatus,
+    PruneReply,
+    PruneRequest,
+    TrainReply,
+    TrainRequest,
+)
 
 __all__ = ["Runner"]
 
@@ -91,6 +98,8 @@ class Runner:
         """Those that wait, and the one that lives."""
         self._current: Job | None = None
         self._life: Life | None = None
+        self._writing: Phase | None = None
+        """How far the working copy is, while it is written."""
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._fold_due: float | None = None
@@ -224,15 +233,29 @@ class Runner:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds."""
         path, version, _ = self.log.checkpoint_state()
-        held = version or self.log.base_version
-        return CheckpointReply(path=str(path), weights_version=held, current=held == self.log.kept_version())
+        held, writing = version or self.log.base_version, self._writing
+        return CheckpointReply(
+            path=str(path),
+            weights_version=held,
+            current=held == self.log.kept_version(),
+            progress=writing.progress() if writing is not None else None,
+        )
 
-    def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
-        """See `Log.prune`. Raises Busy, StorageError."""
+    def prune(self, request: PruneRequest) -> PruneReply:
+        """See `Log.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
 
-        def command() -> Pruned:
+        def command() -> PruneReply:
             self.weights.check_unread()
-            return self.log.prune(keep_states, keep_deltas)
+            states = self._settings.keep_states if request.keep_states is None else request.keep_states
+            pruned = self.log.prune(states, request.keep_deltas, dry_run=request.dry_run)
+            lessons, with_state = self.log.undoable(set(pruned.removed))
+            return PruneReply(
+                removed=pruned.removed,
+                nbytes=pruned.nbytes,
+                dry_run=request.dry_run,
+                undoable=lessons,
+                undoable_with_state=with_state,
+            )
 
         return self._do(command)
 
@@ -539,7 +562,16 @@ class Runner:
         return due or self._chain[1] > self._settings.max_chain
 
     def _fold(self) -> None:
-        self.weights.fold()
+        self._writing = Phase("writing", "tensors")
+
+        def on_tensor(done: int, total: int) -> None:
+            assert self._writing is not None, "until it is written"
+            self._writing = self._writing.counted(done, total)
+
+        try:
+            self.weights.fold(on_tensor)
+        finally:
+            self._writing = None
         self._fold_due = self._chain = None
 
     def _fold_quietly(self) -> None:

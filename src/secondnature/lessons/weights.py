@@ -19,7 +19,7 @@ from secondnature.weights import delta
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import ContentHasher, Named, content_id
 
-__all__ = ["RESTORING", "ServedWeights", "checked"]
+__all__ = ["RESTORING", "ServedWeights", "checked", "fill_kept"]
 
 LOG = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ class ServedWeights:
             on_tensor(done, total)
             yield name, tensor
             del tensor
+        on_tensor(total, total)
 
 
 def checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
@@ -243,3 +244,13 @@ def checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
         raise BadDelta(
             f"the disk gives the weights {found}; expected {version}", "restore the home from a backup"
         )
+
+
+def fill_kept(arena: Arena, log: Log) -> None:
+    """At a start: the arena, which holds the model's own weights, gets those that the log stands for.
+
+    Raises:
+        BadCheckpoint, BadDelta: the disk does not give them; nothing may be served.
+    """
+    if log.kept_version() != log.base_version:
+        arena.write(checked(log.durable_weights(), log.kept_version()))
