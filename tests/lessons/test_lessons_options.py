@@ -73,11 +73,11 @@ ELSEWHERE = {
     "optimizer": "here, by field",
     "sdft": "here, by field",
     "dry_run": "test_lessons_judged",
+    "idempotency_key": "test_lessons_runner",
     "keep": "test_lessons_undo",
     "probes": "test_lessons_judged",
     "gate": "test_lessons_judged",
     "lesson": "test_lessons_judged",
-    "idempotency_key": "test_lessons_commands",
 }
 
 

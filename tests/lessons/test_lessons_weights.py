@@ -11,7 +11,7 @@ from served_home import Served, serve
 from tiny_models import dense_config, save_tiny
 
 from secondnature import storage
-from secondnature.errors import BadCheckpoint, Busy, WeightsError
+from secondnature.errors import BadCheckpoint, BadDelta, Busy, WeightsError
 from secondnature.lessons.weights import RESTORING
 from secondnature.weights import checkpoint
 from secondnature.weights.content import content_id
@@ -215,3 +215,19 @@ def test_a_commit_that_is_seen_but_not_synced_stands(served: Served, monkeypatch
     monkeypatch.setattr(storage, "sync_dir", real)
     served.log.sync()
     assert not served.log.unsynced
+
+
+# ------------------------------------------------------------------------------------------ at the start
+
+
+def test_a_damaged_working_copy_is_not_served(served: Served, model: Path) -> None:
+    """A bit of it has turned over, and no difference stands on it that would tell."""
+    served.kept()
+    served.weights.fold()
+    path = served.home.model_root / "current" / checkpoint.WEIGHTS_FILE
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    served.home.close()
+    with pytest.raises(BadDelta, match="the disk gives the weights"):
+        serve(served.home.path, model)
