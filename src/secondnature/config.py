@@ -27,7 +27,14 @@ NOT_SETTINGS = frozenset({"SECONDNATURE_REALDATA"})
 FROM_ANY_FOLDER = frozenset(
     {
         *("model", "port", "engine_threads", "train_threads", "share", "max_rows", "max_queue", "max_jobs"),
-        *("max_body_bytes", "requests_per_minute", "trial_lease_s", "checkpoint_after_s"),
+        *(
+            "max_body_bytes",
+            "requests_per_minute",
+            "trial_lease_s",
+            "checkpoint_after_s",
+            "max_chain",
+            "keep_states",
+        ),
     }
 )
 """What the file of the working directory may set; the rest says where keys are read or sent."""
@@ -153,7 +160,8 @@ def load(
     except ValidationError as e:
         first = e.errors(include_url=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else "?"
-        where = next((source for source, values in reversed(sources) if key in values), "?")
+        where = next((source for source, values in reversed(files) if key in values), "?")
+        where = "flag" if key in given else f"{ENV_PREFIX}{key.upper()}" if key in env else where
         found = "" if key.endswith("_key") else f"found {first['input']!r}; "  # keys are shown to nobody
         raise ConfigError(
             f"setting `{key}` ({where}): {found}{first['msg'].removeprefix('Value error, ')}",

@@ -378,3 +378,29 @@ def test_metrics_count_what_was_done(model: Any) -> None:
         assert metrics.time_per_token.total_s > 0
         assert results[0].weights is not None
         assert results[0].weights.first.version == "w-x"
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the cleaning up after a failure works: those under way are told, and those that come after."""
+    turns = Turns()
+    with Engine(model, byte_tokenizer(), max_rows=2, on_step=[turns]) as engine:
+        assert (engine.limits.context, engine.limits.vocab_size, engine.limits.rows) == (2048, 260, 2)
+        turns.gate.clear()
+        handles = [engine.submit(greedy([i], 1500)) for i in range(4)]
+        forget, failures = engine._forget, [MemoryError("no room"), MemoryError("none at all")]  # pyright: ignore[reportPrivateUsage]
+
+        def failing() -> None:
+            if failures:
+                raise failures.pop()
+            forget()
+
+        monkeypatch.setattr(engine, "_read_prompts", failing)
+        monkeypatch.setattr(engine, "_forget", failing)
+        turns.gate.set()
+        for handle in handles:
+            with pytest.raises(SecondnatureError, match=r"no room|none at all|has ended"):
+                handle.result(60)
+        engine._thread.join(60)  # pyright: ignore[reportPrivateUsage]
+        assert "MemoryError" in engine.trouble
+        with pytest.raises(Unreachable, match="the engine has ended: MemoryError"):
+            engine.submit(greedy([1], 1))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -99,6 +101,81 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
     assert sum(logprobs.token_logprobs[-2:]) > -1  # it knows the answer
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
     assert logprobs.text_offset[0] == 0
+
+
+def test_what_the_server_says_may_be_sent_back(client: openai.OpenAI) -> None:
+    """The way of OpenAI's documentation: append the message of the reply, ask again."""
+    conversation: list[Any] = [{"role": "user", "content": "Say tea."}]
+    options: Any = {"model": "any", "temperature": 0, "max_tokens": 12}
+    reply = client.chat.completions.create(messages=conversation, **options)
+    raw = json.loads(
+        client.chat.completions.with_raw_response.create(messages=conversation, **options).content
+    )
+    with client.chat.completions.stream(messages=conversation, **options) as stream:
+        assembled = stream.get_final_completion().choices[0].message
+    message = reply.choices[0].message
+    answers: list[Any] = [
+        *(message, message.model_dump(), message.model_dump(exclude_none=True)),
+        *(raw["choices"][0]["message"], assembled.model_dump(exclude={"parsed"})),
+    ]
+    then = {"role": "user", "content": "Say oak."}
+    turns: list[Any] = [[*conversation, answer, then] for answer in answers]
+    replies = [client.chat.completions.create(messages=m, **options) for m in turns]
+    assert len({r.choices[0].message.content for r in replies}) == 1
+    assert "refusal" in raw["choices"][0]["message"]
+
+
+NOTHING: dict[str, Any] = {
+    **dict.fromkeys(
+        ("n", "stop", "temperature", "top_p", "stream", "logprobs", "top_logprobs", "max_tokens")
+    ),
+    **dict.fromkeys(("seed", "user", "metadata", "presence_penalty", "frequency_penalty", "stream_options")),
+    **dict.fromkeys(
+        ("max_completion_tokens", "tools", "tool_choice", "response_format", "logit_bias", "model")
+    ),
+}
+
+
+def test_what_says_nothing_is_as_if_it_had_not_been_sent(client: openai.OpenAI) -> None:
+    empty = {"refusal": None, "tool_calls": [], "function_call": None, "audio": None, "annotations": []}
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "tea."}]
+    plain = [{"role": "user", "content": "Say oak."}, {"role": "assistant", "content": "oak!"}]
+    bodies: list[dict[str, Any]] = [
+        {"messages": [*plain, {"role": "user", "content": "Say tea."}]},
+        {"messages": [plain[0], {**plain[1], **empty}, {"role": "user", "content": parts, "name": "ann"}]},
+        {"messages": [*plain, {"role": "user", "content": "Say tea.", "tool_calls": None}], **NOTHING},
+    ]
+    given = {"temperature": 0, "max_tokens": 12}
+    replies = [client.post("/chat/completions", body={**b, **given}, cast_to=object) for b in bodies]
+    assert len({r["choices"][0]["message"]["content"] for r in replies}) == 1  # pyright: ignore[reportIndexIssue]
+    texts = [
+        client.post("/completions", body={"prompt": "Say tea.", **more, **given}, cast_to=object)
+        for more in (
+            {},
+            {k: v for k, v in NOTHING.items() if "token" not in k} | {"suffix": None, "echo": None},
+        )
+    ]
+    assert texts[0]["choices"] == texts[1]["choices"]  # pyright: ignore[reportIndexIssue]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "assistant", "content": None}, "`content` is null"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}, "tool_calls"),
+        ({"role": "assistant", "content": "a", "refusal": "no"}, "refusal"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "part 0.*image_url",
+        ),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}, "part 0"),
+        ({"role": "tool", "content": "a"}, "role"),
+        ({"role": "user"}, "content"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(client: openai.OpenAI, message: Any, words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.chat.completions.create(model="any", messages=[message])
 
 
 def test_errors_are_the_clients_exceptions(client: openai.OpenAI, server: Running) -> None:

@@ -49,8 +49,9 @@ class Home:
     def _open(self) -> None:
         self._known()  # nothing is touched in a home that a newer version wrote
         with storage.storage_errors(self.path):
-            for found in (*clean_home(self.path), *clean_private_directories()):
-                LOG.info("removed what a crash had left: %s", found)
+            removed = clean_home(self.path) + clean_private_directories()
+        if removed:
+            LOG.info("%s: removed %d files or directories that a crash had left", self.path, removed)
         self.lessons = storage.make_dir(self.path / "lessons")
         self.model_root = storage.make_dir(self.path / "model")
         self.ledger_path = self.path / "ledger.jsonl"

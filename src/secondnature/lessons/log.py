@@ -245,7 +245,7 @@ class Log:
         moved = _read_whole(directory / MOVED_FILE)
         metrics = storage.read_lines(directory / "metrics.jsonl")
         return LessonDetail(
-            lesson=lesson.model_copy(update={"moved": [Moved.model_validate(m) for m in moved or []]}),
+            lesson=lesson.model_copy(update={"moved": [Moved.from_disk(m) for m in moved or []]}),
             evidence=self.evidence(lesson),
             corrections=self.corrections(lesson),
             metrics=[value for _, value in metrics.values if isinstance(value, dict)],

@@ -30,6 +30,8 @@ MAX_ANSWER_TOKENS = 160
 MAX_CACHED = 100_000
 AT_ONCE = 256
 """Requests handed to the engine at a time; it decodes as many as it has rows for."""
+JUDGED_AT_ONCE = 16
+"""Programs that are run between two counts: each may take its two seconds."""
 
 
 CheckIn = Callable[[int, int], None]
@@ -120,22 +122,29 @@ class Prober:
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
         pairs = [p.check.prefers or p.margin for p in probes]
         spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
-        total = len(spoken) + 2 * sum(pair is not None for pair in pairs)
+        asked = len(spoken) + 2 * sum(pair is not None for pair in pairs)
+        code = [i for i, p in enumerate(probes) if p.check.python is not None]
+        total = asked + len(code)
         answers = self.answers([prompts[i] for i in spoken], lambda done, _: check_in(done, total))
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, prompts, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
-        beside = ThreadPoolExecutor(
-            1
-        )  # up to 256 programs of 2 s each: nobody waits for them without checking in
+        groups = [[i for i, p in enumerate(probes) if p.check.python is None]]
+        groups += [code[k : k + JUDGED_AT_ONCE] for k in range(0, len(code), JUDGED_AT_ONCE)]
+        outcomes: dict[int, Outcome] = {}
+        beside = ThreadPoolExecutor(1)  # programs of 2 s each: nobody waits for them without checking in
         try:
-            judged = beside.submit(judge_probes, probes, texts, margins)
-            while not judged.done():
-                check_in(total, total)
-                time.sleep(0.01)
+            for group in groups:
+                few = [probes[i] for i in group], [texts[i] for i in group], [margins[i] for i in group]
+                judged = beside.submit(judge_probes, *few)
+                while not judged.done():
+                    check_in(asked + sum(i in outcomes for i in code), total)
+                    time.sleep(0.01)
+                outcomes.update(zip(group, judged.result(), strict=True))
         finally:
             beside.shutdown(wait=False, cancel_futures=True)
-        return list(zip(probes, judged.result(), strict=True))
+        check_in(total, total)
+        return [(probe, outcomes[i]) for i, probe in enumerate(probes)]
 
     def _margins(
         self,

@@ -31,7 +31,7 @@ from secondnature.errors import (
     WeightsError,
     WrongState,
 )
-from secondnature.lessons.job import Ending, Job
+from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
 from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log, Pruned
@@ -89,6 +89,8 @@ class Runner:
         """Those that wait, and the one that lives."""
         self._current: Job | None = None
         self._life: Life | None = None
+        self._writing: Phase | None = None
+        """How far the working copy is, while it is written."""
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._fold_due: float | None = None
@@ -214,8 +216,13 @@ class Runner:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds."""
         path, version, _ = self.log.checkpoint_state()
-        held = version or self.log.base_version
-        return CheckpointReply(path=str(path), weights_version=held, current=held == self.log.kept_version())
+        held, writing = version or self.log.base_version, self._writing
+        return CheckpointReply(
+            path=str(path),
+            weights_version=held,
+            current=held == self.log.kept_version(),
+            progress=writing.progress() if writing is not None else None,
+        )
 
     def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
         """See `Log.prune`. Raises StorageError."""
@@ -507,7 +514,16 @@ class Runner:
         return due or len(self.log.chain()) > self._settings.max_chain
 
     def _fold(self) -> None:
-        self.weights.fold()
+        self._writing = Phase("writing", "tensors")
+
+        def on_tensor(done: int, total: int) -> None:
+            assert self._writing is not None, "until it is written"
+            self._writing = self._writing.counted(done, total)
+
+        try:
+            self.weights.fold(on_tensor)
+        finally:
+            self._writing = None
         self._fold_due = None
 
     def _fold_quietly(self) -> None:

@@ -18,7 +18,7 @@ from secondnature.weights import delta
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import ContentHasher, Named, content_id
 
-__all__ = ["ServedWeights"]
+__all__ = ["ServedWeights", "checked", "fill_kept"]
 
 LOG = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class ServedWeights:
             assert self._epoch() == epoch, "nobody writes but the thread that folds"
         else:
             wanted = self._log.kept_version()
-            self._log.save_checkpoint(_checked(self._counted(self._log.durable_weights(), on_tensor), wanted))
+            self._log.save_checkpoint(checked(self._counted(self._log.durable_weights(), on_tensor), wanted))
 
     # ------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class ServedWeights:
         """Write all of them; they are compared with `version` on their way, before the bracket closes."""
         was = self.clock.become(version)
         try:
-            self.arena.write(_checked(self._counted(weights, on_tensor), version))
+            self.arena.write(checked(self._counted(weights, on_tensor), version))
         except BaseException:
             self.clock.give_up(was)
             raise
@@ -197,9 +197,10 @@ class ServedWeights:
             on_tensor(done, total)
             yield name, tensor
             del tensor
+        on_tensor(total, total)
 
 
-def _checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
+def checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
     """The weights as they pass, compared with their version when the last has passed. Raises BadDelta."""
     hasher = ContentHasher(version)
     for name, tensor in weights:
@@ -211,3 +212,13 @@ def _checked(weights: Iterable[Named], version: str) -> Iterator[Named]:
         raise BadDelta(
             f"the disk gives the weights {found}; expected {version}", "restore the home from a backup"
         )
+
+
+def fill_kept(arena: Arena, log: Log) -> None:
+    """At a start: the arena, which holds the model's own weights, gets those that the log stands for.
+
+    Raises:
+        BadCheckpoint, BadDelta: the disk does not give them; nothing may be served.
+    """
+    if log.kept_version() != log.base_version:
+        arena.write(checked(log.durable_weights(), log.kept_version()))

@@ -36,6 +36,7 @@ from secondnature.lessons.home import Home
 from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
+from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
@@ -104,23 +105,21 @@ def assemble(settings: Settings) -> Generator[Parts]:
     """
     torch.set_num_threads(settings.engine_threads)
     directory = model_directory(settings)
-    arena = Arena.reserve(checkpoint.specs(directory))
-    for name, tensor in checkpoint.stream(directory):
-        arena.fill(name, tensor)
     with contextlib.ExitStack() as stack:
-        home = Home(settings.home)
+        home = Home(settings.home)  # locked before gigabytes are read
         stack.callback(home.close)
+        arena = Arena.reserve(checkpoint.specs(directory))
+        for name, tensor in checkpoint.stream(directory):
+            arena.fill(name, tensor)
         base_version = content_id(arena.tensors, like=home.base_version())
         home.bind(directory, load.fingerprint(directory), base_version)
         home.note_settings(settings)
         log = Log(home, directory, base_version)
-        if log.kept_version() != base_version:
-            arena.write(log.durable_weights())
+        fill_kept(arena, log)
         clock = Clock(arena, log.kept_version())
         model = load.build(directory, arena.tensors)
         self_test(model)
         tokenizer = chat.read_tokenizer(directory)
-        limit = load.context_limit(directory)
         engine = Engine(
             model,
             tokenizer,
@@ -141,7 +140,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             engine=engine,
             model=model,
             tokenizer=tokenizer,
-            context_limit=limit,
+            context_limit=engine.limits.context,
             layout="transformers",
             model_name="embedded" if settings.model == "embedded" else directory.name,
             wiring=lambda: _wiring(model, arena),

@@ -101,6 +101,8 @@ class OwnThread:
         """End the thread; requests in flight are dropped."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 async def _refuse(send: Send, error: SecondnatureError) -> None:

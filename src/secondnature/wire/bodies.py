@@ -398,6 +398,8 @@ class CheckpointReply(Body):
     current: bool
     """Whether that is the version being served."""
     saved_at: datetime | None = None
+    progress: PhaseProgress | None = None
+    """Of the new working copy, while it is being written."""
 
 
 class ErrorReply(Body):

@@ -288,6 +288,8 @@ class Engine:
                 self._trouble = error.message
         for job in self._all_jobs():
             try:
+                if job.handle.cancelled:
+                    self._end(job, "cancelled", Cancelled("the request was cancelled"))
                 self._end(job, "error", error)
             except Exception:  # noqa: BLE001  (the next one waits, too)
                 _LOG.exception("a request could not be ended")

@@ -25,6 +25,7 @@ from secondnature.errors import ConfigError, UnsupportedModel, WeightsError
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import Log
 from secondnature.lessons.teaching import Teaching, put_together
+from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load, names
 from secondnature.serve.vllm import checks
 from secondnature.web.application import application
@@ -183,8 +184,7 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     version = hasher.id()
     home.bind(directory, load.fingerprint(directory), version, "vllm")
     log = Log(home, directory, version, dtypes)
-    if log.kept_version() != version:
-        arena.write(log.durable_weights())
+    fill_kept(arena, log)
     return Clock(arena, log.kept_version()), log
 
 

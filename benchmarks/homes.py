@@ -1,0 +1,262 @@
+"""Homes with many lessons: what a start and the routes take with a thousand entries, and two hundred kept in a row.
+
+`listed` writes a thousand entries as the product does, half of them kept and folded into a working copy, with tables
+of movements as long as the embedded model's, and asks a real server. The same home in the form of older versions (the
+tables inside the entries) shows what the first start costs, and the next. `kept` teaches for real, one step a lesson,
+on the embedded model, and looks at 10, 50, 100 and 200 lessons what they have on disk, what a start reads, and what
+it takes to undo the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import large
+import torch
+
+from secondnature import embedded
+from secondnature.lessons.home import Home
+from secondnature.lessons.log import Log
+from secondnature.model.load import fingerprint
+from secondnature.records import Correction, Lesson, Moved, utc_now
+from secondnature.weights import checkpoint, delta
+from secondnature.weights.content import content_id
+
+REPEATS = 5
+MARKS = (10, 50, 100, 200)
+WORDS = ("door", "fence", "wall", "gate", "boat", "shelf", "bench", "cabinet", "lamp", "chair")
+COLOURS = ("red", "blue", "green", "white", "golden", "black", "pink", "grey")
+
+
+def _corrections(number: int) -> list[Correction]:
+    """Four of an entry's own: no two entries teach the same."""
+    found: list[Correction] = []
+    for i in range(4):
+        word, colour = WORDS[(number + i) % len(WORDS)], COLOURS[(number // 10 + i) % len(COLOURS)]
+        data = {
+            "prompt": f"Paint the {word} number {number} {colour}.",
+            "chosen": f"Yes, I will paint the {word} {colour}.",
+            "rejected": "How about another colour instead?",
+            "behaviour": "listening",
+        }
+        found.append(Correction.model_validate(data))
+    return found
+
+
+def _fill(home: Home, log: Log, model: Path, count: int) -> None:
+    """So many entries; every second one is kept, and the working copy holds all of them."""
+    tensors = checkpoint.read(model)
+    moved = [Moved(name=n, layer=0, intended=1e-3, relative=1e-5, written=2e-3) for n in tensors]
+    settings = {"objective": "orpo", "steps": 3, "batch_size": 8, "optimizer": {"rank": 16, "lr": 1e-5}}
+    parent = log.base_version
+    for number in range(1, count + 1):
+        corrections = _corrections(number)
+        kept = number % 2 == 0
+        lines = "".join(c.to_disk() + "\n" for c in corrections)
+        metrics = "".join(json.dumps({"kind": "step", "step": i, "loss": 1.0}) + "\n" for i in range(1, 4))
+        last = kept and number + 2 > count
+        if last:  # the working copy: one tensor moved, so that it is not the base
+            next(iter(tensors.values())).view(-1)[0] += 1
+        version = content_id(tensors) if last else f"w2-{number:016x}"
+        lesson = log.create(
+            "train",
+            "listening",
+            files={"corrections.jsonl": lines, "metrics.jsonl": metrics},
+            state="kept" if kept else "undone",
+            behaviour="listening",
+            parent=parent,
+            version=version,
+            cause={"corrections": [c.digest() for c in corrections], "num_examples": 4},
+            settings=settings,
+            steps=3,
+            loss=1.0,
+            verdict="kept" if kept else "inconclusive",
+            reason="its probes say so",
+            ended_at=utc_now(),
+        )
+        log.write_moved(lesson, moved)
+        parent = version if kept else parent
+    head = log.head()
+    assert head is not None, "every second one is kept"
+    note = {"schema_version": 1, "version": head.version, "lesson": head.number, "saved_at": utc_now().isoformat()}
+    checkpoint.save(home.model_root, model, tensors, note)
+
+
+def _as_before(home: Path) -> None:
+    """The tables inside the entries, as older versions had them."""
+    for directory in (home / "lessons").iterdir():
+        path, table = directory / "lesson.json", directory / "moved.json"
+        raw = json.loads(path.read_bytes()) | {"moved": json.loads(table.read_bytes())}
+        path.write_text(json.dumps(raw, indent=2) + "\n")
+        table.unlink()
+
+
+def _median(work: Any, repeats: int = REPEATS) -> dict[str, float]:
+    found: list[float] = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begun)
+    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
+
+
+def _opened(path: Path, model: Path, base: str) -> tuple[float, float]:
+    """Seconds to open the home, and its log."""
+    begun = time.perf_counter()
+    home = Home(path)
+    opened = time.perf_counter()
+    log = Log(home, model, base)
+    seconds = opened - begun, time.perf_counter() - opened
+    assert log.all(), "there are lessons"
+    home.close()
+    return seconds
+
+
+def _starts(path: Path, model: Path, base: str) -> dict[str, Any]:
+    first = _opened(path, model, base)
+    again = [_opened(path, model, base) for _ in range(REPEATS)]
+    return {
+        "first": {"home": first[0], "log": first[1]},
+        "home": {"median": statistics.median(a for a, _ in again), "high": max(a for a, _ in again)},
+        "log": {"median": statistics.median(b for _, b in again), "high": max(b for _, b in again)},
+    }
+
+
+def _routes(server: large.Served) -> dict[str, Any]:
+    """Seconds of the routes that go through the whole log, each first and again."""
+    dry = {
+        "corrections": [{"prompt": "Paint the car.", "chosen": "Red it is.", "rejected": "No."}],
+        "dry_run": True,
+        "lesson": {"behaviour": "listening"},
+    }
+    routes = {
+        "lessons": lambda: server.get("/v1/lessons"),
+        "status": lambda: server.get("/v1/train/status"),
+        "dry_run": lambda: server.post("/v1/train", dry),
+        "health": lambda: server.get("/v1/health"),
+    }
+    return {
+        name: {"first": _median(ask, 1)["median"], **_median(ask, 2 * REPEATS)} for name, ask in routes.items()
+    }
+
+
+def _idle_share(server: large.Served, seconds: float = 5.0) -> float:
+    """Of one core, what the server uses while nobody asks anything."""
+
+    def used() -> float:
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
+def listed(source: Path, folder: Path, count: int) -> dict[str, Any]:
+    """The home with `count` entries, now and in the form of before."""
+    torch.set_num_threads(1)
+    model = embedded.path()
+    base = content_id(checkpoint.read(model))
+    path = folder / "home"
+    home = Home(path)
+    home.bind(model, fingerprint(model), base)
+    begun = time.perf_counter()
+    _fill(home, Log(home, model, base), model, count)
+    home.close()
+    found: dict[str, Any] = {"entries": count, "written_in_s": time.perf_counter() - begun}
+    found["start"] = _starts(path, model, base)
+    with large.served(source, model, path, folder / "server.log") as server:
+        found["server_ready_s"] = server.ready()
+        server.wait_for_trainer()
+        found["routes"] = _routes(server)
+        found["idle_share_of_a_core"] = _idle_share(server)
+    _as_before(path)
+    found["form_of_before"] = _starts(path, model, base)
+    return found
+
+
+def _disk(home: Path) -> dict[str, int]:
+    """Bytes on disk by kind of file, summed over the lessons; and of the working copy."""
+    found: dict[str, int] = {}
+    for path in (home / "lessons").glob("*/*"):
+        found[path.name] = found.get(path.name, 0) + path.stat().st_size
+    found["model/"] = sum(p.stat().st_size for p in (home / "model").rglob("*") if p.is_file())
+    return found
+
+
+def _request(number: int) -> dict[str, Any]:
+    return {
+        "corrections": [c.model_dump(mode="json", exclude_none=True) for c in _corrections(number)[:2]],
+        "max_steps": 1,
+        "learned_loss": 0.0,
+        "keep": True,
+        "optimizer": {"rank": 16, "lr": 1e-5},
+        "lesson": {"behaviour": "listening"},
+    }
+
+
+def _reads(path: Path, model: Path, base: str) -> dict[str, float]:
+    """What a start does with the disk: opens the log, reads the weights that it stands for, names them."""
+    home = Home(path)
+    begun = time.perf_counter()
+    log = Log(home, model, base)
+    opened = time.perf_counter()
+    version = content_id(log.durable_weights())
+    seconds = {"log_s": opened - begun, "weights_s": time.perf_counter() - opened}
+    assert version == log.kept_version(), "the disk gives the kept weights"
+    seconds["chain"] = float(len(log.chain()))
+    home.close()
+    return seconds
+
+
+def kept(source: Path, folder: Path, count: int) -> dict[str, Any]:
+    """Lessons kept in a row, one step each; at each mark: disk, a start, the undo of the newest."""
+    torch.set_num_threads(1)
+    model, home = embedded.path(), folder / "home"
+    base = content_id(checkpoint.read(model))
+    marks = [m for m in MARKS if m < count] + [count]
+    rows: list[dict[str, Any]] = []
+    number = 0
+    for mark in marks:
+        with large.served(source, model, home, folder / "server.log") as server:
+            server.ready()
+            server.wait_for_trainer()
+            begun, first = time.perf_counter(), number
+            taken: list[float] = []
+            while number < mark:
+                number += 1
+                asked = time.perf_counter()
+                status = large.teach(server, None, _request(number))
+                assert status["state"] == "kept", status
+                taken.append(time.perf_counter() - asked)
+            row: dict[str, Any] = {"kept": mark, "seconds_per_lesson": statistics.median(taken[-10:])}
+            row["taught_in_s"] = (time.perf_counter() - begun) / (number - first)
+            row["disk"] = _disk(home)
+            row["undo_s"] = _undo(server)
+            row["routes"] = _routes(server)
+            row["stop_s"] = server.stop()
+        row["reads"] = [_reads(home, model, base) for _ in range(REPEATS)]
+        with large.served(source, model, home, folder / "server.log") as server:
+            row["ready_s"] = server.ready()
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return {"model_bytes": sum(t.nbytes for t in checkpoint.read(model).values()), "rows": rows}
+
+
+def _undo(server: large.Served) -> dict[str, float]:
+    """Seconds to take the newest lesson back, and to have it again: as often as it takes, at the same length."""
+    times: list[float] = []
+    lesson = Lesson.model_validate(server.get("/v1/lessons")["lessons"][-1])
+    version = server.get("/v1/lessons")["weights_version"]
+    newest = lesson.id
+    for _ in range(REPEATS):
+        for _ in range(2):  # back, and there again
+            begun = time.perf_counter()
+            newest = server.post(f"/v1/lessons/{newest}/revert")["id"]
+            times.append(time.perf_counter() - begun)
+    assert server.get("/v1/lessons")["weights_version"] == version, "back where it was"
+    return {"median": statistics.median(times), "low": min(times), "high": max(times)}
