@@ -164,9 +164,10 @@ def _sync_entry(path: Path) -> None:
     """Make a name that was just given durable. Raises NotDurable."""
     try:
         sync_dir(path.parent)
-    except OSError as e:
+    except (OSError, MemoryError, RuntimeError) as e:  # the name is given, whatever went wrong after it
+        why = e.strerror or e if isinstance(e, OSError) else repr(e)
         raise NotDurable(
-            f"{path}: written, but {e.strerror or e} while its directory was synced: a power loss may take it back",
+            f"{path}: written, but {why} while its directory was synced: a power loss may take it back",
             "mend the disk, then look whether it is there before repeating",
         ) from e
 

@@ -1,10 +1,11 @@
-"""The trainer's far side for the torture: a real process with the worker's own loop, that trains by flipping bits.
+"""The trainer's far side for the torture: a real process with the worker's own loop, that trains by flipping
+bits.
 
-Real are the process, its signals and its death, the socket, every message, the mapping of the arena and the counters
-around each write; the loop is `train.worker.Worker`. Not real is the training: a step flips low bits of every tensor,
-chosen by the job's seed, which takes microseconds. Starting an interpreter for each of thousands of runs would take
-hours, so a process that has all modules is forked; the kernel then hands the child over to whoever asked
-(PR_SET_CHILD_SUBREAPER), which waits for it and kills it like one of its own.
+Real are the process, its signals and its death, the socket, every message, the mapping of the arena and the
+counters around each write; the loop is `train.worker.Worker`. Not real is the training: a step flips low bits
+of every tensor, chosen by the job's seed, which takes microseconds. Starting an interpreter for each of
+thousands of runs would take hours, so a process that has all modules is forked; the kernel then hands the
+child over to whoever asked (PR_SET_CHILD_SUBREAPER), which waits for it and kills it like one of its own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Lets one chosen call of the product fail: storage, arena, socket, process, memory, engine, threads.
 
-As SQLite tests itself, but for one thing: a call is not named by its number (loops that wait poll as often as the
-clock lets them, so numbers differ from run to run) but by its *site*, the chain of the product's own lines that led
-to it, and how often that chain came by. A first run without faults lists the sites of a scenario; then each is made
-to fail by itself (`once`), or with everything of its family until the disk, or whatever it is, is mended (`lasting`).
-Only calls that come out of `secondnature`'s own modules count: what the harness does is never touched.
+As SQLite tests itself, but for one thing: a call is not named by its number (loops that wait poll as often as
+the clock lets them, so numbers differ from run to run) but by its *site*, the chain of the product's own
+lines that led to it, and how often that chain came by. A first run without faults lists the sites of a
+scenario; then each is made to fail by itself (`once`), or with everything of its family until the disk, or
+whatever it is, is mended (`lasting`). Only calls that come out of `secondnature`'s own modules count: what
+the harness does is never touched.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -28,7 +30,19 @@ import zmq
 
 DISK = (errno.ENOSPC, errno.EIO, errno.EROFS)
 OS_CALLS = (
-    *("open", "write", "pread", "fsync", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "ftruncate"),
+    *(
+        "open",
+        "write",
+        "pread",
+        "fsync",
+        "replace",
+        "rename",
+        "unlink",
+        "remove",
+        "mkdir",
+        "rmdir",
+        "ftruncate",
+    ),
     *("symlink", "listdir", "scandir", "chmod", "stat", "fdopen"),
 )
 SOCKET_CALLS = ("send", "recv", "poll", "bind", "close", "setsockopt")
@@ -61,7 +75,7 @@ def kinds(site: str) -> list[str]:
     """The errors that such a call may raise."""
     point = site.split(" ", 1)[0]
     found = ["memory", "runtime"]
-    if family(site) in ("storage", "socket", "process", "arena"):
+    if family(site) in ("storage", "socket", "process") or point in ("arena.allocate", "arena.create"):
         found.insert(0, "os")
     if point == "process.wait":
         found.append("timeout")
@@ -217,6 +231,8 @@ def _system_points(injector: Injector) -> Generator[tuple[Any, str, Any]]:
 def _product_points(injector: Injector) -> Generator[tuple[Any, str, Any]]:
     """Calls that need memory, by the names that the product's modules know them by."""
     import torch
+    from far_side import Forker, Launched
+    from subject import FarEngine
 
     from secondnature.lessons import life, log, planner, prober, runner, trained
     from secondnature.weights import checkpoint, codec, content, delta
@@ -245,4 +261,8 @@ def _product_points(injector: Injector) -> Generator[tuple[Any, str, Any]]:
             made = getattr(owner, name, None)
             if callable(made) and not isinstance(made, type):
                 yield owner, name, injector.wrap(f"memory.{name}", made, named=True)
-    yield prober, "ThreadPoolExecutor", injector.wrap("thread.pool", prober.ThreadPoolExecutor, named=True)
+    for name in ("kill", "wait"):
+        yield Launched, name, injector.wrap(f"process.{name}", getattr(Launched, name))
+    yield Forker, "launch", injector.wrap("process.launch", Forker.launch)
+    yield FarEngine, "submit", injector.wrap("engine.submit", FarEngine.submit)
+    yield prober, "ThreadPoolExecutor", injector.wrap("thread.pool", ThreadPoolExecutor, named=True)

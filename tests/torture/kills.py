@@ -1,13 +1,14 @@
 """`kill -9` at random instants: of the trainer, of the server, of the process group (`make torture`).
 
-    python tests/torture/kills.py --trainer 150 --server 100 --group 50 --seed 0 --drivers 2
+    PYTHONPATH=tests python tests/torture/kills.py --trainer 150 --server 100 --group 50 --seed 0
 
-The real server (`serve.local.main`) on the tests' talking model, by real HTTP. Lessons run one after another, kept at
-once, kept or undone by hand, judged, reverted, folded; a second thread gives corrections all the while and writes down
-which were acknowledged. After each kill: the home opens, every acknowledged correction, lesson and revert is there,
-what was told undone is not kept, and the bytes in the server's arena, mapped from outside, have the content id of
-the last kept entry. A quarter of the servers are killed while they start. Processes are forked from one that has
-imported everything (`preloaded`). The seed gives order and delays; the instants are the machine's.
+The real server (`serve.local.main`) on the tests' talking model, by real HTTP. Lessons run one after another,
+kept at once, kept or undone by hand, judged, reverted, folded; a second thread gives corrections all the
+while and writes down which were acknowledged. After each kill: the home opens, every acknowledged correction,
+lesson and revert is there, what was told undone is not kept, and the bytes in the server's arena, mapped from
+outside, have the content id of the last kept entry. A quarter of the servers are killed while they start.
+Processes are forked from one that has imported everything (`preloaded`). The seed gives order and delays; the
+instants are the machine's.
 """
 
 from __future__ import annotations
@@ -25,12 +26,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from tiny_server import KEY, correction, make_talker, say_probes, teach, use_probes
 
@@ -57,7 +54,7 @@ class Preloaded:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SECONDNATURE_")}
         self._log = (base / "preloaded.log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "preloaded.py")],
+            [sys.executable, str(Path(__file__).with_name("preloaded.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -98,6 +95,14 @@ class Driver:
         self.num_lessons = self.num_reverts = self.num_starting = 0
         self.wrong: list[str] = []
         self._killed = threading.Event()
+        self._lesson_s = 1.0
+
+    def measure(self) -> None:
+        """How long a lesson takes here and now: kills come within two of them."""
+        self._kept()
+        began = time.monotonic()
+        self._kept()
+        self._lesson_s = time.monotonic() - began
 
     # ------------------------------------------------------------------------------------------ the server
 
@@ -128,7 +133,9 @@ class Driver:
                 self._client = Client(found["url"], KEY)
                 return
             if not Path(f"/proc/{self._pid}").exists() or time.monotonic() > deadline:
-                raise AssertionError(f"the home does not open: {(self.base / 'server.log').read_text()[-2000:]}")
+                raise AssertionError(
+                    f"the home does not open: {(self.base / 'server.log').read_text()[-2000:]}"
+                )
             time.sleep(0.01)
 
     @property
@@ -182,7 +189,9 @@ class Driver:
             while not self._killed.is_set():
                 words = self._words(self._dice.choice((1, 1, 3)))
                 try:
-                    given = client.import_corrections([correction(w, f"Done {len(self.corrections)}.") for w in words])
+                    given = client.import_corrections(
+                        [correction(w, f"Done {len(self.corrections)}.") for w in words]
+                    )
                 except (SecondnatureError, OSError):
                     continue
                 self.corrections += [str(c.id) for c in given]
@@ -195,7 +204,9 @@ class Driver:
         """Until the kill; whatever is refused because of it is expected."""
         while not self._killed.is_set():
             with contextlib.suppress(SecondnatureError, OSError):
-                self._dice.choice((self._kept, self._kept, self._decided, self._judged, self._reverted, self._folded))()
+                self._dice.choice(
+                    (self._kept, self._kept, self._decided, self._judged, self._reverted, self._folded)
+                )()
 
     def _request(self, **fields: Any) -> TrainRequest:
         words = self._words(2)
@@ -275,7 +286,9 @@ class Driver:
         if not any(x.state in ("queued", "running", "on_trial") for x in told.lessons):
             found = self._bytes(str(kept[-1].version) if kept else told.weights_version)
             assert found == told.weights_version, f"the arena holds {found}; told is {told.weights_version}"
-            assert not kept or kept[-1].version == found, f"the arena holds {found}; the log ends at {kept[-1]}"
+            assert not kept or kept[-1].version == found, (
+                f"the arena holds {found}; the log ends at {kept[-1]}"
+            )
         left = [p for p in self.home.rglob("*") if re.fullmatch(r"\..+\.\d+\.tmp", p.name)]
         assert not left, f"temporary files stay: {left}"
 
@@ -301,7 +314,7 @@ class Driver:
             self.num_starting += 1
             self.kill(target)
         else:
-            timer = threading.Timer(self._dice.uniform(0.0, 3.0), self.kill, (target,))
+            timer = threading.Timer(self._dice.uniform(0.0, 2 * self._lesson_s), self.kill, (target,))
             giving = threading.Thread(target=self._give_corrections)
             self._killed.clear()
             giving.start()
@@ -337,7 +350,9 @@ def main() -> int:
     given = parser.parse_args()
     targets = [t for t in ("trainer", "server", "group") for _ in range(getattr(given, t))]
     random.Random(given.seed).shuffle(targets)
-    with tempfile.TemporaryDirectory(prefix="kills-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="kills-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as name:
         model = make_talker(Path(name) / "model")
         drivers: list[Driver] = []
         for i in range(given.drivers):
@@ -354,6 +369,7 @@ def drive(drivers: list[Driver], targets: list[str], seed: int) -> int:
         try:
             driver.start()
             driver.connect()
+            driver.measure()
             while True:
                 with lock:
                     if not left:
@@ -361,14 +377,19 @@ def drive(drivers: list[Driver], targets: list[str], seed: int) -> int:
                     target, done = left.pop(), len(targets) - len(left) - 1
                     if done and done % 10 == 0:
                         took = time.monotonic() - began
-                        print(f"{done} of {len(targets)} kills, {took:.0f} s, {took / done * len(left):.0f} s to go", flush=True)
+                        print(
+                            f"{done} of {len(targets)} kills, {took:.0f} s, {took / done * len(left):.0f} s to go",
+                            flush=True,
+                        )
                 try:
                     driver.one(target)
                 except (AssertionError, SecondnatureError, OSError) as e:
                     driver.wrong.append(f"{target}: {type(e).__name__}: {e}")
                     print(f"WRONG {driver.wrong[-1]}", flush=True)
                     driver.kill("group")
-                    shutil.copytree(driver.base, Path(tempfile.mkdtemp(prefix="kills-wrong-")) / "base", symlinks=True)
+                    shutil.copytree(
+                        driver.base, Path(tempfile.mkdtemp(prefix="kills-wrong-")) / "base", symlinks=True
+                    )
                     driver.start()
                     driver.connect()
         finally:
@@ -379,15 +400,20 @@ def drive(drivers: list[Driver], targets: list[str], seed: int) -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    count: Callable[[Callable[[Driver], int]], int] = lambda of: sum(of(d) for d in drivers)  # noqa: E731
-    print(
-        f"\n{len(targets) - len(left)} kills ({', '.join(f'{targets.count(t)} {t}' for t in dict.fromkeys(sorted(targets)))}; "
-        f"{count(lambda d: d.num_starting)} of them of a server that was starting), seed {seed}, "
-        f"{time.monotonic() - began:.0f} s: {count(lambda d: d.num_lessons)} lessons ended, "
-        f"{count(lambda d: d.num_reverts)} reverts, {count(lambda d: len(d.corrections))} corrections acknowledged; "
-        f"{count(lambda d: len(d.wrong))} wrong"
-    )
+    print(summary(drivers, targets[len(left) :], seed, time.monotonic() - began))
     return 1 if left or any(d.wrong for d in drivers) else 0
+
+
+def summary(drivers: list[Driver], made: list[str], seed: int, took_s: float) -> str:
+    """What was done, and what came of it."""
+    kinds = ", ".join(f"{made.count(target)} {target}" for target in ("trainer", "server", "group"))
+    lessons, reverts = sum(d.num_lessons for d in drivers), sum(d.num_reverts for d in drivers)
+    corrections = sum(len(d.corrections) for d in drivers)
+    return (
+        f"\n{len(made)} kills ({kinds}; {sum(d.num_starting for d in drivers)} of them of a server that was "
+        f"starting), seed {seed}, {took_s:.0f} s: {lessons} lessons ended, {reverts} reverts, "
+        f"{corrections} corrections acknowledged; {sum(len(d.wrong) for d in drivers)} wrong"
+    )
 
 
 if __name__ == "__main__":

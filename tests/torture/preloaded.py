@@ -1,22 +1,22 @@
 """Servers as fast as forks: a process that has imported everything, for 300 kills in minutes (see `kills`).
 
-Importing torch and transformers takes ten times as long as all the rest of a start. So one process imports them once
-and forks a server for each line on stdin; what runs then is `serve.local.main`, settings from the environment, in a
-process group of its own. The server's trainers are forked the same way, from a sibling that shares its memory pages
-and runs the real `train.worker.main`. Nothing else is changed: real weights, gradients, routes, sockets and signals.
+Importing torch and transformers takes ten times as long as all the rest of a start. So one process imports
+them once and forks a server for each line on stdin; what runs then is `serve.local.main`, settings from the
+environment, in a process group of its own. The server's trainers are forked the same way, from a sibling that
+shares its memory pages and runs the real `train.worker.main`. Nothing else is changed: real weights,
+gradients, routes, sockets and signals.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import far_side
 import torch  # noqa: F401  (so that the forked have it)
@@ -28,6 +28,8 @@ from secondnature.serve import local
 from secondnature.train import run as _run  # noqa: F401
 from secondnature.train import worker
 
+PR_SET_PDEATHSIG = 1
+
 
 def _trainer(endpoint: str, parent: int, _behaviour: str) -> None:
     far_side.wait_for_parent(parent)
@@ -37,15 +39,15 @@ def _trainer(endpoint: str, parent: int, _behaviour: str) -> None:
 def _with_trainers() -> None:
     """The product's trainer asks the sibling instead of starting an interpreter."""
     forker, child = far_side.sibling(_trainer)
-    real = trainer.subprocess
     trainer.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=forker.launch, DEVNULL=real.DEVNULL, TimeoutExpired=real.TimeoutExpired
+        Popen=forker.launch, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
     Path(os.environ["TORTURE_SIBLING"]).write_text(str(child))
 
 
 def _serve(asked: dict[str, str]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     log = os.open(asked.pop("LOG"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

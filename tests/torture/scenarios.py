@@ -1,7 +1,8 @@
 """What the torture does while a call fails: every phase of a lesson, of an undo, of a start and of a stop.
 
-`home` names the template that a scenario begins with; `prepare` comes before the faults, `act` is under them. Where
-the runner's own thread has to do something at a moment (cancel, stop), it is done when the phase is entered.
+`home` names the template that a scenario begins with; `prepare` comes before the faults, `act` is under them.
+Where the runner's own thread has to do something at a moment (cancel, stop), it is done when the phase is
+entered.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from subject import lesson
 
 from secondnature.lessons.job import Job
 
-PHASES = ("measuring before", "answering samples", "training", "writing down the change", "measuring after", "judging")
+PHASES = (
+    "measuring before",
+    "answering samples",
+    "training",
+    "writing down the change",
+    "measuring after",
+    "judging",
+)
 DEATHS = ("hello", "attach", "ready", "begin", "write", "step 1", "end")
 Act = Callable[[Run], None]
 
@@ -195,7 +203,9 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("revert", _reverts("0002-"), prepare=_started),
         Scenario("revert of a revert", _reverts("0003-"), home="reverted", prepare=_started),
         Scenario("two reverts", _reverts("0002-", "0001-"), prepare=_started),
-        Scenario("revert behind the working copy", _reverts("0003-", "0002-"), home="folded", prepare=_started),
+        Scenario(
+            "revert behind the working copy", _reverts("0003-", "0002-"), home="folded", prepare=_started
+        ),
         Scenario("fold", _folded, prepare=_started),
         Scenario("fold again", _folded, home="folded", prepare=_started),
         Scenario("fold by length", _folded_by_length, prepare=_started, settings={"max_chain": 2}),

@@ -1,16 +1,18 @@
-"""The server without its model: what the torture breaks, put together by the product's own `serve.local.assemble`.
+"""The server without its model: what the torture breaks, put together by the product's own
+`serve.local.assemble`.
 
-Real are home, lock, ledger, log, arena, clock, storage, checkpoints, deltas, planner, prober, gate, runner, trainer
-(near side) and a Hugging Face directory of 12 tensors. Not real is what would take the time: the engine's forward
-(`FarEngine` answers from the arena's bytes, so that answers change with the weights and with nothing else), the
-trainer's gradients (`far_side`), HTTP. The model's skeleton is made once for a process instead of once for a read.
-Waits are shortened, so that what is tried again is tried soon.
+Real are home, lock, ledger, log, arena, clock, storage, checkpoints, deltas, planner, prober, gate, runner,
+trainer (near side) and a Hugging Face directory of 12 tensors. Not real is what would take the time: the
+engine's forward (`FarEngine` answers from the arena's bytes, so that answers change with the weights and with
+nothing else), the trainer's gradients (`far_side`), HTTP. The model's skeleton is made once for a process
+instead of once for a read. Waits are shortened, so that what is tried again is tried soon.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from secondnature.engines.base import (
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
+    Limits,
     Span,
     Stamp,
     TokenLogprob,
@@ -64,6 +67,7 @@ class FarEngine:
         self.made.append(self)
 
     trouble = ""
+    limits = Limits(320, 128, 64, frozenset({"score"}))
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         handle = GenerationHandle(request, lambda: self._cancelled(handle))
@@ -129,9 +133,8 @@ def light(forker: Forker) -> Generator[None]:
         (local, "chat"): SimpleNamespace(read_tokenizer=tokenizer),
         (load, "skeleton"): lambda d: _skeleton(d, (d / "config.json").read_text()),
     }
-    real = trainer.subprocess
     seconds[trainer, "subprocess"] = SimpleNamespace(
-        Popen=forker.launch, DEVNULL=real.DEVNULL, TimeoutExpired=real.TimeoutExpired
+        Popen=forker.launch, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
     with contextlib.ExitStack() as stack:
         for (owner, name), value in seconds.items():

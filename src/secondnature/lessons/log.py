@@ -87,11 +87,14 @@ class Log:
         """Version of the model's own weights, before any lesson."""
         self.unsynced: set[Path] = set()
         """Directories in which a commit is seen, but not known to outlast a loss of power."""
+        self.unwritten: dict[str, Lesson] = {}
+        """By id: what is true of an entry here, and not yet on the disk, which refused it."""
         self._corrections: dict[str, list[Correction]] = {}
         """By lesson: they never change."""
         self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
         self._last_number = max((x.number for x in self._lessons.values()), default=0)
-        self._mend_reverts()
+        for lesson in self._mended_reverts():
+            self.save(lesson)
         for lesson in self.all():
             if lesson.state in OPEN_STATES:
                 self.save(
@@ -106,10 +109,12 @@ class Log:
 
     def _read(self) -> Iterator[Lesson]:
         """Every entry on disk; what an unfinished birth left behind is removed."""
-        for directory in self._home.lessons.iterdir():
+        with storage.storage_errors(self._home.lessons):
+            found = [(d, (d / "lesson.json").is_file()) for d in self._home.lessons.iterdir()]
+        for directory, is_entry in found:
             if directory.name.startswith("."):
                 shutil.rmtree(directory, ignore_errors=True)
-            elif (directory / "lesson.json").is_file():
+            elif is_entry:
                 lesson = _read_lesson(directory / "lesson.json")
                 if lesson.moved:  # homes of before had the table inside: every list of lessons carried it
                     _write_moved(directory, lesson.moved)
@@ -117,7 +122,7 @@ class Log:
                     storage.write_text(directory / "lesson.json", _text(lesson))
                 yield lesson
 
-    def _mend_reverts(self) -> None:
+    def _mended_reverts(self) -> list[Lesson]:
         """`reverted_by` follows from the kept reverts; a server may have ended between the two files."""
         follows: dict[str, str | None] = dict.fromkeys(self._lessons)
         for entry in self.all():
@@ -126,9 +131,11 @@ class Log:
                 target = self._lessons[entry.reverts]
                 if target.kind == "revert" and target.reverts is not None:
                     follows[target.reverts] = None
-        for lesson in self.all():
-            if lesson.reverted_by != follows[lesson.id]:
-                self.save(lesson.model_copy(update={"reverted_by": follows[lesson.id]}))
+        return [
+            lesson.model_copy(update={"reverted_by": follows[lesson.id]})
+            for lesson in self.all()
+            if lesson.reverted_by != follows[lesson.id]
+        ]
 
     # ------------------------------------------------------------------------------------------ entries
 
@@ -163,6 +170,7 @@ class Log:
             created_at=utc_now(),
             **fields,
         )
+        after = {**self._lessons, lesson.id: lesson}  # made now: once it is born, nothing may come between
         final = self.directory(lesson)
         unborn = final.with_name(f".{lesson.id}.{os.getpid()}.tmp")
         with storage.storage_errors(final):
@@ -176,10 +184,10 @@ class Log:
             except BaseException:
                 shutil.rmtree(unborn, ignore_errors=True)
                 raise
-            self._put(lesson)
+            self._lessons = after
             try:
                 storage.sync_dir(final.parent)
-            except OSError:
+            except Exception:
                 if lesson.state == "kept":  # a commit that everybody sees: it stands, and is synced again
                     self.unsynced.add(final.parent)
                 else:
@@ -195,29 +203,51 @@ class Log:
             StorageError: the disk refused; the entry is as before, there and here.
             NotDurable: the entry is written, there and here; `sync` makes it outlast a loss of power.
         """
+        lesson = lesson.model_copy(update={"moved": []}) if lesson.moved else lesson
+        after = {**self._lessons, lesson.id: lesson}
         try:
             storage.write_text(self.directory(lesson) / "lesson.json", _text(lesson))
         except NotDurable:
+            self._lessons = after
             self.unsynced.add(self.directory(lesson))
-            self._put(lesson)
+            self.unwritten.pop(lesson.id, None)
             raise
-        return self._put(lesson)
+        self._lessons = after
+        self.unwritten.pop(lesson.id, None)
+        return lesson
+
+    @property
+    def behind(self) -> str:
+        """What the disk does not hold, or does not confirm; empty: it holds all. `sync` tries again."""
+        if self.unwritten:
+            return f"it does not take what became of {', '.join(sorted(self.unwritten))}"
+        return "it does not confirm what was kept" if self.unsynced else ""
 
     def sync(self) -> None:
-        """Make durable what is only seen so far. Raises StorageError: the disk refuses still."""
+        """Write what the disk did not take, make durable what is only seen. Raises StorageError: not yet."""
+        for lesson in list(self.unwritten.values()):
+            self.save(lesson)
+            self.drop_files(lesson)
         for directory in sorted(self.unsynced):
             with storage.storage_errors(directory):
                 storage.sync_dir(directory)
             self.unsynced.discard(directory)
 
     def remember(self, lesson: Lesson) -> None:
-        """Hold a state that the disk would not take; the next start finds the lesson open, and undoes it."""
+        """Hold what the disk would not take, until `sync` writes it; a start before that undoes what is open."""
         self._put(lesson)
+        self.unwritten[lesson.id] = lesson
 
-    def _put(self, lesson: Lesson) -> Lesson:
-        lesson = lesson.model_copy(update={"moved": []}) if lesson.moved else lesson
+    def drop_files(self, lesson: Lesson) -> None:
+        """Remove what only a kept entry needs. Raises StorageError."""
+        if lesson.state in ("undone", "failed", "cancelled"):
+            for name in (DELTA_FILE, OPTIMIZER_FILE):
+                path = self.directory(lesson) / name
+                with storage.storage_errors(path):
+                    path.unlink(missing_ok=True)
+
+    def _put(self, lesson: Lesson) -> None:
         self._lessons = {**self._lessons, lesson.id: lesson}
-        return lesson
 
     def directory(self, lesson: Lesson) -> Path:
         """Where an entry's files lie."""
@@ -407,11 +437,12 @@ class Log:
             ),
             ended_at=utc_now(),
         )
+        for mended in self._mended_reverts():
+            self.remember(mended)
         try:
-            self._mend_reverts()
-        except SecondnatureError as e:  # it follows from the entries: the next start writes it down
+            self.sync()
+        except Exception as e:  # noqa: BLE001  (the entry stands: what follows from it is written later)
             LOG.warning("%s: %s", entry.id, e)
-            self.remember(self.get(lesson.id).model_copy(update={"reverted_by": entry.id}))
         return entry
 
     # ------------------------------------------------------------------------------------------ optimizer

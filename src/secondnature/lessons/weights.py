@@ -137,11 +137,13 @@ class ServedWeights:
             raise BadDelta(
                 f"undoing {lesson.id} would give {found}; expected {lesson.parent}", "restore from a backup"
             )
-        entry = commit()
         try:
+            entry = commit()
             self._write(self._differing(stored), lesson.parent, on_tensor)
             self.clock.settle(lesson.parent, self._epoch(), trial=False)
         except BaseException as e:
+            if self._are(self._log.kept_version()):  # there was no commit
+                raise
             self.dirty = f"{lesson.id} is taken back in the log, but not yet in memory: {e}"
             raise
         return entry
