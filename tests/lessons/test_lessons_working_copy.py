@@ -1,4 +1,4 @@
-"""The working copy is folded by the length of the chain and by age, whatever waits; states that are out of reach go."""
+"""The working copy is folded by the length of the chain and by age, whatever waits; old states go."""
 
 from __future__ import annotations
 
