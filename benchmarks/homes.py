@@ -2,9 +2,9 @@
 
 `listed` writes a thousand entries as the product does, half of them kept and folded into a working copy, with
 tables of movements as long as the embedded model's, and asks a real server. The same home in the form of older
-versions (the tables inside the entries) shows what the first start costs, and the next. `kept` teaches for real,
-one step a lesson, on the embedded model, and looks at 10, 50, 100 and 200 lessons what they have on disk, what a
-start reads, and what it takes to undo the newest.
+versions (the tables inside the entries) shows what the first start costs, and the next. `kept` teaches for
+real, one step a lesson, on the embedded model, with the product's own parts but without its routes, and looks at
+10, 50, 100 and 200 lessons what they have on disk, what a start reads, and what it takes to undo the newest.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import large
 import torch
 
 from secondnature import embedded
+from secondnature.config import Settings
+from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
-from secondnature.lessons.log import Log
+from secondnature.lessons.log import OPTIMIZER_FILE, Log
+from secondnature.lessons.reverted import Reverted
+from secondnature.lessons.weights import ServedWeights
+from secondnature.model.chat import encode_answer
 from secondnature.model.load import fingerprint
-from secondnature.records import Correction, Lesson, Moved, utc_now
+from secondnature.records import Correction, Example, Moved, OptimizerSettings, utc_now
+from secondnature.train.apollo import Apollo
+from secondnature.train.state import save_optimizer
+from secondnature.train.step import train_step
 from secondnature.weights import checkpoint
 from secondnature.weights.content import content_id
 
@@ -200,17 +209,6 @@ def _disk(home: Path) -> dict[str, int]:
     return found
 
 
-def _request(number: int) -> dict[str, Any]:
-    return {
-        "corrections": [c.model_dump(mode="json", exclude_none=True) for c in _corrections(number)[:2]],
-        "max_steps": 1,
-        "learned_loss": 0.0,
-        "keep": True,
-        "optimizer": {"rank": 16, "lr": 1e-5},
-        "lesson": {"behaviour": "listening"},
-    }
-
-
 def _reads(path: Path, model: Path, base: str) -> dict[str, float]:
     """What a start does with the disk: opens the log, reads the weights that it stands for, names them."""
     home = Home(path)
@@ -225,50 +223,91 @@ def _reads(path: Path, model: Path, base: str) -> dict[str, float]:
     return seconds
 
 
-def kept(source: Path, folder: Path, count: int) -> dict[str, Any]:
-    """Lessons kept in a row, one step each; at each mark: disk, a start, the undo of the newest."""
+class _School:
+    """Lessons of one real step each, kept at once: what the server does, without its routes and processes."""
+
+    def __init__(self, path: Path, model: Path) -> None:
+        self.arena, network, self._tokenizer = common.load(model)
+        base = content_id(self.arena.tensors)
+        self.home = Home(path)
+        self.home.bind(model, fingerprint(model), base)
+        self.log = Log(self.home, model, base)
+        self.weights = ServedWeights(self.arena, Clock(self.arena, base), self.log)
+        self._optimizer = Apollo(network, OptimizerSettings(lr=1e-5, rank=16))
+        self._network = network
+        self._settings = Settings(home=path)
+
+    def teach(self, number: int) -> None:
+        """One lesson: a step, its difference, the optimizer's state, the commit; folded and pruned as always."""
+        corrections = _corrections(number)
+        head = self.log.head()
+        lesson = self.log.create(
+            "train",
+            "listening",
+            files={"corrections.jsonl": "".join(c.to_disk() + "\n" for c in corrections)},
+            state="running",
+            behaviour="listening",
+            parent=self.log.kept_version(),
+            optimizer_before=head.optimizer_after if head else None,
+            cause={"corrections": [c.digest() for c in corrections], "num_examples": len(corrections)},
+            settings={"optimizer": {"rank": 16}},
+        )
+        self.weights.begin(lesson)
+        examples: list[Example] = []
+        for correction in corrections[:2]:
+            assert correction.chosen is not None, "written so"
+            context, answer = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
+            examples.append(Example(context_ids=context, continuation_ids=answer))
+        train_step(self._network, self._optimizer, examples, writing=self.arena.writing, learned_loss=0.0)
+        sha256 = save_optimizer(self._optimizer, self.log.directory(lesson) / OPTIMIZER_FILE)
+        self.log.write_moved(lesson, self._optimizer.moved())
+        after = {"optimizer_after": lesson.id, "optimizer_sha256": sha256, "state": "kept", "steps": 1}
+        self.log.save(self.weights.record(lesson).model_copy(update=after))
+        self.weights.keep()
+        if len(self.log.chain()) > self._settings.max_chain:
+            self.weights.fold()
+        self.log.prune(self._settings.keep_states)
+
+    def undo(self) -> dict[str, float]:
+        """Seconds to take the newest back, and to have it again: as often as it takes, at the same length."""
+        times: list[float] = []
+        newest, version = self.log.head(), self.log.kept_version()
+        for _ in range(2 * REPEATS):
+            assert newest is not None, "there are lessons"
+            change = Reverted(newest, log=self.log, weights=self.weights)
+            change.prepare(_nothing)
+            begun = time.perf_counter()
+            newest = change.apply(_nothing)
+            times.append(time.perf_counter() - begun)
+        assert self.log.kept_version() == version, "back where it was"
+        return {"median": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def _nothing() -> None:
+    """Nobody asks for anything meanwhile."""
+
+
+def kept(folder: Path, count: int) -> dict[str, Any]:
+    """Lessons kept in a row, one step each; at each mark: disk, what a start reads, the undo of the newest."""
     torch.set_num_threads(1)
     model, home = embedded.path(), folder / "home"
-    base = content_id(checkpoint.read(model))
-    marks = [m for m in MARKS if m < count] + [count]
+    school = _School(home, model)
     rows: list[dict[str, Any]] = []
     number = 0
-    for mark in marks:
-        with large.served(source, model, home, folder / "server.log") as server:
-            server.ready()
-            server.wait_for_trainer()
-            begun, first = time.perf_counter(), number
-            taken: list[float] = []
-            while number < mark:
-                number += 1
-                asked = time.perf_counter()
-                status = large.teach(server, None, _request(number))
-                assert status["state"] == "kept", status
-                taken.append(time.perf_counter() - asked)
-            row: dict[str, Any] = {"kept": mark, "seconds_per_lesson": statistics.median(taken[-10:])}
-            row["taught_in_s"] = (time.perf_counter() - begun) / (number - first)
-            row["disk"] = _disk(home)
-            row["undo_s"] = _undo(server)
-            row["routes"] = _routes(server)
-            row["stop_s"] = server.stop()
-        row["reads"] = [_reads(home, model, base) for _ in range(REPEATS)]
-        with large.served(source, model, home, folder / "server.log") as server:
-            row["ready_s"] = server.ready()
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return {"model_bytes": sum(t.nbytes for t in checkpoint.read(model).values()), "rows": rows}
-
-
-def _undo(server: large.Served) -> dict[str, float]:
-    """Seconds to take the newest lesson back, and to have it again: as often as it takes, at the same length."""
-    times: list[float] = []
-    lesson = Lesson.model_validate(server.get("/v1/lessons")["lessons"][-1])
-    version = server.get("/v1/lessons")["weights_version"]
-    newest = lesson.id
-    for _ in range(REPEATS):
-        for _ in range(2):  # back, and there again
+    for mark in [m for m in MARKS if m < count] + [count]:
+        taken: list[float] = []
+        while number < mark:
+            number += 1
             begun = time.perf_counter()
-            newest = server.post(f"/v1/lessons/{newest}/revert")["id"]
-            times.append(time.perf_counter() - begun)
-    assert server.get("/v1/lessons")["weights_version"] == version, "back where it was"
-    return {"median": statistics.median(times), "low": min(times), "high": max(times)}
+            school.teach(number)
+            taken.append(time.perf_counter() - begun)
+        row: dict[str, Any] = {"kept": mark, "seconds_per_lesson": statistics.median(taken)}
+        row["disk"], row["chain"] = _disk(home), len(school.log.chain())
+        row["undo_s"] = school.undo()
+        base = school.log.base_version
+        school.home.close()
+        row["reads"] = [_reads(home, model, base) for _ in range(REPEATS)]
+        school.home = Home(home)
+        rows.append(row)
+        common.say(f"{mark} kept: {row['undo_s']['median']:.2f} s to undo, chain of {row['chain']}")
+    return {"model_bytes": school.arena.nbytes, "rows": rows}

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,14 @@ def main() -> int:
     parser.add_argument("--lessons", type=int, default=1000, help="entries of the listed home")
     parser.add_argument("--kept", type=int, default=200, help="lessons that are kept in a row")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "scale.json")
+    parser.add_argument("--render", action="store_true", help="measure nothing, write the page again")
     options = parser.parse_args()
     from run import machine
 
     from secondnature import embedded
 
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    for part in options.only:
+    for part in () if options.render else options.only:
         with tempfile.TemporaryDirectory(prefix="secondnature-scale-") as name:
             folder = Path(name)
             if part == "large":
@@ -56,12 +58,23 @@ def main() -> int:
             else:
                 import homes
 
-                found = homes.kept(options.src, folder, options.kept)
+                found = homes.kept(folder, options.kept)
         found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
         results.setdefault(part, {})[options.name] = found
         options.output.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{part}: {options.output}", file=sys.stderr)
+    if options.output.parent == ROOT / "benchmarks":
+        _write_page(results)
     return 0
+
+
+def _write_page(results: dict[str, Any]) -> None:
+    from size_page import figure, render
+
+    (ROOT / "docs" / "experiments" / "size.md").write_text(render(results))
+    svg = figure(results)
+    if svg is not None:
+        (ROOT / "docs" / "figures" / "kept.svg").write_text(svg)
 
 
 if __name__ == "__main__":

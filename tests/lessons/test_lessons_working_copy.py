@@ -1,4 +1,4 @@
-"""The working copy is folded by the length of the chain and by age, whatever waits; old states go."""
+"""The working copy is folded by the length of its chain and by age, whatever waits; states out of reach go."""
 
 from __future__ import annotations
 

@@ -77,3 +77,20 @@ def test_a_lesson_is_the_same_to_the_bit(tmp_path: Path) -> None:
     (weights, moved), (mapped_weights, mapped_moved) = results
     assert moved == mapped_moved
     assert all(torch.equal(weights[n], t) for n, t in mapped_weights.items())
+
+
+def test_a_gradient_that_is_used_up_gives_the_same_step(tmp_path: Path) -> None:
+    save_tiny(hybrid_config(), tmp_path / "model")
+    results: list[dict[str, torch.Tensor]] = []
+    for use_up in (False, True):
+        arena = Arena.create(checkpoint.read(tmp_path / "model"))
+        model = build(tmp_path / "model", arena.tensors)
+        optimizer = Apollo(model, OptimizerSettings(lr=1e-3, rank=4))
+        torch.manual_seed(1)
+        gradients = {n: torch.randn(p.shape) for n, p in model.named_parameters()}
+        before = {n: g.clone() for n, g in gradients.items()}
+        optimizer.step(gradients, use_up=use_up)
+        kept = all(torch.equal(g, before[n]) for n, g in gradients.items())
+        assert kept != use_up, "without it they are as they were; with it their memory was used"
+        results.append({**arena.tensors, **optimizer.state_dict()[0]})
+    assert all(torch.equal(results[0][n], t) for n, t in results[1].items())

@@ -111,10 +111,12 @@ class Apollo:
         gradients: Mapping[str, Gradient],
         *,
         writing: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        use_up: bool = False,
     ) -> None:
         """One update from gradients by parameter name, whole or as factors; `writing()` brackets the writes.
 
-        Tensors without a gradient, or with a gradient of zero, stay as they are. The gradients do too.
+        Tensors without a gradient, or with a gradient of zero, stay as they are. The gradients do too, unless
+        `use_up` says that nobody needs them any more.
 
         Raises:
             NonFinite: an update is not finite; names the tensor, and neither weights nor moments were changed.
@@ -125,7 +127,7 @@ class Apollo:
         states: dict[str, TensorState] = {}
         for name in self.parameters:
             gradient = gradients.get(name)
-            planned = None if gradient is None else self._plan(name, gradient)
+            planned = None if gradient is None else self._plan(name, gradient, use_up)
             if planned is not None:
                 updates[name], states[name] = planned
         check_norms({name: update.norm for name, update in updates.items()}, "the update")
@@ -135,12 +137,12 @@ class Apollo:
         self._states.update(states)
         self.steps = step
 
-    def _plan(self, name: str, gradient: Gradient) -> tuple[Update, TensorState] | None:
+    def _plan(self, name: str, gradient: Gradient, use_up: bool) -> tuple[Update, TensorState] | None:
         rule, parameter = self.rules[name], self.parameters[name]
         state = self._states.get(name)
         if state is None:
             state = fresh_state(rule, parameter.shape, self.settings.rank, parameter.device)
-        return plan_update(rule, gradient, state, self.settings, seed=self.seed, name=name)
+        return plan_update(rule, gradient, state, self.settings, seed=self.seed, name=name, use_up=use_up)
 
     def _write(self, name: str, update: Update, lr: float, step: int) -> None:
         parameter, total = self.parameters[name], None

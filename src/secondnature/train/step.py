@@ -175,7 +175,7 @@ def train_step(
             grad_norm = check_tensors(gradients, "the gradient")
         limit_norm_(gradients, grad_norm, max_grad_norm)
     if gradients:
-        optimizer.step(gradients, writing=writing)
+        optimizer.step(gradients, writing=writing, use_up=True)
     return StepResult(
         loss=sum(e.weight * x for e, x in zip(batch, losses, strict=True)) / total_weight,
         losses=tuple(losses),

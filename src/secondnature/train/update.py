@@ -150,11 +150,19 @@ def _kept_projection(seed: int, name: str, epoch: int, rank: int, size: int, dev
 
 
 def plan_update(
-    rule: Rule, gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
+    rule: Rule,
+    gradient: Gradient,
+    old: TensorState,
+    settings: OptimizerSettings,
+    *,
+    seed: int,
+    name: str,
+    use_up: bool = False,
 ) -> tuple[Update, TensorState] | None:
     """The update of one tensor and the state after it; None where the gradient is zero. Changes nothing.
 
-    A gradient that is not finite gives an update whose norm is not.
+    A gradient that is not finite gives an update whose norm is not. With `use_up` a whole gradient's memory may
+    become the update's.
     """
     if rule == "apollo":
         return _apollo(gradient, old, settings, seed=seed, name=name)
@@ -163,7 +171,9 @@ def plan_update(
     whole = dense(gradient)
     if float(whole.norm()) == 0:
         return None
-    state, step = _adam(old, whole.float(), settings, floored=rule == "floored")
+    wide = whole.float()
+    out = wide if use_up or wide is not gradient else None
+    state, step = _adam(old, wide, settings, floored=rule == "floored", out=out)
     return Update(step, float(step.norm())), state
 
 
