@@ -35,7 +35,7 @@ from secondnature.errors import (
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
+from secondnature.lessons.log import Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Plan, Planner
 from secondnature.lessons.prober import Prober
@@ -120,7 +120,7 @@ class Runner:
             return "the thread that leads lessons has ended: restart the server"
         found = {
             "the weights": "" if (dirty := self.weights.dirty) == RESTORING else dirty,
-            "the disk": "it does not confirm what was kept" if self.log.unsynced else "",
+            "the disk": self.log.behind,
             "the last turn": self._fault,
             "the trainer": self.trainer.trouble,
         }
@@ -323,7 +323,7 @@ class Runner:
             self._finish(self._current)  # it could not be ended before
         elif not self.weights.are_kept:
             self._restore()
-        if self.log.unsynced:
+        if self.log.behind:
             self.log.sync()
         self.trainer.tend()
         if self._must_fold():
@@ -451,9 +451,8 @@ class Runner:
         )
         try:
             job.lesson = self.log.save(ended)
-            for name in (DELTA_FILE, OPTIMIZER_FILE):  # nothing will ever need them
-                (self.log.directory(ended) / name).unlink(missing_ok=True)
-        except (StorageError, OSError) as e:  # the next start does it: an open lesson is never kept
+            self.log.drop_files(ended)
+        except StorageError as e:  # it is written later; a start before that undoes what is open
             LOG.warning("lesson %s is %s, but could not be written down: %s", ended.id, ending.state, e)
             self.log.remember(ended)
             job.lesson = ended
