@@ -14,6 +14,7 @@ from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import DELTA_FILE, Log
 from secondnature.lessons.weights import ServedWeights, fill_kept
+from secondnature.model.load import fingerprint
 from secondnature.records import Correction, Lesson, to_jsonl, utc_now
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
@@ -73,7 +74,7 @@ def serve(path: Path, model: Path) -> Served:
     try:
         arena = Arena.create(checkpoint.read(model))
         base = content_id(arena.tensors)
-        home.bind(model, "tiny", base)
+        home.bind(model, fingerprint(model), base)
         log = Log(home, model, base)
         fill_kept(arena, log)
     except BaseException:
