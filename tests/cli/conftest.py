@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_server import KEY, Fake, serve
 
-from secondnature.cli import follow
+from secondnature.cli import follow, progress
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def home(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Generat
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(follow, "POLL_S", 0.001)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     monkeypatch.chdir(tmp_path)
     url, stop = serve(fake)
     home = tmp_path / "home"

@@ -36,8 +36,10 @@ from secondnature.wire import (
     JobStatus,
     LessonDetail,
     LessonList,
+    PhaseProgress,
     TrainReply,
     TrainRequest,
+    UnreadableLine,
     Wiring,
 )
 
@@ -64,6 +66,8 @@ class Fake:
     reaches_at: float = 1e-4
     """The learning rate from which unjudged lessons reach their margin before the last step."""
     ledger: list[Correction] = field(default_factory=list[Correction])
+    unreadable: list[UnreadableLine] = field(default_factory=list[UnreadableLine])
+    num_torn: int | None = None
     lessons: dict[str, Lesson] = field(default_factory=dict[str, Lesson])
     requests: list[TrainRequest] = field(default_factory=list[TrainRequest])
     looks: dict[str, int] = field(default_factory=dict[str, int])
@@ -139,7 +143,11 @@ class Fake:
             step=step,
             steps=steps,
             loss=lesson.loss,
+            progress=PhaseProgress(done=step, total=steps, unit="steps", per_s=0.5, eta_s=3.0)
+            if phase == "training"
+            else None,
             eta_s=3.0 if phase == "training" else None,
+            stopped_by=lesson.stopped_by,
             weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
             error=lesson.error,
         )
@@ -246,7 +254,9 @@ def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body
         case ("DELETE", ["v1", "train", job]):
             return fake.cancel(job)
         case ("GET", ["v1", "corrections"]):
-            return CorrectionsReply(corrections=fake.ledger)
+            return CorrectionsReply(
+                corrections=fake.ledger, num_torn=fake.num_torn, unreadable=fake.unreadable or None
+            )
         case ("POST", ["v1", "feedback"]):
             return feedback(fake, body)
         case ("GET", ["v1", "lessons"]):

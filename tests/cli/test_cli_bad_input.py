@@ -170,7 +170,7 @@ def test_a_server_that_speaks_otherwise_is_said(
 
     monkeypatch.setattr(Client, "request", lambda *_, **__: {"status": "fine"})
     assert main(["lessons", "log", "--home", str(home)]) == 69
-    assert "not a Health of this version" in capsys.readouterr().err
+    assert "not a LessonList of this version" in capsys.readouterr().err
 
 
 def test_an_unknown_setting_is_said(

@@ -12,7 +12,7 @@ from fake_server import AFTER, BEFORE, KEY, WELL_WIRED, Fake
 from secondnature.cli import doctor, main
 from secondnature.errors import ContextOverflow, Unauthorized
 from secondnature.records import Lesson, utc_now
-from secondnature.wire import Client
+from secondnature.wire import Client, UnreadableLine
 
 WRITES = "write and restore"
 
@@ -39,6 +39,22 @@ def test_it_says_what_the_engine_computes_with(
     assert "salted with the epoch" in found["found"]
     fake.wiring = WELL_WIRED.model_copy(update={"engine": "local", "engine_version": "5.1", "cache": "none"})
     assert "local, transformers 5.1" in findings(capsys, home)["wiring"]["found"]
+
+
+def test_it_says_what_of_the_ledger_cannot_be_read(
+    fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert findings(capsys, home)["key"]["level"] == "ok"
+    fake.num_torn = 1
+    found = findings(capsys, home)["key"]
+    assert found["level"] == "ok"
+    assert "torn by a crash" in found["found"]
+    fake.unreadable = [UnreadableLine(line=3, reason="unknown state")]
+    found = findings(capsys, home)
+    assert found["key"]["level"] == "warn"
+    assert "1 line that cannot be read (line 3: unknown state)" in found["key"]["found"]
+    assert "ledger.jsonl" in found["key"]["hint"]
+    assert found["wiring"]["level"] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import pytest
 from fake_server import BEFORE, KEY, Fake
 
 from secondnature.cli import main
+from secondnature.records import Correction
+from secondnature.wire import UnreadableLine
 
 
 @pytest.mark.parametrize(("ends", "code"), [("kept", 0), ("undone", 1), ("inconclusive", 2), ("failed", 1)])
@@ -30,7 +32,7 @@ def test_learn_ends_with_the_code_of_the_verdict(
     assert ("the weights are as before" in out) == (ends != "kept")
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
-    assert "training, step 4/5, loss 0.25, about 3 s left" in err
+    assert "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25" in err
     page = Path("report.html").read_text()
     assert "0001-listening" in page
     assert Path("report.json").exists()
@@ -74,8 +76,6 @@ def test_learn_from_the_ledger_takes_its_behaviour(
     command = ["learn", "--home", str(home), "--probes", str(lesson_dir / "probes.jsonl")]
     assert main(command) == 64
     assert "the ledger: 0 records" in capsys.readouterr().err
-    from secondnature.records import Correction
-
     fake.ledger.append(
         Correction.model_validate({"prompt": "a", "completion": "b", "behaviour": "listening"})
     )
@@ -84,11 +84,27 @@ def test_learn_from_the_ledger_takes_its_behaviour(
     assert fake.requests[0].lesson.behaviour == "listening"
 
 
+def test_learn_says_what_of_the_ledger_the_server_cannot_read(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["learn", "--home", str(home), "--probes", str(lesson_dir / "probes.jsonl")]
+    fake.unreadable = [UnreadableLine(line=3, reason="not JSON"), UnreadableLine(line=7, reason="not JSON")]
+    assert main(command) == 64
+    said = capsys.readouterr().err
+    assert "2 lines of the ledger cannot be read (line 3: not JSON), and it has no others" in said
+    assert "empty" not in said
+    assert fake.requests == []
+    fake.ledger.append(
+        Correction.model_validate({"prompt": "a", "completion": "b", "behaviour": "listening"})
+    )
+    assert main(command) == 0
+    assert "2 lines of the ledger cannot be read (line 3: not JSON): left out" in capsys.readouterr().err
+    assert len(fake.requests) == 1
+
+
 def test_learn_sdft_takes_comments_without_an_answer(
     fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from secondnature.records import Correction
-
     fake.ledger.append(
         Correction.model_validate({"prompt": "a", "feedback": "No.", "behaviour": "listening"})
     )

@@ -86,7 +86,7 @@ def test_a_second_server_is_refused_until_the_first_one_ends(home: Home) -> None
 
 
 def test_a_home_of_the_version_before_formats_opens(tmp_path: Path) -> None:
-    """Everything of it is read, and only home.json becomes another file; the old one is kept."""
+    """Everything is read; home.json gets its number and is kept as it was, a table moves beside its lesson."""
     path = write_old_home(tmp_path / "home")
     before = dict(file_hashes(path))
     home = Home(path)
@@ -107,8 +107,16 @@ def test_a_home_of_the_version_before_formats_opens(tmp_path: Path) -> None:
     after = dict(file_hashes(path))
     assert after.pop("home.json.1") == before.pop("home.json")
     assert json.loads((path / "home.json").read_text())["format"] == 2
-    del after["home.json"]
+    lesson = "lessons/0002-use/lesson.json"
+    del after["home.json"], after[lesson], before[lesson]
+    moved = json.loads((path / "lessons/0002-use/moved.json").read_text())
+    assert after.pop("lessons/0002-use/moved.json")
     assert after == before
+    old = json.loads((write_old_home(tmp_path / "again") / lesson).read_text())
+    assert old.pop("moved") == moved
+    new, cause = json.loads((path / lesson).read_text()), old.pop("cause")
+    assert {key: new[key] for key in old} == old
+    assert {key: new["cause"][key] for key in cause} == cause
 
 
 def test_a_home_of_a_newer_form_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -192,3 +200,27 @@ def test_what_a_newer_version_added_is_served_around_and_written_back(tmp_path: 
     assert ledger.read_text() == told
     taught = path / "lessons" / again.id / "corrections.jsonl"
     assert json.loads(taught.read_text())["severity"] == 3
+
+
+@pytest.mark.slow
+def test_a_garbled_line_of_metrics_or_ledger_blocks_nothing(tmp_path: Path, talker: Path) -> None:
+    """Metrics are appended without fsync: a power loss just after a keep may leave any of their lines garbled."""
+    path = tmp_path / "home"
+    with running(path, talker) as server:
+        kept = server.lesson(teach(max_steps=2, keep=True))
+    metrics = path / "lessons" / kept.id / "metrics.jsonl"
+    first, *rest = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first[:20] + b"\0" * 30 + b"\n" + b"".join(rest)[:-10])
+    (path / "ledger.jsonl").write_text('{"prompt": "a"}\n{"pro')
+    with running(path, talker) as server:
+        client = server.client
+        detail = client.lesson(kept.id)
+        assert (len(detail.metrics), detail.metrics_skipped) == (len(rest) - 1, 2)
+        assert client.status(kept.job).state == "kept"
+        assert [x["job"] for x in client.request("GET", "/v1/train/status")["jobs"]] == [kept.job]
+        assert client.train(teach(("salt", "jazz"), dry_run=True)).state == "planned"
+        reply = client.ledger()
+        assert (reply.corrections, reply.num_torn) == ([], 1)
+        assert reply.unreadable is not None
+        assert [x.line for x in reply.unreadable] == [1]
+        client.revert(kept.id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -9,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from failing_disk import disk
 
-from secondnature.errors import BadInput
+from secondnature.errors import BadInput, StorageError
 from secondnature.lessons.ledger import Ledger
 from secondnature.records import Correction
 from secondnature.train.batches import MAX_BATCH, batches, num_replayed
@@ -37,6 +40,72 @@ def test_a_torn_line_spoils_nothing_else(tmp_path: Path) -> None:
     ledger.add([correction("two")])
     again = Ledger(path)
     assert [c.chosen[0].content for c in again.all() if c.chosen] == ["one", "two"]
+    assert (again.num_torn, again.unreadable) == (0, [])
+
+
+UNREADABLE = {
+    "not JSON": '{"prompt": [{"role"',
+    "prompt": '{"prompt": [], "rating": 1}',
+    "not a JSON object": "[1, 2]",
+    "reads up to 1": '{"prompt": "a", "chosen": "b", "schema_version": 2}',
+}
+
+
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_a_whole_line_that_cannot_be_read_stays_and_is_said(
+    tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).add([correction("one")])
+    with path.open("a") as file:
+        file.write(UNREADABLE[reason] + "\n")
+    Ledger(path).add([correction("two")])
+    told = path.read_text()
+    ledger = Ledger(path)
+    assert [c.chosen[0].content for c in ledger.all() if c.chosen] == ["one", "two"]
+    assert ledger.num_torn == 0
+    ((number, found),) = ledger.unreadable
+    assert number == 2
+    assert re.search(reason, found)
+    assert f"{path}, line 2 cannot be read" in caplog.text
+    ledger.add([correction("three"), correction("four")])  # written anew, and nothing is dropped
+    assert path.read_text().startswith(told)
+    assert [n for n, _ in Ledger(path).unreadable] == [2]
+
+
+def test_a_field_of_a_newer_version_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    (added,) = Ledger(path).add([correction("one")])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"severity": 3}) + "\n")
+    told = path.read_text()
+    ledger = Ledger(path)
+    assert (ledger.num_torn, ledger.unreadable) == (0, [])
+    assert [c.digest() for c in ledger.all()] == [added.digest()]
+    ledger.add([correction("two"), correction("three")])
+    assert path.read_text().startswith(told)
+
+
+def test_what_the_ledger_holds_is_what_is_on_the_disk_whichever_call_fails(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for new in (["two"], ["two", "three"]):
+        for n in range(30):
+            path.unlink(missing_ok=True)
+            ledger = Ledger(path)
+            ledger.add([correction("one")])
+            told = ""
+            with disk(n) as calls:
+                try:
+                    ledger.add([correction(text) for text in new])
+                except StorageError as e:
+                    told = type(e).__name__
+            assert ledger.all() == Ledger(path).all()
+            assert len(ledger.all()) == (1 if told == "StorageError" else 1 + len(new))
+            if len(calls.made) <= n:
+                assert told == ""
+                break
+            assert told
+        else:
+            raise AssertionError("more calls than were counted on")
 
 
 def test_a_full_disk_refuses_and_keeps_the_old(tmp_path: Path) -> None:

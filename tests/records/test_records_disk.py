@@ -75,7 +75,7 @@ def test_people_and_bodies_are_read_strictly(tmp_path: Path) -> None:
 
 
 def test_a_number_of_many_digits_is_a_bad_line() -> None:
-    with pytest.raises(BadRecord, match=r"f, line 1: a number with too many digits"):
+    with pytest.raises(BadRecord, match=r"f, line 1: a whole number of more than"):
         parse_jsonl(b'{"prompt": "a", "rating": ' + b"1" * 5000 + b"}", Correction, source="f")
 
 

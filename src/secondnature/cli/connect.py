@@ -86,6 +86,7 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
                     f"--model {where.model}: the server at {url} already serves {health.model}",
                     "leave --model out, or stop that server first",
                 )
+            say_trouble(health, out)
             flags = ["--url", url] if where.url else home_flags
             yield Server(client, health, started=False, flags=flags)
         return
@@ -102,7 +103,9 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
         url = _await_start(process, home, out, engine)
         _stay_here(url, home)
         with Client(url, _key(settings, home, url)) as client:
-            yield Server(client, client.health(), started=True, flags=home_flags)
+            health = client.health()
+            say_trouble(health, out)
+            yield Server(client, health, started=True, flags=home_flags)
     except KeyboardInterrupt:
         patience = 0.0  # somebody wants to leave at once; the server undoes what is open when it stops
         raise
@@ -110,6 +113,12 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
         for number, handler in previous.items():
             signal.signal(number, handler)
         _stop(process, patience)
+
+
+def say_trouble(health: Health, out: Output) -> None:
+    """What is not well with a server that answers, in its own words."""
+    if health.status != "ok":
+        out.note(f"the server is not well: {health.detail or 'it does not say why'}", style="yellow")
 
 
 def interrupt(_signum: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ with the same weights: batching alone changes some greedy answers, and a gate ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from secondnature import config
 from secondnature.cli import FAILED, INTERRUPTED
 from secondnature.cli.connect import Where, open_server
 from secondnature.cli.follow import Interrupted, Interrupts, follow
+from secondnature.cli.learn import submit
 from secondnature.cli.machine import Finding, environment
 from secondnature.cli.output import Output
+from secondnature.cli.progress import counting, waiting
 from secondnature.errors import BadInput, ContextOverflow, SecondnatureError, TrainingError, Unreachable
 from secondnature.records import OPEN_STATES, Example, Lesson, OptimizerSettings, Outcome, Probe, read_jsonl
 from secondnature.wire import Client, LessonInfo, LessonList, ReplaySettings, TrainRequest
@@ -43,16 +46,20 @@ def doctor(probes: Path | None, where: Where, out: Output, *, write: bool) -> in
     """Look at everything; the exit code: 1 if something must be mended. `write`: also teach and undo a lesson."""
     asked = read_jsonl(probes, Probe) if probes is not None else []
     settings = config.load({"home": where.home})
-    findings = environment(settings.home.expanduser().absolute())
+    with waiting(out, "looking at this machine"):
+        findings = environment(settings.home.expanduser().absolute())
     num_seen = len(findings)
     try:
         with open_server(where, out, start="never") as server:
             health = server.health
             level = "ok" if health.status == "ok" else "warn"
             found = f"{health.model} at {server.client.url}, weights {health.weights_version}"
-            findings.append(Finding("server", level, f"{found}, trainer {health.trainer}", health.detail))
+            found, hint = f"{found}, trainer {health.trainer}", ""
+            if health.status != "ok":
+                found, hint = f"{found}; {health.detail or health.status}", "see server.log in its home"
+            findings.append(Finding("server", level, found, hint))
             findings.append(_key_works(server.client))
-            if findings[-1].level == "ok":
+            if findings[-1].level != "fail":
                 findings.append(_wiring(server.client))
                 if write:
                     findings.append(_write_and_restore(server.client, out))
@@ -81,7 +88,7 @@ def _key_works(client: Client) -> Finding:
     found = f"accepted; {len(ledger.corrections)} corrections in the ledger"
     if ledger.unreadable:
         lines = "; ".join(f"line {x.line}: {x.reason}" for x in ledger.unreadable[:3])
-        found += f", {len(ledger.unreadable)} lines that cannot be read ({lines})"
+        found += f", {len(ledger.unreadable)} line{'s'[: len(ledger.unreadable) > 1]} that cannot be read ({lines})"
         return Finding("key", "warn", found, "upgrade the server, or mend ledger.jsonl in its home")
     if ledger.num_torn:
         found += "; its end was torn by a crash, and was never acknowledged"
@@ -174,7 +181,7 @@ def _on_trial(client: Client, lr: float | None, steps: int, out: Output) -> tupl
         lesson=LessonInfo(behaviour="doctor", note="doctor: write and restore"),
     )
     with Interrupts() as interrupts:
-        reply = client.train(request)
+        reply = submit(client, request, out)
         assert reply.lesson is not None, "it is no dry run"
         status = follow(client, reply.job, out, interrupts, judged=False)
         if status.state != "on_trial":
@@ -243,7 +250,9 @@ def _flips(client: Client, probes: list[Probe], out: Output) -> Finding:
         )
     out.note(f"asking {len(spoken)} probes twice, {AT_ONCE} at once")
     versions: set[str] = set()
-    floor = aa_floor(_ask(client, spoken, versions), _ask(client, spoken, versions))
+    with counting(out, "asking probes", 2 * len(spoken), "answers") as tick:
+        first, second = (_ask(client, spoken, versions, tick) for _ in range(2))
+    floor = aa_floor(first, second)
     low, high = floor.interval
     found = f"{floor.flips} of {floor.n} verdicts flip by themselves "
     found += f"({floor.rate:.1%}; 95 %: {low:.1%} to {high:.1%})"
@@ -259,7 +268,7 @@ def _flips(client: Client, probes: list[Probe], out: Output) -> Finding:
     return Finding("A/A floor", "ok", f"{found}: a guard needs {floor.guard_probes} probes")
 
 
-def _ask(client: Client, probes: list[Probe], versions: set[str]) -> list[Outcome]:
+def _ask(client: Client, probes: list[Probe], versions: set[str], tick: Callable[[], None]) -> list[Outcome]:
     """Every probe's greedy answer, judged; `versions` collects the weights that gave them."""
     from secondnature.evidence import judge_probes
 
@@ -270,6 +279,7 @@ def _ask(client: Client, probes: list[Probe], versions: set[str]) -> list[Outcom
         except ContextOverflow:
             reply = client.chat(turns, temperature=0)
         versions.add(str(reply.get("weights_version")))
+        tick()
         return str(reply["choices"][0]["message"]["content"] or "")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:

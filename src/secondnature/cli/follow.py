@@ -1,26 +1,25 @@
 """Follow a job to its end, and cancel it on ctrl-C (process D).
 
 The first ctrl-C is only counted: the loop sees it between two calls, deletes the job and waits until it is undone.
-The second one leaves at once. A progress bar on a terminal, plain lines elsewhere, always on stderr.
+The second one leaves at once. How far each phase is, is shown by `progress`.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
 from secondnature.cli.output import Output
-from secondnature.errors import Conflict, NotFound, Unreachable
-from secondnature.records import OPEN_STATES
-from secondnature.wire import Client, JobStatus
+from secondnature.cli.progress import Display, display
+from secondnature.errors import Conflict, NotFound, SecondnatureError, Unreachable
+from secondnature.records import OPEN_STATES, STOPPED_BY
+from secondnature.wire import Client, JobStatus, PhaseProgress
 
 POLL_S = 0.3
+ASK_HEALTH_S = 5.0
+"""Where a phase cannot be counted and does not end, the server is asked so often what is wrong."""
 MISSES = 3
 """Polls in a row that may fail before the server counts as gone."""
 
@@ -62,11 +61,12 @@ def follow(client: Client, job: str, out: Output, interrupts: Interrupts, *, jud
         Interrupted: after ctrl-C, when the job has ended.
         Unreachable: the server is gone.
     """
-    with _display(out) as display:
+    with display(out) as shown:
+        watch = _Watch(client, out, shown)
         misses = 0
         while not interrupts.count:
             try:
-                status = client.status(job)
+                status = client.status(job, watch.step)
                 misses = 0
             except Unreachable:
                 misses += 1
@@ -76,8 +76,9 @@ def follow(client: Client, job: str, out: Output, interrupts: Interrupts, *, jud
                 continue
             waits = status.state == "on_trial" and status.phase == "on trial"  # nothing more is measured
             if status.state not in OPEN_STATES or (waits and not judged):
+                watch.say_why(status)
                 return status
-            display.show(status)
+            watch.show(status)
             time.sleep(POLL_S)
     raise Interrupted(_cancel(client, job, out))
 
@@ -90,61 +91,62 @@ def _cancel(client: Client, job: str, out: Output) -> JobStatus:
         status = client.status(job)
         if status.state == "on_trial":
             client.revert(status.lesson)
-    while (status := client.status(job)).state in OPEN_STATES:
-        time.sleep(POLL_S)
+    with display(out) as shown:
+        watch = _Watch(client, out, shown)
+        while (status := client.status(job, watch.step)).state in OPEN_STATES:
+            watch.show(status)
+            time.sleep(POLL_S)
     return status
 
 
-class _Lines:
-    """Plain lines: one per phase, and about ten over the training."""
+def why_stopped(code: str) -> str:
+    """Why training made no further step, in words."""
+    return STOPPED_BY.get(code, code)
 
-    def __init__(self, out: Output) -> None:
+
+class _Watch:
+    """What the statuses of one job say, shown."""
+
+    def __init__(self, client: Client, out: Output, shown: Display) -> None:
+        self._client = client
         self._out = out
-        self._last = ("", -1)
+        self._shown = shown
+        self._phase, self._asked_at, self._trouble = "", time.monotonic(), ""
+        self._steps: PhaseProgress | None = None
+        self._told_why = False
+        self.step = 0
+        """The last step that is known: losses of those before are not sent again."""
 
     def show(self, status: JobStatus) -> None:
         phase = status.phase or status.state
-        before, step = self._last
-        far = status.step - step >= max(1, status.steps // 10) or status.step == status.steps
-        if phase != before or (status.steps and status.step != step and far):
-            self._last = (phase, status.step)
-            self._out.note(_line(phase, status))
+        self.step = max(self.step, status.step)
+        if phase != self._phase:
+            if (
+                self._phase == "training" and self._steps is not None
+            ):  # its last steps came after the last look
+                self._shown.show("training", self._steps.model_copy(update={"done": status.step}))
+            self._phase, self._asked_at, self._trouble = phase, time.monotonic(), ""
+        extra = ""
+        if status.progress is None:
+            self._look_for_trouble()
+            extra = f" ({self._trouble})" if self._trouble else ""
+        elif phase == "training":
+            extra = f", loss {status.loss:.4g}" if status.loss is not None else ""
+            self._steps = status.progress
+        self._shown.show(phase, status.progress, extra)
+        self.say_why(status)
 
+    def say_why(self, status: JobStatus) -> None:
+        if status.stopped_by and not self._told_why:
+            self._told_why = True
+            steps = f"{status.step:,} step{'s'[: status.step != 1]}"
+            self._out.note(f"training stopped after {steps}: {why_stopped(status.stopped_by)}")
 
-class _Bar:
-    """One bar that is filled by the training; the other phases pulse."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None)
-
-    def show(self, status: JobStatus) -> None:
-        phase = status.phase or status.state
-        training = bool(status.steps) and status.state == "running" and 0 < status.step < status.steps
-        self._progress.update(
-            self._task,
-            description=_line(phase, status),
-            total=status.steps if training else None,
-            completed=status.step if training else 0,
-        )
-
-
-def _line(phase: str, status: JobStatus) -> str:
-    parts = [phase]
-    if status.steps and status.step:
-        parts.append(f"step {status.step}/{status.steps}")
-    if status.loss is not None:
-        parts.append(f"loss {status.loss:.4g}")
-    if status.eta_s is not None and status.state in OPEN_STATES:
-        parts.append(f"about {status.eta_s:.0f} s left")
-    return ", ".join(parts)
-
-
-@contextmanager
-def _display(out: Output) -> Generator[_Lines | _Bar]:
-    if not out.err.is_terminal:
-        yield _Lines(out)
-        return
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=out.err, transient=True) as progress:
-        yield _Bar(progress)
+    def _look_for_trouble(self) -> None:
+        if time.monotonic() - self._asked_at < ASK_HEALTH_S:
+            return
+        self._asked_at = time.monotonic()
+        try:
+            self._trouble = self._client.health().detail
+        except SecondnatureError:  # the next look at the status says it
+            self._trouble = ""

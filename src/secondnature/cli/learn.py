@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 from secondnature.cli import FAILED, INCONCLUSIVE, INTERRUPTED
 from secondnature.cli.connect import Server, Where, open_server
-from secondnature.cli.follow import Interrupted, Interrupts, follow
+from secondnature.cli.follow import Interrupted, Interrupts, follow, why_stopped
 from secondnature.cli.output import Output
+from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
-from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError
+from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
 from secondnature.records import Correction, LookMetric, to_jsonl
-from secondnature.wire import JobStatus, LessonDetail, TrainRequest
+from secondnature.wire import Client, JobStatus, LessonDetail, TrainReply, TrainRequest
 
 TRIAL_RATES = (1e-5, 1e-4, 1e-3)
 """Learning rates that `--calibrate` tries, smallest first."""
@@ -34,14 +36,16 @@ def learn(
     Raises:
         SecondnatureError: bad input (before anything was sent), no server, or what the server said.
     """
-    sources = read_sources(source, flags)
+    with waiting(out, "reading the files"):
+        sources = read_sources(source, flags)
     check_report_path(report)
     if sources.corrections is not None:
         sources.request(flags)  # what can be refused without a server is refused before one starts
     if calibrate and flags.until_margin is None and sources.settings.until_margin is None:
         raise BadInput("--calibrate without a margin to reach", "add --until-margin, e.g. --until-margin 2")
     with open_server(where, out) as server, Interrupts() as interrupts:
-        ledger = _ledger(server, out) if sources.corrections is None else None
+        with waiting(out, "reading the ledger"):
+            ledger = _ledger(server, out) if sources.corrections is None else None
         request = sources.request(flags, ledger)
         _check_end(request, server)
         out.note(_announce(sources, request, len(ledger or []), server))
@@ -60,7 +64,7 @@ def teach(
     server: Server, request: TrainRequest, report: Path | None, out: Output, interrupts: Interrupts
 ) -> int:
     """Send one training request, follow it to its end and say how it ended; the exit code."""
-    reply = server.client.train(request)
+    reply = submit(server.client, request, out)
     if reply.lesson is None:
         out.say(json.dumps(reply.plan, indent=2, ensure_ascii=False))
         out.result(reply)
@@ -77,6 +81,30 @@ def teach(
     return conclude(server, status, detail, report, out)
 
 
+def submit(client: Client, request: TrainRequest, out: Output) -> TrainReply:
+    """Hand in one training request. Where no answer comes it is sent once more, with the same idempotency key:
+    there is one lesson, whether the first one had arrived or not.
+
+    Raises:
+        Unreachable: no answer again.
+        SecondnatureError: what the server said.
+    """
+    if request.idempotency_key is None:
+        request = request.model_copy(update={"idempotency_key": uuid.uuid4().hex})
+    num = len(request.corrections or request.examples or [])
+    with waiting(out, "planning the lesson" + (f" ({num:,} corrections)" if num else "")):
+        try:
+            return client.train(request)
+        except Unreachable as e:
+            out.note(f"{e.message}: asking once more (it cannot become two lessons)")
+            try:
+                return client.train(request)
+            except Unreachable as e:
+                raise Unreachable(
+                    e.message, f"{e.hint}; `secondnature lessons log` says whether it was accepted"
+                ) from None
+
+
 def conclude(
     server: Server, status: JobStatus, detail: LessonDetail, report: Path | None, out: Output
 ) -> int:
@@ -90,6 +118,9 @@ def conclude(
         from secondnature.report.words import kl
 
         out.say(f"moved:  {kl(lesson.kl)}")
+    if lesson.stopped_by:
+        steps = f"{lesson.steps:,} step{'s'[: lesson.steps != 1]}"
+        out.say(f"trained: {steps}, then {why_stopped(lesson.stopped_by)}")
     if lesson.error is not None:
         out.say(f"{lesson.state}: {lesson.error.type}: {lesson.error.message}", style="bold red")
         if lesson.error.hint:
@@ -243,7 +274,7 @@ def _calibrated(server: Server, request: TrainRequest, out: Output, interrupts: 
     for lr in TRIAL_RATES:
         lesson = request.lesson.model_copy(update={"note": f"trial run at lr {lr:g}"})
         changes: dict[str, Any] = {"probes": [], "keep": False, "max_steps": steps, "lesson": lesson}
-        reply = server.client.train(_with_lr(request, lr).model_copy(update=changes))
+        reply = submit(server.client, _with_lr(request, lr).model_copy(update=changes), out)
         assert reply.lesson is not None
         status = follow(server.client, reply.job, out, interrupts, judged=False)
         detail = server.client.lesson(reply.lesson)

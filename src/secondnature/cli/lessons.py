@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from secondnature.cli.connect import Where, open_server
-from secondnature.cli.follow import Interrupted, Interrupts
+from secondnature.cli.follow import Interrupted, Interrupts, why_stopped
 from secondnature.cli.learn import interrupted, teach
 from secondnature.cli.output import Output
-from secondnature.errors import BadRecord
+from secondnature.cli.progress import waiting
+from secondnature.errors import BadRecord, SecondnatureError
 from secondnature.records import describe, parse_json
-from secondnature.wire import TrainRequest
+from secondnature.wire import Client, PhaseProgress, PruneRequest, TrainRequest
 
 
 def log(where: Where, out: Output) -> int:
@@ -50,6 +51,7 @@ def show(lesson_id: str, where: Where, out: Output) -> int:
         "note": lesson.note,
         "corrections": str(len(detail.corrections)),
         "steps": f"{lesson.steps}" + (f", last loss {lesson.loss:.4g}" if lesson.loss is not None else ""),
+        "stopped": why_stopped(lesson.stopped_by),
         "weights": f"{lesson.parent or '-'} -> {lesson.version or '-'}",
         "reverts": lesson.reverts,
         "reverted by": lesson.reverted_by,
@@ -80,7 +82,8 @@ def keep(lesson_id: str, where: Where, out: Output) -> int:
 def revert(lesson_id: str, where: Where, out: Output) -> int:
     """Undo a lesson to the byte."""
     with open_server(where, out, start="known") as server:
-        lesson = server.client.revert(lesson_id)
+        with waiting(out, f"undoing {lesson_id}"):
+            lesson = server.client.revert(lesson_id)
         version = server.client.health().weights_version
     entry = f" (entry {lesson.id} of the log)" if lesson.kind == "revert" else ""
     out.say(f"{lesson_id} undone{entry}; weights {version}")
@@ -88,13 +91,40 @@ def revert(lesson_id: str, where: Where, out: Output) -> int:
     return 0
 
 
+def prune(request: PruneRequest, where: Where, out: Output) -> int:
+    """Remove what no undo within reach needs, and say what can still be undone."""
+    with open_server(where, out, start="known") as server, waiting(out, "pruning"):
+        reply = server.client.prune(request)
+    for path in reply.removed:
+        out.say(path)
+    would = "would be " if reply.dry_run else ""
+    files = f"{len(reply.removed):,} file{'s'[: len(reply.removed) != 1]}"
+    out.say(f"{files}, {reply.nbytes / 1e6:,.1f} MB, {would}removed")
+    num, stated = len(reply.undoable), len(reply.undoable_with_state)
+    newest = f", {reply.undoable[0]} first" if reply.undoable else ""
+    out.say(f"can be undone: {num:,} lesson{'s'[: num != 1]}{newest}; {stated:,} with the optimizer's state")
+    out.result(reply)
+    return 0
+
+
 def checkpoint(where: Where, out: Output) -> int:
     """Bring the working copy up to date now."""
-    with open_server(where, out, start="known") as server:
+    with (
+        open_server(where, out, start="known") as server,
+        waiting(out, "writing the working copy", lambda: _written(server.client)),
+    ):
         reply = server.client.checkpoint()
     out.say(f"{reply.path}: weights {reply.weights_version}")
     out.result(reply)
     return 0
+
+
+def _written(client: Client) -> PhaseProgress | None:
+    """How far a working copy is that is being written; None where nobody says it."""
+    try:
+        return client.checkpoint_state().progress
+    except SecondnatureError:
+        return None
 
 
 def train(file: Path, where: Where, report: Path | None, out: Output) -> int:

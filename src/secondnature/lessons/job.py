@@ -37,17 +37,21 @@ class Phase:
     done: int = 0
     total: int = 0
     since: float = field(default_factory=time.monotonic)
+    first: int | None = None
+    """The count when counting began: what was there before (answers that are known, say) took no time."""
 
     def counted(self, done: int, total: int) -> Phase:
         """The same phase, further on."""
-        return Phase(self.name, self.unit, done, total, self.since)
+        first = done if self.first is None else self.first
+        return Phase(self.name, self.unit, done, total, self.since, first)
 
     def progress(self) -> PhaseProgress | None:
         """Rate and the time that is left, from the time it took so far; None where nothing is counted."""
         if not self.total:
             return None
         took = time.monotonic() - self.since
-        rate = self.done / took if self.done and took > 0 else None
+        num_new = self.done - (self.first or 0)
+        rate = num_new / took if num_new > 0 and took > 0 else None
         left = (self.total - self.done) / rate if rate else None
         return PhaseProgress(done=self.done, total=self.total, unit=self.unit, per_s=rate, eta_s=left)
 

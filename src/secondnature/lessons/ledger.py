@@ -93,6 +93,6 @@ def _read(path: Path) -> _Read:
         except ValidationError as e:
             found.unreadable.append((number, describe(e)))
         except (TooNew, DamagedFile) as e:
-            found.unreadable.append((number, str(e)))
+            found.unreadable.append((number, e.message))
     found.unreadable.sort()
     return found

@@ -7,17 +7,20 @@ what cannot be trained on is refused by name. A dry run ends here.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from secondnature import wire
 from secondnature.errors import BadExample, BadInput, ContextOverflow
+from secondnature.evidence.gate import ReadAs, read_in_training
 from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
+_READ_AS = {"example": "taught", "student": "taught", "development probe": "development probes"}
 _TokenIds = tuple[list[int], list[int], list[int] | None]
 """(context, wanted answer, rejected answer); nobody writes into them."""
 DEFAULT_LR = 1e-5
@@ -202,11 +205,20 @@ class Planner:
         else:
             examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
         development = [self._look(p, i) for i, p in enumerate(request.development)]
-        asked = {tuple(encode_chat(self._tokenizer, p.prompt)) for p in request.probes}
-        if asked:
-            taught = {tuple(x.context) for x in (*examples, *distilled)}
-            _refuse_taught(asked, taught, {tuple(x.context) for x in development})
-        replay = self._replay(request.replay, earlier, {c.digest() for c in corrections}, asked)
+        asked = [encode_chat(self._tokenizer, p.prompt) for p in request.probes]
+        replay = self._replay(
+            request.replay, earlier, {c.digest() for c in corrections}, {tuple(ids) for ids in asked}
+        )
+        _refuse_read(
+            asked,
+            {
+                "example": [x.context for x in examples],
+                "student": [x.context for x in distilled],
+                "development probe": [x.context for x in development],
+                "replay": [x.context for x in replay.works],
+                "own answer": [x.context for x in replay.own],
+            },
+        )
         for work in examples:
             self._check(work)
             if work.rejected == work.continuation:
@@ -420,14 +432,14 @@ class Planner:
             )
 
 
-def _refuse_taught(
-    asked: set[tuple[int, ...]], taught: set[tuple[int, ...]], looked_at: set[tuple[int, ...]]
-) -> None:
-    """What was taught, or looked at while training, is no evidence. Raises BadInput."""
-    if asked & (taught | looked_at):
+def _refuse_read(asked: list[list[int]], read: dict[ReadAs, list[list[int]]]) -> None:
+    """What is read in training, in any role, is no evidence. Raises BadInput."""
+    found = read_in_training(asked, read)
+    if found:
+        counts = Counter(role for roles in found.values() for role in roles)
+        roles = ", ".join(f"{count} as {_READ_AS.get(role, role)}" for role, count in counts.items())
         raise BadInput(
-            f"{len(asked & (taught | looked_at))} of {len(asked)} probes are not held out: {len(asked & taught)} "
-            f"ask a prompt that is also taught, {len(asked & looked_at)} one of the development probes",
+            f"{len(found)} of {len(asked)} probes are not held out: what they ask is read in training, {roles}",
             "probes must ask prompts that the lesson never saw",
         )
 

@@ -13,17 +13,29 @@ from secondnature import wire
 from secondnature.engines.base import GenerationResult
 from secondnature.errors import Cancelled
 from secondnature.lessons.change import CheckIn
-from secondnature.lessons.job import Job
+from secondnature.lessons.job import Job, Phase
 from secondnature.lessons.log import OPTIMIZER_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trainer import Trainer
-from secondnature.records import Lesson, Moved
+from secondnature.records import STOPPED_BY, Lesson, Moved
 
 __all__ = ["Trained"]
 
 LOG = logging.getLogger(__name__)
+UNITS: dict[str, str] = {
+    "loading the optimizer's state": "tensors",
+    "recording answers for the KL": "prompts",
+    "recording replay": "examples",
+    "reading the teacher": "answers",
+    "reading references": "examples",
+    "looking at development probes": "probes",
+    "training": "steps",
+    "measuring the KL": "prompts",
+    "saving the optimizer's state": "tensors",
+}
+"""Of what the trainer counts (`wire.TrainerPhase`)."""
 
 
 class Trained:
@@ -47,6 +59,8 @@ class Trained:
         self._trainer = trainer
         self._examples: list[wire.Work] = []
         self._replay: list[wire.Work] = []
+        self._training: Phase | None = None
+        """Where looks came between the steps: rate and time left are those of both."""
         self.answers: list[GenerationResult] = []
         """The greedy answers to the plan's samples, before."""
 
@@ -68,11 +82,11 @@ class Trained:
 
         self.answers = self.sample(check_in)
         self._examples, self._replay = list(plan.examples), list(plan.replay)
-        if plan.distilled or plan.own:
-            job.enter("sampling answers", "answers")
         if plan.distilled:
+            job.enter("sampling answers", "answers")
             self._examples += self._own_answers.distil(plan.distilled, plan.sdft, count, seed=plan.seed)
         if plan.own:
+            job.enter("answering replay prompts", "answers", len(plan.own))
             self._replay += self._own_answers.own(
                 plan.own, count, temperature=plan.own_temperature, seed=plan.seed, hold=plan.hold_own
             )
@@ -108,7 +122,7 @@ class Trained:
                 "optimizer_after": job.lesson.id,
                 "optimizer_sha256": done.optimizer_sha256 or None,
                 "stopped_by": done.stopped_by,
-                "reason": done.stopped_by,
+                "reason": STOPPED_BY.get(done.stopped_by, done.stopped_by),
             }
         )
 
@@ -143,18 +157,29 @@ class Trained:
     def _on_progress(self, metric: dict[str, object]) -> None:
         job = self._job
         if metric.get("kind") == "phase":
-            job.enter(str(metric["phase"]), str(metric.get("unit", "")))
-            job.count(int(str(metric.get("done", 0))), int(str(metric.get("total", 0))))
+            done, total = int(str(metric.get("done", 0))), int(str(metric.get("total", 0)))
+            self._enter(str(metric["phase"]), done, total)
             return
         self._log.add_metric(job.lesson, metric)
         if metric.get("kind") == "step":
-            if job.phase != "training":  # after a phase of another kind
-                job.enter("training", "steps", job.plan.steps)
             job.step = int(str(metric["step"]))
             job.losses.append(float(str(metric["loss"])))
             rate = metric.get("tokens_per_s")
             job.tokens_per_s = float(str(rate)) if rate is not None else None
-            job.count(job.step, job.plan.steps)
+            self._enter("training", job.step, job.plan.steps)
+
+    def _enter(self, phase: str, done: int, total: int) -> None:
+        """The trainer is so far in a phase of its own: the one that is known, or another."""
+        job = self._job
+        if job.phase == "training":
+            self._training = job.now
+        if phase == "training":
+            done = max(done, job.step)
+            if job.phase != phase:
+                job.now = self._training or Phase(phase, UNITS[phase], 0, total)
+        elif phase != job.phase or done < job.now.done:
+            job.enter(phase, UNITS.get(phase, ""), total)
+        job.count(done, total)
 
 
 def _asks_to_end(check_in: CheckIn) -> bool:

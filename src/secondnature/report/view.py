@@ -13,7 +13,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from secondnature.records import Comparison, Correction, Flip, Lesson, Message, Moved, SampleAnswer, Side
+from secondnature.records import (
+    STOPPED_BY,
+    Comparison,
+    Correction,
+    Flip,
+    Lesson,
+    Message,
+    Moved,
+    SampleAnswer,
+    Side,
+)
 from secondnature.report import svg, words
 from secondnature.report.run import Run, finite
 
@@ -166,6 +176,8 @@ def _facts(run: Run) -> list[str]:
         facts.append(words.count(len(run.corrections), "correction"))
     if lesson.steps:
         facts.append(words.count(lesson.steps, "step"))
+    if lesson.stopped_by:
+        facts.append(f"stopped: {STOPPED_BY.get(lesson.stopped_by, lesson.stopped_by)}")
     if lesson.started_at and lesson.ended_at:
         facts.append(words.seconds((lesson.ended_at - lesson.started_at).total_seconds()))
     facts.append(f"{lesson.created_at:%Y-%m-%d %H:%M} {lesson.created_at.tzname() or ''}".strip())

@@ -21,11 +21,15 @@ from secondnature.wire.bodies import (
     JobStatus,
     LessonDetail,
     LessonList,
+    PruneReply,
+    PruneRequest,
     TrainReply,
     TrainRequest,
     Wiring,
 )
 
+LONG_S = 3600.0
+"""For what takes as long as the disk needs for all weights."""
 ENGINES_OWN = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models"})
 """What vLLM answers itself, with errors of its own shape."""
 
@@ -72,17 +76,28 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def request(self, method: str, path: str, *, body: BaseModel | dict[str, Any] | None = None) -> Any:
-        """One call: the decoded JSON answer.
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: BaseModel | dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """One call: the decoded JSON answer. `timeout_s`: None, the client's own.
 
         Raises:
             Unreachable: nobody answers there.
             SecondnatureError: what the server said, as the exception that it was.
         """
-        return self._read(self._send(method, path, body))
+        return self._read(self._send(method, path, body, timeout_s))
 
     def _send(
-        self, method: str, path: str, body: BaseModel | dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | dict[str, Any] | None = None,
+        timeout_s: float | None = None,
     ) -> httpx2.Response:
         sent: dict[str, Any] = {"json": body}
         if isinstance(body, BaseModel):
@@ -90,6 +105,8 @@ class Client:
                 "content": body.model_dump_json(exclude_none=True).encode(),
                 "headers": {"content-type": "application/json"},
             }
+        if timeout_s is not None:
+            sent["timeout"] = timeout_s
         try:
             return self._http.request(method, path, **sent)
         except httpx2.TimeoutException:
@@ -196,9 +213,10 @@ class Client:
         """Start a lesson (or plan it: `dry_run`); one with an `idempotency_key` can be repeated safely."""
         return TrainReply.model_validate(self.request("POST", "/v1/train", body=body))
 
-    def status(self, job: str) -> JobStatus:
-        """How a job is doing."""
-        return JobStatus.model_validate(self.request("GET", f"/v1/train/status?job={job}"))
+    def status(self, job: str, after: int | None = None) -> JobStatus:
+        """How a job is doing; `after`: with the losses of the steps after this one."""
+        since = "" if after is None else f"&after={after}"
+        return JobStatus.model_validate(self.request("GET", f"/v1/train/status?job={job}{since}"))
 
     def cancel(self, job: str) -> JobStatus:
         """End a job; its writes are undone."""
@@ -218,8 +236,20 @@ class Client:
 
     def revert(self, lesson_id: str) -> Lesson:
         """Undo a lesson to the byte; the entry of the log that says so."""
-        return Lesson.model_validate(self.request("POST", f"/v1/lessons/{lesson_id}/revert"))
+        return Lesson.model_validate(
+            self.request("POST", f"/v1/lessons/{lesson_id}/revert", timeout_s=LONG_S)
+        )
+
+    def prune(self, body: PruneRequest) -> PruneReply:
+        """Remove what no undo within reach needs, or say what that would be."""
+        return PruneReply.model_validate(
+            self.request("POST", "/v1/lessons/prune", body=body, timeout_s=LONG_S)
+        )
 
     def checkpoint(self) -> CheckpointReply:
         """Bring the working copy up to date now."""
-        return CheckpointReply.model_validate(self.request("POST", "/v1/checkpoint"))
+        return CheckpointReply.model_validate(self.request("POST", "/v1/checkpoint", timeout_s=LONG_S))
+
+    def checkpoint_state(self) -> CheckpointReply:
+        """What the working copy holds, and how far a new one is."""
+        return CheckpointReply.model_validate(self.request("GET", "/v1/checkpoint"))
