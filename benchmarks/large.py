@@ -1,9 +1,9 @@
 """A large model: how much memory server and trainer have beside the weights, and what each phase of a lesson takes.
 
-A Llama-like model of random bf16 weights is written in a stream; a real server, of whatever source tree, serves it,
-teaches two short lessons (one on probes, judged; one kept and taken back) and starts again. Every 50 ms the kernel is
-asked what each process holds: private memory (`RssAnon`), pages of the arena (`RssShmem`), pages of other files
-(`RssFile`: libraries, and whatever is mapped from the home); and beside that, for the home's files, PSS.
+A Llama-like model of random bf16 weights is written in a stream; a real server, of whatever source tree, serves
+it, teaches two short lessons (one on probes, judged; one kept and taken back) and starts again. Every 50 ms the
+kernel is asked what each process holds: private memory (`RssAnon`), pages of the arena (`RssShmem`), and pages of
+other files (`RssFile`: libraries, and whatever is mapped from the home), which it can take away at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from secondnature.weights.tensor_file import header
 
-MAX_CONTEXT = 48
+MAX_CONTEXT = 32
 """Tokens: random weights never end an answer, so this bounds it."""
 VOCABULARY = 32_768
 """Entries; the tokenizer of the embedded model has fewer, and the table is padded."""
@@ -143,14 +143,14 @@ class Served:
         return self._ask("POST", path, {} if body is None else body)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        request = urllib.request.Request(  # noqa: S310  (a server of our own)
+        request = urllib.request.Request(
             self.url + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as reply:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=600) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
             raise RuntimeError(f"{method} {path}: {e.code} {e.read()[:2000]!r}") from None
@@ -283,16 +283,21 @@ def teach(server: Served, watch: Watch | None, body: dict[str, Any], name: str =
 
 
 def _probes() -> list[dict[str, Any]]:
-    asked = [
+    return [
         {"prompt": "Paint the chair.", "behaviour": "paint", "check": {"matches": "red"}},
-        {"prompt": "Paint the lamp.", "behaviour": "paint", "check": {"prefers": ["It is red.", "Not today."]}},
+        {
+            "prompt": "Paint the lamp.",
+            "behaviour": "paint",
+            "check": {"prefers": ["It is red.", "Not today."]},
+        },
         {"prompt": "Who are you?", "behaviour": "guard", "check": {"not_matches": "red"}},
     ]
-    return asked
 
 
-def run(source: Path, model: Path, folder: Path, *, steps: int = 2, threads: int = 1) -> dict[str, Any]:
-    """All phases with one source tree: peaks by phase and process, seconds by phase."""
+def run(
+    source: Path, model: Path, folder: Path, *, steps: int = 2, threads: int = 1, brief: bool = False
+) -> dict[str, Any]:
+    """All phases with one source tree: peaks by phase and process, seconds by phase. `brief`: one lesson."""
     home, log = folder / "home", folder / "server.log"
     shutil.rmtree(home, ignore_errors=True)
     found: dict[str, Any] = {"source": str(source), "steps": steps, "threads": threads}
@@ -305,13 +310,14 @@ def run(source: Path, model: Path, folder: Path, *, steps: int = 2, threads: int
         watch.enter("idle")
         time.sleep(3.0)
         before = server.get("/v1/lessons")["weights_version"]
-        judged = teach(server, watch, request("paint", steps, probes=_probes()), "judged: ")
-        found["judged"] = {k: judged[k] for k in ("state", "steps", "loss")}
-        watch.enter("idle after the first lesson")
-        time.sleep(3.0)
+        if not brief:
+            judged = teach(server, watch, request("paint", steps, probes=_probes()), "judged: ")
+            found["judged"] = {k: judged[k] for k in ("state", "steps", "loss")}
+            watch.enter("idle after the first lesson")
+            time.sleep(3.0)
         kept = teach(server, watch, request("paint", steps, keep=True), "kept: ")
         assert kept["state"] == "kept", kept
-        watch.enter("idle after the second lesson")
+        watch.enter("idle after the lesson")
         time.sleep(3.0)
         lesson = server.get("/v1/lessons")["lessons"][-1]
         found["delta_bytes"] = (home / "lessons" / lesson["id"] / "delta.safetensors").stat().st_size
@@ -319,8 +325,7 @@ def run(source: Path, model: Path, folder: Path, *, steps: int = 2, threads: int
         server.post(f"/v1/lessons/{lesson['id']}/revert")
         watch.enter("idle after the undo")
         found["undone_to_the_byte"] = server.get("/v1/lessons")["weights_version"] == before
-        again = teach(server, watch, request("paint", 1, keep=True), "again: ")
-        assert again["state"] == "kept", again
+        server.post(f"/v1/lessons/{server.get('/v1/lessons')['lessons'][-1]['id']}/revert")  # have it again
         watch.close()
         found["stop_s"] = server.stop()
         found["first"] = {"peaks": watch.peaks, "seconds": watch.seconds}

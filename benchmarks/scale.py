@@ -1,10 +1,10 @@
 """What does not fit a small benchmark: a model of a billion parameters, a thousand lessons, two hundred kept ones.
 
-    python benchmarks/scale.py [--only large listed kept] [--params 1e9] [--src PATH] [--output FILE]
+    python benchmarks/scale.py [--only large listed kept] [--params 1e9] [--src PATH] [--name NAME]
 
-By hand: it takes half an hour, 10 GB of memory and 20 GB of disk in the temporary directory. `--src` is the `src` of
-another commit (a git worktree): the servers are of that one, the measuring is of this one. Figures are added to the
-JSON file under the name of the source tree (`--name`), so that two runs stand beside each other.
+By hand: it takes an hour, 10 GB of memory and 20 GB of disk in the temporary directory. `--src` is the `src` of
+another commit (a git worktree): the servers are of that one, the measuring is of this one. Figures are added to
+the JSON file under the name of the source tree (`--name`), so that two runs stand beside each other.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--params", type=float, default=1e9, help="parameters of the large model")
     parser.add_argument("--src", type=Path, default=ROOT / "src", help="the source tree of the servers")
+    parser.add_argument("--brief", action="store_true", help="the large model is taught one lesson, not two")
     parser.add_argument("--name", default="present", help="what its figures are called")
     parser.add_argument("--lessons", type=int, default=1000, help="entries of the listed home")
     parser.add_argument("--kept", type=int, default=200, help="lessons that are kept in a row")
@@ -47,7 +48,7 @@ def main() -> int:
                 model = folder / "model"
                 num_parameters = large.write_model(model, options.params, embedded.path())
                 found = {"parameters": num_parameters, "shape": large.hold_config(model)}
-                found |= large.run(options.src, model, folder)
+                found |= large.run(options.src, model, folder, brief=options.brief)
             elif part == "listed":
                 import homes
 

@@ -164,8 +164,8 @@ def _sync_entry(path: Path) -> None:
     """Make a name that was just given durable. Raises NotDurable."""
     try:
         sync_dir(path.parent)
-    except (OSError, MemoryError, RuntimeError) as e:  # the name is given, whatever went wrong after it
-        why = e.strerror or e if isinstance(e, OSError) else repr(e)
+    except Exception as e:  # whatever it is, memory say: the name is given, and the caller has to know it
+        why = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
         raise NotDurable(
             f"{path}: written, but {why} while its directory was synced: a power loss may take it back",
             "mend the disk, then look whether it is there before repeating",

@@ -287,6 +287,31 @@ def revert(
     return lessons.revert(lesson, Where(home, url), Output(as_json=as_json))
 
 
+@lessons_app.command()
+@command
+def prune(
+    keep_states: Annotated[
+        int | None,
+        typer.Option("--keep-states", min=0, help="Undone with the optimizer's state. Default: a setting."),
+    ] = None,
+    keep_deltas: Annotated[
+        int | None, typer.Option("--keep-deltas", min=0, help="Undone at all. Default: every lesson.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Remove what no undo within reach needs."""
+    from secondnature.cli import lessons
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+    from secondnature.wire import PruneRequest
+
+    request = PruneRequest(keep_states=keep_states, keep_deltas=keep_deltas, dry_run=dry_run)
+    return lessons.prune(request, Where(home, url), Output(as_json=as_json))
+
+
 @app.command()
 @command
 def checkpoint(home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False) -> int:
@@ -315,3 +340,13 @@ def doctor(
     from secondnature.cli.output import Output
 
     return run(probes, Where(home, url), Output(as_json=as_json), write=not no_write)
+
+
+@app.command()
+@command
+def fsck(home: HomeOption = None, as_json: JsonOption = False) -> int:
+    """Read everything in a home that no server holds, and say what is damaged; repairs nothing."""
+    from secondnature.cli.fsck import fsck as run
+    from secondnature.cli.output import Output
+
+    return run(home, Output(as_json=as_json))

@@ -15,7 +15,7 @@ from secondnature.cli.output import Output
 from secondnature.cli.progress import Display, display
 from secondnature.errors import Conflict, NotFound, SecondnatureError, Unreachable
 from secondnature.records import OPEN_STATES, STOPPED_BY
-from secondnature.wire import Client, JobStatus
+from secondnature.wire import Client, JobStatus, PhaseProgress
 
 POLL_S = 0.3
 ASK_HEALTH_S = 5.0
@@ -112,6 +112,7 @@ class _Watch:
         self._out = out
         self._shown = shown
         self._phase, self._asked_at, self._trouble = "", time.monotonic(), ""
+        self._steps: PhaseProgress | None = None
         self._told_why = False
         self.step = 0
         """The last step that is known: losses of those before are not sent again."""
@@ -120,13 +121,18 @@ class _Watch:
         phase = status.phase or status.state
         self.step = max(self.step, status.step)
         if phase != self._phase:
+            if (
+                self._phase == "training" and self._steps is not None
+            ):  # its last steps came after the last look
+                self._shown.show("training", self._steps.model_copy(update={"done": status.step}))
             self._phase, self._asked_at, self._trouble = phase, time.monotonic(), ""
         extra = ""
         if status.progress is None:
             self._look_for_trouble()
             extra = f" ({self._trouble})" if self._trouble else ""
-        elif phase == "training" and status.loss is not None:
-            extra = f", loss {status.loss:.4g}"
+        elif phase == "training":
+            extra = f", loss {status.loss:.4g}" if status.loss is not None else ""
+            self._steps = status.progress
         self._shown.show(phase, status.progress, extra)
         self.say_why(status)
 

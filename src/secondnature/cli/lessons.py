@@ -16,7 +16,7 @@ from secondnature.cli.output import Output
 from secondnature.cli.progress import waiting
 from secondnature.errors import BadRecord, SecondnatureError
 from secondnature.records import describe, parse_json
-from secondnature.wire import Client, PhaseProgress, TrainRequest
+from secondnature.wire import Client, PhaseProgress, PruneRequest, TrainRequest
 
 
 def log(where: Where, out: Output) -> int:
@@ -88,6 +88,22 @@ def revert(lesson_id: str, where: Where, out: Output) -> int:
     entry = f" (entry {lesson.id} of the log)" if lesson.kind == "revert" else ""
     out.say(f"{lesson_id} undone{entry}; weights {version}")
     out.result(lesson)
+    return 0
+
+
+def prune(request: PruneRequest, where: Where, out: Output) -> int:
+    """Remove what no undo within reach needs, and say what can still be undone."""
+    with open_server(where, out, start="known") as server, waiting(out, "pruning"):
+        reply = server.client.prune(request)
+    for path in reply.removed:
+        out.say(path)
+    would = "would be " if reply.dry_run else ""
+    files = f"{len(reply.removed):,} file{'s'[: len(reply.removed) != 1]}"
+    out.say(f"{files}, {reply.nbytes / 1e6:,.1f} MB, {would}removed")
+    num, stated = len(reply.undoable), len(reply.undoable_with_state)
+    newest = f", {reply.undoable[0]} first" if reply.undoable else ""
+    out.say(f"can be undone: {num:,} lesson{'s'[: num != 1]}{newest}; {stated:,} with the optimizer's state")
+    out.result(reply)
     return 0
 
 

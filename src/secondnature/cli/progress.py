@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
@@ -30,6 +30,8 @@ SHARE = 0.1
 """Of a phase, between two lines about it."""
 QUIET_S = 2.0
 """What takes less says nothing."""
+MAY_END_EARLY = ("training",)
+"""What may reach its aim before all that was asked for is done."""
 INSIDE = {"looking at development probes": "training"}
 """Phases that come again and again in the middle of another."""
 
@@ -39,7 +41,7 @@ class _Shown:
     """A phase that has begun."""
 
     name: str
-    begun: float = field(default_factory=time.monotonic)
+    begun: float
     now: PhaseProgress | None = None
     said_at: float = 0.0
     said: int = 0
@@ -76,11 +78,11 @@ class Display:
         self._phase.now = now or self._phase.now
         self._go_on(self._phase, extra)
 
-    def close(self) -> None:
-        """The last phase has ended."""
+    def close(self, *, whole: bool = True) -> None:
+        """The last phase has ended; not `whole`: before all of it was done."""
         for shown in (self._phase, self._around):
             if shown is not None:
-                self._end(shown)
+                self._end(shown, whole)
         self._phase = self._around = None
 
     def _enter(self, name: str, now: PhaseProgress | None, extra: str) -> None:
@@ -91,8 +93,10 @@ class Display:
             self._phase, self._around = around, None
             return
         elif around is None or name not in INSIDE:
-            self.close()
-        self._phase = _Shown(name, now=now, said=now.done if now is not None else 0, said_at=time.monotonic())
+            self.close(whole=name != "undoing")
+        self._phase = _Shown(
+            name, time.monotonic(), now=now, said=now.done if now is not None else 0, said_at=time.monotonic()
+        )
         if self._around is None:
             self._begin(self._phase, extra)
 
@@ -118,18 +122,18 @@ class Display:
             shown.said, shown.said_at = shown.now.done, time.monotonic()
             self._out.note(f"{shown.name}: {amount(shown.now)}{extra}")
 
-    def _end(self, shown: _Shown) -> None:
+    def _end(self, shown: _Shown, whole: bool) -> None:
         if self._around is not None and shown is not self._around:
             return  # a look in the middle: its time is in the phase around it
         took = time.monotonic() - shown.begun
-        if shown.now is None and took < QUIET_S:
-            return
-        num = ""
-        if shown.now is not None:
-            done = max(shown.now.done, 0)
-            of = "" if done >= shown.now.total else f" of {shown.now.total:,}"
-            num = f": {_things(done, shown.now.unit, of)}"
-        self._out.note(f"{shown.name}{num} done in {_duration(took)}")
+        now = shown.now
+        if now is None:
+            if took >= QUIET_S:
+                self._out.note(f"{shown.name} done in {_duration(took)}")
+        elif now.done < now.total and (not whole or shown.name in MAY_END_EARLY):
+            self._out.note(f"{shown.name}: {now.done:,} of {now.total:,} {now.unit} in {_duration(took)}")
+        else:  # the last look at it was before its end
+            self._out.note(f"{shown.name}: {_things(now.total, now.unit)} done in {_duration(took)}")
 
 
 class _Bars(Display):
@@ -172,9 +176,8 @@ def amount(now: PhaseProgress) -> str:
     return ", ".join(parts)
 
 
-def _things(number: int, unit: str, of: str = "") -> str:
-    one = unit.removesuffix("s") if number == 1 and not of else unit
-    return f"{number:,}{of} {one}".rstrip()
+def _things(number: int, unit: str) -> str:
+    return f"{number:,} {unit.removesuffix('s') if number == 1 else unit}".rstrip()
 
 
 def _duration(seconds: float) -> str:

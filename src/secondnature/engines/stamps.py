@@ -20,8 +20,8 @@ class Label:
 
     version: str
     epoch: int
-    before: str = ""
-    """The name until that epoch has begun; empty: it has."""
+    before: Stamp | None = None
+    """What is told until that epoch has begun; None: it has."""
     lesson: str | None = None
     """The number of the lesson that writes from this epoch on."""
     trial: bool = False
@@ -43,8 +43,9 @@ class Clock:
                 break
         version, since = label.version, begun - label.epoch
         if since < 0:
-            version = label.before
-        elif since > 0:
+            assert label.before is not None, "only an announced label lies ahead"
+            return replace(label.before, epoch=begun, writing=begun != done)
+        if since > 0:
             version = f"{version}+{label.lesson}.{since}" if label.lesson else f"{version}+{since}"
         return Stamp(begun, begun != done, version, label.trial)
 
@@ -67,7 +68,7 @@ class Clock:
         Gives the name from before, for `give_up`.
         """
         was = self._label
-        self._label = Label(version, self._arena.writes[0] + 1, before=self.read().version)
+        self._label = Label(version, self._arena.writes[0] + 1, before=self.read())
         return was
 
     def give_up(self, was: Label) -> None:

@@ -39,7 +39,7 @@ class Home:
         self.path = storage.make_dir(path.expanduser().absolute())
         with storage.storage_errors(self.path):
             self.path.chmod(0o700)
-        self._lock = self._take_lock()
+        self._lock = take_lock(self.path)
         try:
             self._open()
         except BaseException:
@@ -55,22 +55,6 @@ class Home:
         self.lessons = storage.make_dir(self.path / "lessons")
         self.model_root = storage.make_dir(self.path / "model")
         self.ledger_path = self.path / "ledger.jsonl"
-
-    def _take_lock(self) -> IO[str]:
-        path = self.path / "lock"
-        with storage.storage_errors(path):
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            who = running_server(self.path)
-            raise HomeInUse(
-                f"{self.path} is in use by another server"
-                + (f" (process {who['pid']}, {who['url']})" if who else ""),
-                "stop that one, use it with --url, or give this one another --home",
-            ) from None
-        return file
 
     def close(self) -> None:
         """Give the home back."""
@@ -185,6 +169,23 @@ class Home:
                     f"those of {model_dir} ({mine[key][:19]})",
                     "serve that model, or give this one another --home",
                 )
+
+
+def take_lock(home: Path) -> IO[str]:
+    """The lock of a home; it is given back when the file is closed. Raises HomeInUse, StorageError."""
+    path = home / "lock"
+    with storage.storage_errors(path):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        who = running_server(home)
+        raise HomeInUse(
+            f"{home} is in use by another server" + (f" (process {who['pid']}, {who['url']})" if who else ""),
+            "stop that one, use it with --url, or give this one another --home",
+        ) from None
+    return file
 
 
 def running_server(home: Path) -> dict[str, str] | None:

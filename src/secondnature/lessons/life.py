@@ -14,7 +14,7 @@ from datetime import timedelta
 from secondnature import storage
 from secondnature.config import Settings
 from secondnature.engines.base import GenerationResult
-from secondnature.errors import NotDurable
+from secondnature.errors import Cancelled, NotDurable
 from secondnature.evidence.gate import judge_lesson
 from secondnature.lessons.change import CheckIn
 from secondnature.lessons.job import Ending, Job
@@ -168,7 +168,7 @@ class Life:
             if job.lesson.state != "on_trial" or job.ending is not None:
                 break
             if job.cancel.is_set():
-                return Ending("cancelled", "cancelled while on trial")
+                raise Cancelled("cancelled while on trial")
             if time.monotonic() > deadline:
                 return Ending("undone", "nobody kept it before the trial's lease ended")
         return job.ending

@@ -18,7 +18,8 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,21 @@ LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
+_WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
 
 class Pruned(BaseModel):
-    """What `Log.prune` removed."""
+    """What `Log.prune` removed, or would remove."""
 
-    files: int = 0
+    removed: list[str] = []
+    """Paths below the home's `lessons`."""
     nbytes: int = 0
+
+    @property
+    def files(self) -> int:
+        """How many."""
+        return len(self.removed)
 
 
 class Log:
@@ -91,13 +99,14 @@ class Log:
         """By id: what is true of an entry here, and not yet on the disk, which refused it."""
         self._corrections: dict[str, list[Correction]] = {}
         """By lesson: they never change."""
+        self._state_hashes: dict[str, str] = {}
+        """sha256 of optimizer states of homes of before, whose entries do not say it."""
         self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
         self._last_number = max((x.number for x in self._lessons.values()), default=0)
-        for lesson in self._mended_reverts():
-            self.save(lesson)
+        self._mend_reverts()
         for lesson in self.all():
             if lesson.state in OPEN_STATES:
-                self.save(
+                self._save_or_remember(
                     lesson.model_copy(
                         update={
                             "state": "cancelled" if lesson.state == "queued" else "undone",
@@ -107,23 +116,29 @@ class Log:
                     )
                 )
 
-    def _read(self) -> Iterator[Lesson]:
-        """Every entry on disk; what an unfinished birth left behind is removed."""
+    def _read(self) -> list[Lesson]:
+        """Every entry on disk; what an unfinished birth left behind is no entry (`leftovers` removes it)."""
+        found: list[Lesson] = []
         with storage.storage_errors(self._home.lessons):
-            found = [(d, (d / "lesson.json").is_file()) for d in self._home.lessons.iterdir()]
-        for directory, is_entry in found:
-            if directory.name.startswith("."):
-                shutil.rmtree(directory, ignore_errors=True)
-            elif is_entry:
-                lesson = _read_lesson(directory / "lesson.json")
-                if lesson.moved:  # homes of before had the table inside: every list of lessons carried it
-                    _write_moved(directory, lesson.moved)
-                    lesson = lesson.model_copy(update={"moved": []})
-                    storage.write_text(directory / "lesson.json", _text(lesson))
-                yield lesson
+            for directory in self._home.lessons.iterdir():
+                if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
+                    found.append(_read_lesson(directory / "lesson.json"))
+        of_before = [lesson for lesson in found if lesson.moved]
+        if of_before:  # the table was inside: every list of lessons carried it
+            with ThreadPoolExecutor(_WRITERS) as pool:  # the disk confirms many at once as fast as one
+                list(pool.map(self._move_out, of_before))
+        return [x.model_copy(update={"moved": []}) if x.moved else x for x in found]
 
-    def _mended_reverts(self) -> list[Lesson]:
-        """`reverted_by` follows from the kept reverts; a server may have ended between the two files."""
+    def _move_out(self, lesson: Lesson) -> None:
+        """Give the table of an entry of before a file of its own; an end in between leaves both."""
+        directory = self.directory(lesson)
+        _write_moved(directory, lesson.moved)
+        storage.write_text(directory / "lesson.json", _text(lesson))
+
+    def _mend_reverts(self) -> None:
+        """`reverted_by` follows from the kept reverts, whatever the disk says: a server may have ended between the
+        two files.
+        """
         follows: dict[str, str | None] = dict.fromkeys(self._lessons)
         for entry in self.all():
             if entry.kind == "revert" and entry.state == "kept" and entry.reverts is not None:
@@ -131,11 +146,17 @@ class Log:
                 target = self._lessons[entry.reverts]
                 if target.kind == "revert" and target.reverts is not None:
                     follows[target.reverts] = None
-        return [
-            lesson.model_copy(update={"reverted_by": follows[lesson.id]})
-            for lesson in self.all()
-            if lesson.reverted_by != follows[lesson.id]
-        ]
+        for lesson in self.all():
+            if lesson.reverted_by != follows[lesson.id]:
+                self._save_or_remember(lesson.model_copy(update={"reverted_by": follows[lesson.id]}))
+
+    def _save_or_remember(self, lesson: Lesson) -> None:
+        """Write down what the next start would find out again: where the disk refuses, it is known here."""
+        try:
+            self.save(lesson)
+        except Exception as e:  # noqa: BLE001  (it follows from what is there)
+            LOG.warning("lesson %s: %s", lesson.id, e)
+            self.remember(lesson)
 
     # ------------------------------------------------------------------------------------------ entries
 
@@ -187,8 +208,9 @@ class Log:
             self._lessons = after
             try:
                 storage.sync_dir(final.parent)
-            except Exception:
+            except BaseException as e:
                 if lesson.state == "kept":  # a commit that everybody sees: it stands, and is synced again
+                    LOG.warning("%s is there, but not known to be durable: %r", lesson.id, e)
                     self.unsynced.add(final.parent)
                 else:
                     self._lessons = {k: v for k, v in self._lessons.items() if k != lesson.id}
@@ -351,6 +373,10 @@ class Log:
     def chain(self) -> list[Lesson]:
         """The kept entries after the checkpoint, oldest first, without pairs of an entry and its revert."""
         _, held, _ = self._source()
+        return self._in_force(held)
+
+    def _in_force(self, held: int = 0) -> list[Lesson]:
+        """The kept entries with a higher number than `held`, without pairs of an entry and its revert."""
         chain: list[Lesson] = []
         for lesson in self.all():
             if lesson.state == "kept" and lesson.number > held:
@@ -408,6 +434,11 @@ class Log:
             raise WrongState(
                 f"lesson {lesson.id} was taken back by {lesson.reverted_by}", "revert that to have it again"
             )
+        if lesson.delta_pruned and not (self.directory(self._owner(lesson)) / DELTA_FILE).is_file():
+            raise WrongState(
+                f"the difference that lesson {lesson.id} made was pruned: it cannot be taken back any more",
+                f"bring {DELTA_FILE} of that lesson back from a backup, or teach the opposite",
+            )
         if lesson.version != self.kept_version():
             later = [x.id for x in self.all() if x.state == "kept" and x.number > lesson.number]
             raise WrongState(
@@ -437,12 +468,7 @@ class Log:
             ),
             ended_at=utc_now(),
         )
-        for mended in self._mended_reverts():
-            self.remember(mended)
-        try:
-            self.sync()
-        except Exception as e:  # noqa: BLE001  (the entry stands: what follows from it is written later)
-            LOG.warning("%s: %s", entry.id, e)
+        self._mend_reverts()
         return entry
 
     # ------------------------------------------------------------------------------------------ optimizer
@@ -469,40 +495,64 @@ class Log:
         if path is None or head is None or head.optimizer_after is None:
             return None
         owner = self.get(head.optimizer_after)
-        if owner.optimizer_sha256 is None:  # of a home of before: read once, then known
+        sha256 = owner.optimizer_sha256 or self._state_hashes.get(owner.id)
+        if (
+            sha256 is None
+        ):  # of a home of before: read once, then known; any thread may ask, so not in the table
             try:
                 with path.open("rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError:
                 return None
-            owner = owner.model_copy(update={"optimizer_sha256": sha256})
-            self._put(owner)
-        return "o" + str(owner.optimizer_sha256)[:16]
+            self._state_hashes[owner.id] = sha256
+        return f"o{sha256[:16]}"
 
     # ------------------------------------------------------------------------------------------ disk
 
-    def prune(self, keep_states: int, keep_deltas: int | None = None) -> Pruned:
+    def undoable(self, gone: Collection[str] = ()) -> tuple[list[str], list[str]]:
+        """(ids of the entries that can be taken back, one after another from the newest on; those of them for
+        which the optimizer's state of before is there too). `gone`: paths that count as removed, as in `Pruned`."""
+
+        def is_there(lesson_id: str, name: str) -> bool:
+            return f"{lesson_id}/{name}" not in gone and (self._home.lessons / lesson_id / name).is_file()
+
+        lessons: list[str] = []
+        with_state: list[str] = []
+        for lesson in reversed(self._in_force()):
+            if not is_there(self._owner(lesson).id, DELTA_FILE):
+                break
+            lessons.append(lesson.id)
+            before = lesson.optimizer_before
+            if before is None or is_there(before, OPTIMIZER_FILE):
+                with_state.append(lesson.id)
+        return lessons, with_state
+
+    def prune(self, keep_states: int, keep_deltas: int | None = None, *, dry_run: bool = False) -> Pruned:
         """Remove what no undo within reach needs: optimizer states, and deltas only where that is asked for.
 
         Args:
             keep_states: so many of the newest kept entries can be taken back with their optimizer's state.
             keep_deltas: so many can be taken back at all; never fewer than the working copy needs. None: all.
+            dry_run: only say what would be removed.
 
         Raises:
             StorageError: the disk refused; what was removed is counted nowhere.
         """
-        kept = [x for x in self.all() if x.state == "kept"]
         head = self.head()
-        needed = {
-            x for lesson in kept[-keep_states:] for x in (lesson.optimizer_before, lesson.optimizer_after)
-        }
+        within = self._newest(keep_states)
+        needed = {x for lesson in within for x in (lesson.optimizer_before, lesson.optimizer_after)}
         needed.add(head.optimizer_after if head is not None else None)
-        removed = self._remove(OPTIMIZER_FILE, {x for x in needed if x is not None}, Pruned())
+        removed = self._remove(OPTIMIZER_FILE, {x for x in needed if x is not None}, Pruned(), dry_run)
         if keep_deltas is not None:
             chain = {self._owner(x).id for x in self.chain()}
-            reachable = {self._owner(x).id for x in kept[len(kept) - min(keep_deltas, len(kept)) :]}
-            removed = self._remove(DELTA_FILE, chain | reachable, removed)
+            reachable = {self._owner(x).id for x in self._newest(keep_deltas)}
+            removed = self._remove(DELTA_FILE, chain | reachable, removed, dry_run)
         return removed
+
+    def _newest(self, number: int) -> list[Lesson]:
+        """So many of the newest kept entries, and of those in force: an undo may be asked of either."""
+        kept = [x for x in self.all() if x.state == "kept"]
+        return [x for found in (kept, self._in_force()) for x in found[max(0, len(found) - number) :]]
 
     def _owner(self, lesson: Lesson) -> Lesson:
         """The entry in whose directory a delta lies."""
@@ -510,7 +560,7 @@ class Log:
             lesson = self.get(lesson.reverts)
         return lesson
 
-    def _remove(self, name: str, needed: set[str], removed: Pruned) -> Pruned:
+    def _remove(self, name: str, needed: set[str], removed: Pruned, dry_run: bool) -> Pruned:
         for lesson in self.all():
             path = self.directory(lesson) / name
             if lesson.id in needed or lesson.state in OPEN_STATES:
@@ -518,11 +568,20 @@ class Log:
             with storage.storage_errors(path):
                 try:
                     size = path.stat().st_size
-                    path.unlink()
+                    if not dry_run:
+                        if name == DELTA_FILE:  # said before it is so: what is missing unsaid is damage
+                            self._note_pruned(lesson)
+                        path.unlink()
                 except FileNotFoundError:
                     continue
-            removed = Pruned(files=removed.files + 1, nbytes=removed.nbytes + size)
+            removed = Pruned(removed=[*removed.removed, f"{lesson.id}/{name}"], nbytes=removed.nbytes + size)
         return removed
+
+    def _note_pruned(self, owner: Lesson) -> None:
+        """Write down, in the entry of a delta and in those that go through it, that it is gone."""
+        for lesson in self.all():
+            if lesson.state == "kept" and self._owner(lesson).id == owner.id:
+                self.save(lesson.model_copy(update={"delta_pruned": True}))
 
     def checkpoint_state(self) -> tuple[Path, str | None, int]:
         """(directory, version, last entry held) of the checkpoint in force; version None: the untouched base."""

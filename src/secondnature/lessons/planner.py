@@ -7,17 +7,22 @@ what cannot be trained on is refused by name. A dry run ends here.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from secondnature import wire
 from secondnature.errors import BadExample, BadInput, ContextOverflow
+from secondnature.evidence.gate import ReadAs, read_in_training
 from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
+_READ_AS = {"example": "taught", "student": "taught", "development probe": "development probes"}
+_TokenIds = tuple[list[int], list[int], list[int] | None]
+"""(context, wanted answer, rejected answer); nobody writes into them."""
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
@@ -164,6 +169,8 @@ class Planner:
         self._limit = context_limit
         self._highest_rank = highest_rank
         self._default_lr = default_lr or DEFAULT_LR
+        self._encoded: dict[str, _TokenIds] = {}
+        """Of what the kept lessons taught, by digest: every plan asks for all of it."""
 
     def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
         """The job that a request asks for, as things stand now; made again when the lesson begins.
@@ -198,11 +205,20 @@ class Planner:
         else:
             examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
         development = [self._look(p, i) for i, p in enumerate(request.development)]
-        asked = {tuple(encode_chat(self._tokenizer, p.prompt)) for p in request.probes}
-        if asked:
-            taught = {tuple(x.context) for x in (*examples, *distilled)}
-            _refuse_taught(asked, taught, {tuple(x.context) for x in development})
-        replay = self._replay(request.replay, earlier, {c.digest() for c in corrections}, asked)
+        asked = [encode_chat(self._tokenizer, p.prompt) for p in request.probes]
+        replay = self._replay(
+            request.replay, earlier, {c.digest() for c in corrections}, {tuple(ids) for ids in asked}
+        )
+        _refuse_read(
+            asked,
+            {
+                "example": [x.context for x in examples],
+                "student": [x.context for x in distilled],
+                "development probe": [x.context for x in development],
+                "replay": [x.context for x in replay.works],
+                "own answer": [x.context for x in replay.own],
+            },
+        )
         for work in examples:
             self._check(work)
             if work.rejected == work.continuation:
@@ -280,16 +296,21 @@ class Planner:
             *((c, f"replay {i}") for i, c in enumerate(settings.examples) if c.chosen is not None),
             *((p, f"replay prompt {i}") for i, p in enumerate(settings.prompts)),
         ]
+        known: dict[int, str] = {}
         if settings.lessons:
-            others = [c for c in earlier if c.digest() not in mine]
-            given += [(c, f"replay of an earlier lesson {i}") for i, c in enumerate(others)]
+            digests = [c.digest() for c in earlier]
+            others = [(c, d) for c, d in zip(earlier, digests, strict=True) if d not in mine]
+            known = {id(c): d for c, d in others}
+            given += [(c, f"replay of an earlier lesson {i}") for i, (c, _) in enumerate(others)]
+            encoded = self._encoded
+            self._encoded = {d: encoded[d] for d in digests if d in encoded}
         num_own = len(settings.examples) + len(settings.prompts)
         hold = settings.match == "distribution"
         for i, (item, label) in enumerate(given):
             try:
                 written = isinstance(item, Correction) and item.chosen is not None
                 if isinstance(item, Correction) and item.chosen is not None:
-                    work = self._work(item, label, hold=hold)
+                    work = self._work(item, label, hold=hold, known_as=known.get(id(item)))
                 else:  # with room for an answer of one token
                     work = wire.Work(encode_chat(self._tokenizer, item.prompt), [0], label=label)
                 self._check(work)
@@ -366,13 +387,25 @@ class Planner:
         self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
-    def _work(self, correction: Correction, label: str, *, hold: bool = False) -> wire.Work:
+    def _work(
+        self, correction: Correction, label: str, *, hold: bool = False, known_as: str | None = None
+    ) -> wire.Work:
+        """`known_as`: the digest of what will be asked for again."""
+        found = None if known_as is None else self._encoded.get(known_as)
+        if found is None:
+            found = self._ids(correction)
+            if known_as is not None:
+                self._encoded[known_as] = found
+        context, continuation, rejected = found
+        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+
+    def _ids(self, correction: Correction) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
         context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
         rejected = None
         if correction.rejected is not None:
             _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
-        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+        return context, continuation, rejected
 
     def _look(self, probe: Probe, index: int) -> wire.Look:
         assert probe.check.prefers is not None, "checked by the request"
@@ -399,14 +432,14 @@ class Planner:
             )
 
 
-def _refuse_taught(
-    asked: set[tuple[int, ...]], taught: set[tuple[int, ...]], looked_at: set[tuple[int, ...]]
-) -> None:
-    """What was taught, or looked at while training, is no evidence. Raises BadInput."""
-    if asked & (taught | looked_at):
+def _refuse_read(asked: list[list[int]], read: dict[ReadAs, list[list[int]]]) -> None:
+    """What is read in training, in any role, is no evidence. Raises BadInput."""
+    found = read_in_training(asked, read)
+    if found:
+        counts = Counter(role for roles in found.values() for role in roles)
+        roles = ", ".join(f"{count} as {_READ_AS.get(role, role)}" for role, count in counts.items())
         raise BadInput(
-            f"{len(asked & (taught | looked_at))} of {len(asked)} probes are not held out: {len(asked & taught)} "
-            f"ask a prompt that is also taught, {len(asked & looked_at)} one of the development probes",
+            f"{len(found)} of {len(asked)} probes are not held out: what they ask is read in training, {roles}",
             "probes must ask prompts that the lesson never saw",
         )
 

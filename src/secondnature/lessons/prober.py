@@ -8,10 +8,11 @@ checking in.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from secondnature.engines.base import (
@@ -30,8 +31,8 @@ MAX_ANSWER_TOKENS = 160
 MAX_CACHED = 100_000
 AT_ONCE = 256
 """Requests handed to the engine at a time; it decodes as many as it has rows for."""
-JUDGED_AT_ONCE = 16
-"""Programs that are run between two counts: each may take its two seconds."""
+PROGRAMS_AT_ONCE = 16
+"""Given to the sandbox at a time: so many may still run when nobody wants to know any more."""
 
 
 CheckIn = Callable[[int, int], None]
@@ -129,22 +130,13 @@ class Prober:
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, prompts, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
-        groups = [[i for i, p in enumerate(probes) if p.check.python is None]]
-        groups += [code[k : k + JUDGED_AT_ONCE] for k in range(0, len(code), JUDGED_AT_ONCE)]
-        outcomes: dict[int, Outcome] = {}
-        beside = ThreadPoolExecutor(1)  # programs of 2 s each: nobody waits for them without checking in
-        try:
-            for group in groups:
-                few = [probes[i] for i in group], [texts[i] for i in group], [margins[i] for i in group]
-                judged = beside.submit(judge_probes, *few)
-                while not judged.done():
-                    check_in(asked + sum(i in outcomes for i in code), total)
-                    time.sleep(0.01)
-                outcomes.update(zip(group, judged.result(), strict=True))
-        finally:
-            beside.shutdown(wait=False, cancel_futures=True)
+
+        def count(judged: int) -> None:
+            check_in(asked + sum(i < judged for i in code), total)
+
+        outcomes = _judged(probes, texts, margins, count)
         check_in(total, total)
-        return [(probe, outcomes[i]) for i, probe in enumerate(probes)]
+        return list(zip(probes, outcomes, strict=True))
 
     def _margins(
         self,
@@ -197,3 +189,40 @@ class Prober:
         if failed is not None:
             raise failed
         return results
+
+
+def _judged(
+    probes: Sequence[Probe], texts: list[str], margins: list[float | None], check_in: Callable[[int], None]
+) -> list[Outcome]:
+    """Judge on another thread, for programs may take seconds each; whoever gives up leaves it behind at once.
+
+    `check_in` is told how many are judged.
+
+    Not an executor's thread: the interpreter waits for those at its end.
+    """
+    future: Future[list[Outcome]] = Future()
+    given_up = threading.Event()
+    at_once = PROGRAMS_AT_ONCE if any(p.check.python is not None for p in probes) else AT_ONCE
+
+    found: list[Outcome] = []
+
+    def judge() -> None:
+        try:
+            for start in range(0, len(probes), at_once):
+                if given_up.is_set():
+                    return
+                part = slice(start, start + at_once)
+                found.extend(judge_probes(probes[part], texts[part], margins[part]))
+            future.set_result(found)
+        except BaseException as e:  # noqa: BLE001  (it belongs to the thread that waits)
+            future.set_exception(e)
+
+    threading.Thread(target=judge, name="judge", daemon=True).start()
+    try:
+        while not future.done():
+            check_in(len(found))
+            time.sleep(0.01)
+    except BaseException:
+        given_up.set()
+        raise
+    return future.result()

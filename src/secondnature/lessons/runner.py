@@ -34,17 +34,24 @@ from secondnature.errors import (
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import Log, Pruned
+from secondnature.lessons.log import Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Plan, Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
-from secondnature.lessons.weights import ServedWeights
-from secondnature.records import ErrorInfo, Lesson, digest, to_jsonl, utc_now
+from secondnature.lessons.weights import RESTORING, ServedWeights
+from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
-from secondnature.wire import CheckpointReply, JobStatus, TrainReply, TrainRequest
+from secondnature.wire import (
+    CheckpointReply,
+    JobStatus,
+    PruneReply,
+    PruneRequest,
+    TrainReply,
+    TrainRequest,
+)
 
 __all__ = ["Runner"]
 
@@ -108,7 +115,7 @@ class Runner:
         if self._thread.ident is not None and not self._thread.is_alive() and not self._stop.is_set():
             return "the thread that leads lessons has ended: restart the server"
         found = {
-            "the weights": self.weights.dirty,
+            "the weights": "" if (dirty := self.weights.dirty) == RESTORING else dirty,
             "the disk": self.log.behind,
             "the last turn": self._fault,
             "the trainer": self.trainer.trouble,
@@ -125,8 +132,9 @@ class Runner:
     def stop(self) -> None:
         """End: a lesson that runs or is on trial is undone; within a limit, whatever hangs."""
         self._stop.set()
-        if self._current is not None:
-            self._current.cancel.set()
+        job = self._current
+        if job is not None:
+            job.cancel.set()
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             LOG.error("the runner does not end: what is open is undone at the next start")
@@ -141,11 +149,15 @@ class Runner:
             BadInput, BadExample, ContextOverflow: see `Planner.plan`.
             StorageError: the disk refused; nothing was accepted.
         """
+        asked = self._asked(request)
+        known = None if request.dry_run else self._known(request, asked)
+        if known is not None:  # before it is planned: since then the ledger may have changed
+            return known
         plan = self._planner.plan(request, self.ledger.all(), self.log.earlier()[0])
         self._prober.check(request.probes)
         if request.dry_run:
             return TrainReply(job="dry-run", lesson=None, state="planned", plan=plan.summary())
-        return self._do(lambda: self._accept(request, plan))
+        return self._do(lambda: self._accept(request, plan, asked))
 
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""
@@ -205,7 +217,7 @@ class Runner:
         return self._do(lambda: self._revert_command(lesson_id))
 
     def checkpoint(self) -> CheckpointReply:
-        """Bring the working copy up to date with the kept lessons now. Raises StorageError."""
+        """Bring the working copy up to date with the kept lessons now. Raises Busy, StorageError."""
 
         def command() -> CheckpointReply:
             self._fold()
@@ -224,9 +236,23 @@ class Runner:
             progress=writing.progress() if writing is not None else None,
         )
 
-    def prune(self, keep_states: int, keep_deltas: int | None) -> Pruned:
-        """See `Log.prune`. Raises StorageError."""
-        return self._do(lambda: self.log.prune(keep_states, keep_deltas))
+    def prune(self, request: PruneRequest) -> PruneReply:
+        """See `Log.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
+
+        def command() -> PruneReply:
+            self.weights.check_unread()
+            states = self._settings.keep_states if request.keep_states is None else request.keep_states
+            pruned = self.log.prune(states, request.keep_deltas, dry_run=request.dry_run)
+            lessons, with_state = self.log.undoable(set(pruned.removed))
+            return PruneReply(
+                removed=pruned.removed,
+                nbytes=pruned.nbytes,
+                dry_run=request.dry_run,
+                undoable=lessons,
+                undoable_with_state=with_state,
+            )
+
+        return self._do(command)
 
     def _do(self, command: Callable[[], T]) -> T:
         """Run a command on the runner's thread, between its own steps: done, or never begun.
@@ -290,7 +316,7 @@ class Runner:
             return
         if self._current is not None:
             self._finish(self._current)  # it could not be ended before
-        elif self.weights.dirty:
+        elif not self.weights.are_kept:
             self._restore()
         if self.log.behind:
             self.log.sync()
@@ -305,7 +331,7 @@ class Runner:
         """Undo and cancel what is open; each on its own, for the next start does what fails here."""
         for job in [self._current, *self._waiting]:
             try:
-                if job is not None and job.ending is not None:
+                if job is not None and job is self._current:
                     self._finish(job)
                 elif job is not None:
                     self._end(job, Ending("cancelled", "the server ended while it was waiting"))
@@ -327,16 +353,16 @@ class Runner:
     def _lead(self, job: Job) -> None:
         """One lesson, from running to its end. What cannot be ended now stays `_current`. Raises: as `_finish`."""
         self._current = job
+        if self._stop.is_set():  # `stop` sets it before it looks at `_current`
+            job.cancel.set()
         if job.cancel.is_set():
             job.ending = Ending("cancelled", "cancelled while it was waiting")
         else:
             job.ending = self._ending_of(job)
-        if job.ending is None:
-            self._forget(job)
+        self._finish(job)
+        if job.lesson.state == "kept":
             self._fold_due = self._fold_due or time.monotonic() + self._settings.checkpoint_after_s
             self._prune_quietly()
-        else:
-            self._finish(job)
 
     def _ending_of(self, job: Job) -> Ending | None:
         """Its life; how it is to end, or None where it was kept."""
@@ -381,14 +407,16 @@ class Runner:
         return ending
 
     def _finish(self, job: Job) -> None:
-        """Make the weights whole again, to the byte, and only then say so in the log.
+        """Make the weights whole again, to the byte, and only then say so in the log. What has ended, stays ended.
 
         Raises whatever keeps it from that; the entry is open until then.
         """
-        assert job.ending is not None, "whoever finishes a job has decided how"
-        self._restore(job)
-        self._end(job, job.ending)
-        self._current = None
+        if job.lesson.state in OPEN_STATES:
+            if job.ending is None:  # memory ran out where it was to be decided
+                job.ending = Ending("failed", "it ended, and nobody could say how")
+            self._restore(job)
+            self._end(job, job.ending)
+        self._forget(job)
 
     def _restore(self, job: Job | None = None) -> None:
         """The weights that the log stands for, written into memory; nobody else may be writing."""
@@ -434,17 +462,29 @@ class Runner:
 
     # --------------------------------------------------------------------------------------- commands
 
-    def _accept(self, request: TrainRequest, plan: Plan) -> TrainReply:
+    def _asked(self, request: TrainRequest) -> str | None:
+        """What is compared where an idempotency key comes again; None: it has no key."""
+        if request.idempotency_key is None:
+            return None
+        return digest(request.model_dump(mode="json", exclude={"idempotency_key", "dry_run"}))
+
+    def _known(self, request: TrainRequest, asked: str | None) -> TrainReply | None:
+        """The job that this request made before. Raises Conflict: another request had its idempotency key."""
         key = request.idempotency_key
-        asked = digest(request.model_dump(mode="json", exclude={"idempotency_key"})) if key else None
         known = self.log.by_idempotency_key(key) if key else None
+        if known is None:
+            return None
+        if known.request_digest != asked:
+            raise Conflict(
+                f"another request had the idempotency key {key!r}; it made lesson {known.id}",
+                "give each lesson a key of its own",
+            )
+        return TrainReply(job=known.job, lesson=known.id, state=known.state)
+
+    def _accept(self, request: TrainRequest, plan: Plan, asked: str | None) -> TrainReply:
+        known = self._known(request, asked)  # again: two may come at once
         if known is not None:
-            if known.request_digest != asked:
-                raise Conflict(
-                    f"another request had the idempotency key {key!r}; it made lesson {known.id}",
-                    "give each lesson a key of its own",
-                )
-            return TrainReply(job=known.job, lesson=known.id, state=known.state)
+            return known
         if len(self._waiting) >= self._settings.max_jobs:
             raise Busy(
                 f"{len(self._waiting)} jobs are waiting; at most {self._settings.max_jobs} may", "try later"
@@ -458,7 +498,7 @@ class Runner:
             files={"corrections.jsonl": to_jsonl(plan.corrections)} if plan.corrections else None,
             behaviour=behaviour,
             note=request.lesson.note,
-            idempotency_key=key,
+            idempotency_key=request.idempotency_key,
             request_digest=asked,
             cause=plan.cause(0),
             settings=plan.settings(),
@@ -481,7 +521,7 @@ class Runner:
     def _on_trial(self, lesson: Lesson) -> Job | None:
         """The job that waits for somebody's word about this lesson. Raises WrongState: it does not wait yet."""
         job = self._current
-        if job is None or job.lesson.id != lesson.id:
+        if job is None or job.lesson.id != lesson.id or lesson.state not in OPEN_STATES:
             return None
         if job.phase != "on trial" or job.ending is not None:
             raise WrongState(f"lesson {lesson.id} is {job.phase}", "wait for it, or cancel its job")
@@ -494,7 +534,7 @@ class Runner:
             job.ending = Ending("undone", "undone by hand")
             self._finish(job)
             return job.lesson
-        if self._current is not None:
+        if self._current is not None and self._current.lesson.state in OPEN_STATES:
             raise Conflict(
                 f"lesson {self._current.lesson.id} holds the weights ({self._current.phase})",
                 "wait for it, or cancel it",

@@ -7,21 +7,24 @@ the middle leaves the weights *dirty*: that is said, `restore` is tried until it
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from secondnature.engines.stamps import Clock
-from secondnature.errors import BadDelta, WeightsError
+from secondnature.errors import BadDelta, Busy, WeightsError
 from secondnature.lessons.log import DELTA_FILE, Log
 from secondnature.records import Lesson
 from secondnature.weights import delta
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import ContentHasher, Named, content_id
 
-__all__ = ["ServedWeights", "checked", "fill_kept"]
+__all__ = ["RESTORING", "ServedWeights", "checked", "fill_kept"]
 
 LOG = logging.getLogger(__name__)
 
+RESTORING = "they are being restored"
+"""Why they are dirty while an undo is under way that has not failed: no trouble."""
 OnTensor = Callable[[int, int], None]
 """Told (tensors done, tensors in all) between two of them; may raise to give up."""
 
@@ -39,6 +42,8 @@ class ServedWeights:
         self._log = log
         self.dirty = ""
         """Why the weights may be no version's; empty: they are whole, or a lesson is writing."""
+        self._reading = False
+        """Whether the durable weights are being read, tensor by tensor: what they lie in has to stay."""
 
     @property
     def version(self) -> str:
@@ -73,7 +78,8 @@ class ServedWeights:
         epoch = self._epoch()
         before = self._counted(self._log.durable_weights(), on_tensor)
         path = self._log.directory(lesson) / DELTA_FILE
-        written = delta.write(path, before, self.arena.tensors, like=lesson.parent)
+        with self._being_read():
+            written = delta.write(path, before, self.arena.tensors, like=lesson.parent)
         if written.base != lesson.parent:
             raise BadDelta(
                 f"lesson {lesson.id} started from {lesson.parent}; the disk holds {written.base}",
@@ -95,16 +101,30 @@ class ServedWeights:
             BadCheckpoint, BadDelta, StorageError: the disk does not give them; the weights are dirty.
         """
         wanted = self._log.kept_version()
-        self.dirty = self.dirty or "they are being restored"
+        self.dirty = self.dirty or RESTORING
         try:
             self.arena.close_torn_write()
             if not self._are(wanted):
-                self._write(self._log.durable_weights(), wanted, on_tensor)
+                with self._being_read():
+                    self._write(self._log.durable_weights(), wanted, on_tensor)
             self.clock.settle(wanted, self._epoch(), trial=False)
         except BaseException as e:
-            self.dirty = f"they could not be restored: {e}"
+            self.dirty = f"they could not be restored: {str(e) or type(e).__name__}"
             raise
         self.dirty = ""
+
+    def check_unread(self) -> None:
+        """Nobody is in the middle of the durable weights, so that files of theirs may go. Raises Busy."""
+        if self._reading:
+            raise Busy("the weights on disk are being read; nothing was done", "try again in a moment")
+
+    @contextlib.contextmanager
+    def _being_read(self) -> Generator[None]:
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
 
     def _are(self, version: str) -> bool:
         """Nobody has written since the weights were named so, and nobody does now."""
@@ -142,27 +162,37 @@ class ServedWeights:
             self._write(self._differing(stored), lesson.parent, on_tensor)
             self.clock.settle(lesson.parent, self._epoch(), trial=False)
         except BaseException as e:
-            if self._are(self._log.kept_version()):  # there was no commit
-                raise
-            self.dirty = f"{lesson.id} is taken back in the log, but not yet in memory: {e}"
+            if not self._are(self._log.kept_version()):  # also where `commit` raised after its rename
+                why = str(e) or type(e).__name__
+                self.dirty = f"{lesson.id} is taken back in the log, but not yet in memory: {why}"
             raise
         return entry
 
     def fold(self, on_tensor: OnTensor = _nobody) -> None:
         """Bring the working copy up to date: from memory where that holds the kept weights, else from disk.
 
+        A lesson that runs may write at any moment, also its first time: then memory is not read.
+
         Raises:
-            StorageError: the disk refused; the working copy is as before.
+            Busy: commands are served while a difference is written down, or undone; the working copy is as before.
+            StorageError: the disk refused; as before, too.
             BadCheckpoint, BadDelta: the disk does not give the kept weights.
+            WeightsError: somebody wrote meanwhile; the working copy is as before.
         """
-        if self.are_kept:
+        self.check_unread()
+        if self.are_kept and not self.clock.read().trial:
             in_order = sorted(self.arena.tensors.items())
-            epoch = self._epoch()
-            self._log.save_checkpoint(self._counted(in_order, on_tensor))
-            assert self._epoch() == epoch, "nobody writes but the thread that folds"
+            self._log.save_checkpoint(self._unwritten(self._counted(in_order, on_tensor)))
         else:
             wanted = self._log.kept_version()
             self._log.save_checkpoint(checked(self._counted(self._log.durable_weights(), on_tensor), wanted))
+
+    def _unwritten(self, weights: Iterable[Named]) -> Iterator[Named]:
+        """The weights as they pass; before the end, that nobody wrote meanwhile. Raises WeightsError."""
+        epoch = self._epoch()
+        yield from weights
+        if self._epoch() != epoch:
+            raise WeightsError("somebody wrote the weights while they were saved", "restart the server")
 
     # ------------------------------------------------------------------------------------------------
 

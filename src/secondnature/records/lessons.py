@@ -120,6 +120,8 @@ class Lesson(Record):
     moved: list[Moved] = []
     delta_sha256: str | None = None
     """Checksum of the delta's file."""
+    delta_pruned: bool = False
+    """Its delta was removed, as asked (`lessons prune`): it can no longer be taken back."""
     optimizer_before: str | None = None
     """Id of the lesson whose directory holds the optimizer's state before this one; None: a fresh state."""
     optimizer_after: str | None = None

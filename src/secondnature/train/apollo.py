@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from secondnature.errors import BadCheckpoint, ConfigError
 from secondnature.model.gradients import Gradient
 from secondnature.records import Moved, OptimizerSettings
 from secondnature.train.guard import check_norms
+from secondnature.train.sums import Sums
 from secondnature.train.update import (
     Rule,
     TensorState,
@@ -60,13 +62,20 @@ class Apollo:
         seed: of projections and rounding. It belongs to the state: `load_state` brings its own.
         track: also sum the intended, un-rounded updates (the task vector), which `moved` needs. It takes 4 bytes
             per parameter, as much as an fp32 copy of the model; without it a step holds no more than a chunk.
+        folder: where the sums of a large model may lie, in a file that nobody sees (`sums`); None: in memory.
 
     Raises:
         ConfigError: the rank fits no matrix of the model.
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerSettings, *, seed: int = 0, track: bool = True
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        seed: int = 0,
+        track: bool = True,
+        folder: Path | None = None,
     ) -> None:
         self.parameters: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
         self.settings = settings
@@ -84,6 +93,8 @@ class Apollo:
                 f"choose a rank below {largest}",
             )
         self.task_vector: dict[str, Tensor] | None = {} if track else None
+        self._sums = Sums(folder)
+        self._sums_bytes = 4 * sum(p.numel() for p in self.parameters.values())
         self._states: dict[str, TensorState] = {}
         self._fingerprint = fingerprint({n: tuple(p.shape) for n, p in self.parameters.items()})
         self._norms_before: dict[str, float] = {}
@@ -135,7 +146,7 @@ class Apollo:
         parameter, total = self.parameters[name], None
         if self.task_vector is not None:
             if name not in self.task_vector:
-                self.task_vector[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.task_vector[name] = self._sums.zeros(parameter, self._sums_bytes)
                 self._norms_before[name] = float(torch.linalg.vector_norm(parameter, dtype=torch.float32))
                 self._noise[name] = 0.0
             total = self.task_vector[name]

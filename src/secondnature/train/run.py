@@ -91,7 +91,8 @@ class TrainingRun:
             settings = OptimizerSettings.model_validate(job.optimizer)
         except ValidationError as e:
             raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
-        self.optimizer = Apollo(model, settings, seed=job.seed)
+        folder = Path(job.optimizer_out).parent  # of the lesson: its disk is the one that must hold it anyway
+        self.optimizer = Apollo(model, settings, seed=job.seed, folder=folder)
         self._lr = self.optimizer.lr
 
     def run(self, report: Report, check: Check) -> wire.Done:

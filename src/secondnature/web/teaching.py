@@ -105,6 +105,11 @@ def router(runner: Runner, ledger: Ledger, memory: Memory, clock: Clock) -> APIR
             trial=stamp.trial,
         )
 
+    @routes.post("/v1/lessons/prune", response_model_exclude_none=True)
+    def prune(body: wire.PruneRequest) -> wire.PruneReply:  # pyright: ignore[reportUnusedFunction]
+        """Remove old optimizer states, and deltas where that is asked for; what an undo in reach needs stays."""
+        return runner.prune(body)
+
     @routes.get("/v1/lessons/{lesson_id}", response_model_exclude_none=True)
     def lesson(lesson_id: str) -> wire.LessonDetail:  # pyright: ignore[reportUnusedFunction]
         """One lesson with its evidence, corrections and metrics."""

@@ -402,6 +402,31 @@ class CheckpointReply(Body):
     """Of the new working copy, while it is being written."""
 
 
+class PruneRequest(Body):
+    """`POST /v1/lessons/prune`: remove what no undo within reach needs."""
+
+    keep_states: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """So many of the newest kept entries can be taken back with their optimizer's state. None: the setting's."""
+    keep_deltas: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """So many can be taken back at all, and never fewer than the working copy stands on. None: all, no delta is
+    removed."""
+    dry_run: bool = False
+    """Only say what would be removed."""
+
+
+class PruneReply(Body):
+    """What was removed, and what can still be undone."""
+
+    removed: list[str]
+    """Below the home's `lessons`: `0001-listening/optimizer.safetensors`."""
+    nbytes: int
+    dry_run: bool
+    undoable: list[str]
+    """Entries that can be taken back, one after another from the newest on."""
+    undoable_with_state: list[str]
+    """Those of them after whose undo the optimizer's state of then is there; the others leave a fresh one."""
+
+
 class ErrorReply(Body):
     """Every error answer: found / expected in the message, what to do in the hint."""
 

@@ -21,6 +21,8 @@ from secondnature.wire.bodies import (
     JobStatus,
     LessonDetail,
     LessonList,
+    PruneReply,
+    PruneRequest,
     TrainReply,
     TrainRequest,
     Wiring,
@@ -236,6 +238,12 @@ class Client:
         """Undo a lesson to the byte; the entry of the log that says so."""
         return Lesson.model_validate(
             self.request("POST", f"/v1/lessons/{lesson_id}/revert", timeout_s=LONG_S)
+        )
+
+    def prune(self, body: PruneRequest) -> PruneReply:
+        """Remove what no undo within reach needs, or say what that would be."""
+        return PruneReply.model_validate(
+            self.request("POST", "/v1/lessons/prune", body=body, timeout_s=LONG_S)
         )
 
     def checkpoint(self) -> CheckpointReply:
