@@ -13,7 +13,7 @@ FOUND: tuple[tuple[str, str, str, bool], ...] = (
     # an entry stayed queued that no job led
     ("kept at once", r"^storage\.fsync < storage\.sync_dir\S* < lessons\.log\.create:", "runtime", False),
     # an ending that the disk refused was told, and another one was found at the next start
-    ("undone by hand", r"^storage\.open-file .*log\.save\S* < lessons\.runner\._end:", "os", True),
+    ("trainer dies at write", r"^storage\.open-file .*log\.save\S* < lessons\.runner\._end:", "os", True),
     # a file that had its new content already was taken for refused
     (
         "kept at once",

@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -265,4 +264,4 @@ def _product_points(injector: Injector) -> Generator[tuple[Any, str, Any]]:
         yield Launched, name, injector.wrap(f"process.{name}", getattr(Launched, name))
     yield Forker, "launch", injector.wrap("process.launch", Forker.launch)
     yield FarEngine, "submit", injector.wrap("engine.submit", FarEngine.submit)
-    yield prober, "ThreadPoolExecutor", injector.wrap("thread.pool", ThreadPoolExecutor, named=True)
+    yield threading.Thread, "start", injector.wrap("thread.start", threading.Thread.start)

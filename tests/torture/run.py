@@ -117,7 +117,8 @@ class Worker:
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         if not self._ready and not self._answers.readline():
-            raise SystemExit(f"a worker does not start: {(self._base / 'log').read_text()[-2000:]}")
+            print(f"a worker does not start: {(self._base / 'log').read_text()[-2000:]}", flush=True)
+            os._exit(2)
         self._ready = True
         print(json.dumps(item), file=self._requests, flush=True)
         line = self._answers.readline()

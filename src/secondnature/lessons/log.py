@@ -33,7 +33,6 @@ from secondnature.errors import (
     NotDurable,
     NotFound,
     SecondnatureError,
-    StorageError,
     TooNew,
     WrongState,
 )
@@ -104,8 +103,7 @@ class Log:
         """sha256 of optimizer states of homes of before, whose entries do not say it."""
         self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
         self._last_number = max((x.number for x in self._lessons.values()), default=0)
-        for lesson in self._mended_reverts():
-            self._save_or_remember(lesson)
+        self._mend_reverts()
         for lesson in self.all():
             if lesson.state in OPEN_STATES:
                 self._save_or_remember(
@@ -120,10 +118,11 @@ class Log:
 
     def _read(self) -> list[Lesson]:
         """Every entry on disk; what an unfinished birth left behind is no entry (`leftovers` removes it)."""
+        found: list[Lesson] = []
         with storage.storage_errors(self._home.lessons):
-            born = [d for d in self._home.lessons.iterdir() if not d.name.startswith(".")]
-            files = [d / "lesson.json" for d in born if (d / "lesson.json").is_file()]
-        found = [_read_lesson(path) for path in files]
+            for directory in self._home.lessons.iterdir():
+                if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
+                    found.append(_read_lesson(directory / "lesson.json"))
         of_before = [lesson for lesson in found if lesson.moved]
         if of_before:  # the table was inside: every list of lessons carried it
             with ThreadPoolExecutor(_WRITERS) as pool:  # the disk confirms many at once as fast as one
@@ -136,8 +135,10 @@ class Log:
         _write_moved(directory, lesson.moved)
         storage.write_text(directory / "lesson.json", _text(lesson))
 
-    def _mended_reverts(self) -> list[Lesson]:
-        """`reverted_by` follows from the kept reverts; a server may have ended between the two files."""
+    def _mend_reverts(self) -> None:
+        """`reverted_by` follows from the kept reverts, whatever the disk says: a server may have ended between the
+        two files.
+        """
         follows: dict[str, str | None] = dict.fromkeys(self._lessons)
         for entry in self.all():
             if entry.kind == "revert" and entry.state == "kept" and entry.reverts is not None:
@@ -145,17 +146,15 @@ class Log:
                 target = self._lessons[entry.reverts]
                 if target.kind == "revert" and target.reverts is not None:
                     follows[target.reverts] = None
-        return [
-            lesson.model_copy(update={"reverted_by": follows[lesson.id]})
-            for lesson in self.all()
-            if lesson.reverted_by != follows[lesson.id]
-        ]
+        for lesson in self.all():
+            if lesson.reverted_by != follows[lesson.id]:
+                self._save_or_remember(lesson.model_copy(update={"reverted_by": follows[lesson.id]}))
 
     def _save_or_remember(self, lesson: Lesson) -> None:
-        """Write down what the next start would find out again; where the disk refuses, it is known here."""
+        """Write down what the next start would find out again: where the disk refuses, it is known here."""
         try:
             self.save(lesson)
-        except StorageError as e:
+        except Exception as e:  # noqa: BLE001  (it follows from what is there)
             LOG.warning("lesson %s: %s", lesson.id, e)
             self.remember(lesson)
 
@@ -469,12 +468,7 @@ class Log:
             ),
             ended_at=utc_now(),
         )
-        for mended in self._mended_reverts():
-            self.remember(mended)
-        try:
-            self.sync()
-        except Exception as e:  # noqa: BLE001  (the entry stands: what follows from it is written later)
-            LOG.warning("%s: %s", entry.id, e)
+        self._mend_reverts()
         return entry
 
     # ------------------------------------------------------------------------------------------ optimizer
