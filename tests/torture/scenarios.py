@@ -18,6 +18,7 @@ from run_one import Run
 from subject import lesson
 
 from secondnature.lessons.job import Job
+from secondnature.wire import PruneRequest
 
 PHASES = (
     "measuring before",
@@ -146,7 +147,7 @@ def _folded(run: Run) -> None:
 
 
 def _pruned(run: Run) -> None:
-    run.tries(lambda: run.runner.prune(1, 1))
+    run.tries(lambda: run.runner.prune(PruneRequest(keep_states=1, keep_deltas=1)))
 
 
 def _folded_by_length(run: Run) -> None:
