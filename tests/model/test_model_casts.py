@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from secondnature.model.upcast import MAX_KEPT, _cast, collect, compute_at_use
+from secondnature.model.upcast import MAX_KEPT, MIN_KEPT, _cast, collect, compute_at_use
+
+SIDE = 512
+assert MIN_KEPT <= SIDE**2 <= MAX_KEPT, "these are of a size for which memory is kept"
 
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(3)))
     model.requires_grad_(False)
     return model
 
 
 def test_casts_share_memory() -> None:
-    one, other = torch.randn(8, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    one, other = torch.randn(2 * SIDE, SIDE).bfloat16(), torch.randn(SIDE, SIDE).bfloat16()
     first = _cast(one, torch.float32)
     assert torch.equal(first, one.float())
     second = _cast(other, torch.float32)
@@ -35,13 +38,13 @@ def test_large_casts_are_given_back() -> None:
 def test_memory_from_inference_mode_is_used_outside_it() -> None:
     _cast._kept.clear()
     with torch.inference_mode():
-        _cast(torch.ones(5, dtype=torch.bfloat16), torch.float32)
-    assert torch.equal(_cast(torch.ones(4, dtype=torch.bfloat16), torch.float32), torch.ones(4))
+        _cast(torch.ones(MIN_KEPT + 1, dtype=torch.bfloat16), torch.float32)
+    assert torch.equal(_cast(torch.ones(MIN_KEPT, dtype=torch.bfloat16), torch.float32), torch.ones(MIN_KEPT))
 
 
 def test_what_is_differentiated_looks_back_at_its_own_casts() -> None:
     """Three layers of one shape: with one cast for all, each gradient would be of the last layer's weight."""
-    model, x = stack(), torch.randn(2, 8, requires_grad=True)
+    model, x = stack(), torch.randn(2, SIDE, requires_grad=True)
     reference = x.detach().double().requires_grad_(True)
     y = reference
     for layer in model:

@@ -32,8 +32,9 @@ from secondnature.model.gradients import GradientSink
 __all__ = ["collect", "compute_at_use", "compute_dtype", "stored_linear"]
 
 
-MAX_KEPT = 2**24
-"""Elements of a cast for which memory is kept (64 MB in fp32); larger ones go back to the system by themselves."""
+MIN_KEPT, MAX_KEPT = 2**18, 2**24
+"""Elements of casts for which memory is kept (1 to 64 MB in fp32): smaller ones leave no holes that matter, larger
+ones go back to the system by themselves."""
 
 
 class _Casts(threading.local):
@@ -51,7 +52,7 @@ class _Casts(threading.local):
         if weight.dtype == dtype:
             return weight
         count = weight.numel()
-        if count > MAX_KEPT or weight.device.type != "cpu":
+        if not MIN_KEPT <= count <= MAX_KEPT or weight.device.type != "cpu":
             return weight.to(dtype)
         kept = self._kept.get(dtype)
         if kept is None or kept.numel() < count:
