@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import DELTA_FILE, Log
@@ -68,14 +70,14 @@ class Served:
         return self.log.directory(lesson) / DELTA_FILE
 
 
-def serve(path: Path, model: Path) -> Served:
-    """Open a home, as the servers do. Close it with `home.close()`."""
+def serve(path: Path, model: Path, dtypes: dict[str, torch.dtype] | None = None) -> Served:
+    """Open a home, as the servers do. Close it with `home.close()`. `dtypes`: of tensors that are not bf16."""
     home = Home(path)
     try:
-        arena = Arena.create(checkpoint.read(model))
+        arena = Arena.create(checkpoint.read(model, dtypes))
         base = content_id(arena.tensors)
         home.bind(model, fingerprint(model), base)
-        log = Log(home, model, base)
+        log = Log(home, model, base, dtypes)
         fill_kept(arena, log)
     except BaseException:
         home.close()

@@ -605,7 +605,7 @@ class Log:
             "lesson": held,
             "saved_at": utc_now().isoformat(),
         }
-        return checkpoint.save(self._home.model_root, directory, weights, note)
+        return checkpoint.save(self._home.model_root, directory, weights, note, self._dtypes)
 
 
 def _text(lesson: Lesson) -> str:
