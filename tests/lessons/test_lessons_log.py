@@ -15,7 +15,7 @@ from served_home import Served, serve
 from tiny_models import dense_config, save_tiny
 
 from secondnature import storage
-from secondnature.errors import StorageError
+from secondnature.errors import NotDurable, StorageError
 from secondnature.lessons.log import OPTIMIZER_FILE, Log
 from secondnature.records import Correction, Lesson
 
@@ -94,7 +94,7 @@ def test_a_keep_that_is_seen_but_not_synced_is_kept(
         raise error
 
     monkeypatch.setattr(storage, "sync_dir", refuse)
-    with pytest.raises(storage.NotDurable):
+    with pytest.raises(NotDurable):
         served.log.save(trial.model_copy(update={"state": "kept"}))
     monkeypatch.setattr(storage, "sync_dir", real)
     assert served.log.get(trial.id).state == "kept"

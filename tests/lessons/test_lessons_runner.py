@@ -153,6 +153,7 @@ def test_words_in_the_middle_of_a_record_and_of_an_undo(
     before = server.state()
     reply = server.client.train(teach(max_steps=1))
     job, lesson = reply.job, str(reply.lesson)
+    undo: Word | None = None
     for phase in ("writing down the change", "undoing"):
         assert inside.wait(60)
         status = server.client.status(job)
@@ -173,6 +174,7 @@ def test_words_in_the_middle_of_a_record_and_of_an_undo(
         go_on.clear()
         undo = Word(server, lambda c: c.revert(lesson))
     go_on.set()
+    assert undo is not None
     undo.thread.join(60)
     assert (undo.error, undo.answer.state) == (None, "undone")
     assert server.state() == before

@@ -48,7 +48,8 @@ def test_what_is_differentiated_looks_back_at_its_own_casts() -> None:
     reference = x.detach().double().requires_grad_(True)
     y = reference
     for layer in model:
-        y = y @ layer.weight.detach().double().T + layer.bias.detach().double()  # pyright: ignore[reportAttributeAccessIssue]
+        weight, bias = (layer.get_parameter(name).detach().double() for name in ("weight", "bias"))
+        y = y @ weight.T + bias
     y.square().sum().backward()
     compute_at_use(model, torch.float32)
     model(x).square().sum().backward()
