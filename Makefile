@@ -7,7 +7,7 @@ PEERS  := .venv-bench
 VLLM   := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-vllm lint bench bench-vllm check fuzz mutants clean
+.PHONY: help demo test test-peers test-vllm lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,10 @@ bench-vllm: $(VLLM)/.installed  ## the figures inside vLLM, beside vLLM without 
 
 mutants: $(STAMP)  ## break each law and see the tests turn red
 	$(BIN)/python tests/mutants/run.py
+
+torture: $(STAMP)  ## every call that can fail fails, in every phase; then 300 kills: an hour
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/kills.py
 
 fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

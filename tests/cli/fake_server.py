@@ -82,10 +82,17 @@ class Fake:
     """Lessons that change no log-probability."""
     scar: float = 0.0
     """What an undo leaves, nats."""
+    trouble: str = ""
+    """Why it is not well; its health says so with a 503."""
+    mute: int = 0
+    """Training requests that it takes and does not answer."""
     plain_vllm: str | None = None
     """Be a vLLM of this version without the plug-in, which guards its routes with a key of its own."""
 
     def train(self, request: TrainRequest) -> TrainReply:
+        for lesson in self.lessons.values():
+            if lesson.idempotency_key is not None and lesson.idempotency_key == request.idempotency_key:
+                return TrainReply(job=lesson.job, lesson=lesson.id, state=lesson.state)
         number = len(self.requests) + 1
         self.requests.append(request)
         name = f"{number:04d}-{request.lesson.behaviour or 'lesson'}"
@@ -93,6 +100,7 @@ class Fake:
             id=name,
             number=number,
             job=f"job-{number}",
+            idempotency_key=request.idempotency_key,
             behaviour=request.lesson.behaviour,
             note=request.lesson.note,
             parent=BEFORE,
@@ -244,7 +252,9 @@ def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body
     """One route's answer."""
     match (method, path.strip("/").split("/")):
         case ("GET", ["v1", "health"]):
-            return Health(status="ok", model="fake", weights_version=BEFORE, trial=False, trainer="ready")
+            status = "degraded" if fake.trouble else "ok"
+            found = {"status": status, "model": "fake", "weights_version": BEFORE, "detail": fake.trouble}
+            return Health.model_validate({**found, "trial": False, "trainer": "ready"})
         case ("GET", ["v1", "wiring"]):
             return fake.wiring
         case ("POST", ["v1", "train"]):
@@ -292,7 +302,12 @@ class Handler(BaseHTTPRequestHandler):
             if url.path != "/v1/health" and key != KEY:
                 raise Unauthorized("wrong key", "set SECONDNATURE_API_KEY")
             reply = answer(self.fake, self.command, url.path, parse_qs(url.query), body)
-            self._send(200, reply.model_dump_json().encode())
+            if isinstance(reply, TrainReply) and self.fake.mute:
+                self.fake.mute -= 1
+                self.close_connection = True
+                return None
+            unwell = isinstance(reply, Health) and reply.status != "ok"
+            self._send(503 if unwell else 200, reply.model_dump_json().encode())
         except SecondnatureError as e:
             self._send(e.status, json.dumps({"error": e.to_wire()}).encode())
 

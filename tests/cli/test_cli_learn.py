@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -269,3 +270,44 @@ def test_the_homes_key_goes_to_this_machine_only(home: Path, fake: Fake) -> None
     assert _key(settings, home, "http://[::1]:1") == KEY
     assert _key(settings, home, "https://models.example.org") is None
     assert not is_loopback("http://127.0.0.1.example.org")
+
+
+def test_a_request_without_an_answer_is_sent_once_more_and_stays_one_lesson(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.mute = 1
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == 0
+    assert fake.calls.count("POST /v1/train") == 2
+    assert len(fake.requests) == 1
+    assert "asking once more" in capsys.readouterr().err
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == 0
+    first, second = (r.idempotency_key for r in fake.requests)
+    assert first != second, "whoever teaches again means it"
+    assert None not in (first, second)
+    fake.mute = 2
+    assert main(["learn", str(lesson_dir), "--home", str(home)]) == 69
+    assert "`secondnature lessons log` says whether it was accepted" in capsys.readouterr().err
+    file = lesson_dir / "body.json"
+    file.write_text(
+        '{"examples": [{"context_ids": [1], "continuation_ids": [2]}], "keep": true, "idempotency_key": "mine"}'
+    )
+    assert main(["train", str(file), "--home", str(home)]) == 0
+    assert fake.requests[-1].idempotency_key == "mine"
+
+
+@pytest.mark.parametrize("words", [["learn", "lesson"], ["lessons", "log"], ["chat"], ["doctor"]])
+def test_a_server_that_is_not_well_is_named_with_its_reason(
+    words: list[str],
+    fake: Fake,
+    home: Path,
+    lesson_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake.trouble = "the weights: they are being restored; it is tried again"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    main([*(str(lesson_dir) if w == "lesson" else w for w in words), "--home", str(home)])
+    out, err = capsys.readouterr()
+    assert "the server is not well: the weights: they are being restored" in err
+    if words == ["doctor"]:
+        assert "trainer ready; the weights: they are being restored" in " ".join(out.split())

@@ -15,7 +15,8 @@ import torch
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import DELTA_FILE, Log
-from secondnature.lessons.weights import ServedWeights
+from secondnature.lessons.weights import ServedWeights, fill_kept
+from secondnature.model.load import fingerprint
 from secondnature.records import Correction, Lesson, to_jsonl, utc_now
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
@@ -69,19 +70,17 @@ class Served:
         return self.log.directory(lesson) / DELTA_FILE
 
 
-def serve(path: Path, model: Path) -> Served:
-    """Open a home, as the servers do. Close it with `home.close()`."""
+def serve(path: Path, model: Path, dtypes: dict[str, torch.dtype] | None = None) -> Served:
+    """Open a home, as the servers do. Close it with `home.close()`. `dtypes`: of tensors that are not bf16."""
     home = Home(path)
-    arena = Arena.create(checkpoint.read(model))
-    base = content_id(arena.tensors)
-    home.bind(model, "tiny", base)
-    log = Log(home, model, base)
-    if log.kept_version() != base:
-        arena.write(log.durable_weights())
+    try:
+        arena = Arena.create(checkpoint.read(model, dtypes))
+        base = content_id(arena.tensors)
+        home.bind(model, fingerprint(model), base)
+        log = Log(home, model, base, dtypes)
+        fill_kept(arena, log)
+    except BaseException:
+        home.close()
+        raise
     clock = Clock(arena, log.kept_version())
     return Served(home, log, arena, clock, ServedWeights(arena, clock, log))
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Equal to the byte."""
-    return left.keys() == right.keys() and all(left[n].equal(right[n]) for n in left)

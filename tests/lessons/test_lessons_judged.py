@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from secondnature.errors import Busy, NotFound, WrongState
 from secondnature.evidence.certificate import verify
-from secondnature.records import Evidence, OptimizerSettings
+from secondnature.records import STOPPED_BY, Evidence, OptimizerSettings
 from secondnature.weights.content import content_id
 
 TAUGHT = ["tea", "oak", "red", "kite", "jam", "hats", "gold", "foam"]
@@ -129,7 +129,7 @@ def test_it_stops_at_the_margin_and_records_its_looks(server: Running) -> None:
     }
     lesson = server.lesson(teach(development=[probe, other], until_margin=0.0, max_steps=60))
     assert 0 < lesson.steps < 60
-    assert lesson.reason == "until_margin"
+    assert (lesson.stopped_by, lesson.reason) == ("until_margin", STOPPED_BY["until_margin"])
     detail = server.client.lesson(lesson.id)
     looks = [m for m in detail.metrics if m["kind"] == "look"]
     assert [m["step"] for m in looks] == list(range(lesson.steps + 1))

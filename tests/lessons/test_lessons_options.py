@@ -66,17 +66,18 @@ AGAINST: dict[str, dict[str, Any]] = {
 }
 """What a change is compared with, where it is not BASE."""
 ELSEWHERE = {
-    "examples": "test_serve_lessons",
-    "corrections": "test_serve_lessons",
-    "ledger": "test_serve_lessons",
+    "examples": "test_lessons_judged",
+    "corrections": "test_lessons_judged",
+    "ledger": "test_lessons_judged",
     "replay": "here, by field",
     "optimizer": "here, by field",
     "sdft": "here, by field",
-    "dry_run": "test_serve_lessons",
-    "keep": "test_serve_undo",
-    "probes": "test_serve_lessons",
-    "gate": "test_serve_lessons",
-    "lesson": "test_serve_lessons",
+    "dry_run": "test_lessons_judged",
+    "idempotency_key": "test_lessons_runner",
+    "keep": "test_lessons_undo",
+    "probes": "test_lessons_judged",
+    "gate": "test_lessons_judged",
+    "lesson": "test_lessons_judged",
 }
 
 

@@ -54,6 +54,6 @@ def test_comments_without_a_written_answer_teach_the_behaviour(tmp_path: Path) -
         assert before == {"right": 0, "other": 30}
         assert after["right"] >= 24, after
         assert after["other"] >= 28, after
-        assert lesson.reason == "until_passed"
+        assert lesson.stopped_by == "until_passed"
         assert lesson.kl["new"] > 0.1
         server.client.revert(lesson.id)

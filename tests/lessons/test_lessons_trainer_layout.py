@@ -58,6 +58,7 @@ def test_a_lesson_is_written_into_vllms_tensors(directory: Path, tmp_path: Path)
     arena = Arena.create(engine_tensors(weights))
     trainer = Trainer(arena, directory, threads=1, log_path=tmp_path / "trainer.log", layout="vllm")
     try:
+        trainer.ensure(lambda: None)
         done = trainer.run(job(tmp_path, 2), lambda _: None, lambda: False)
     finally:
         trainer.stop()

@@ -102,6 +102,7 @@ def test_giving_way_changes_no_bit(directory: Path, tmp_path: Path) -> None:
         arena.load = load
         trainer = Trainer(arena, directory, threads=1, log_path=tmp_path / "trainer.log", share=share)
         try:
+            trainer.ensure(lambda: None)
             assert trainer.run(job(tmp_path), lambda _: None, lambda: False).steps == 3
         finally:
             trainer.stop()

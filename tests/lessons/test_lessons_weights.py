@@ -7,11 +7,12 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+import torch
 from served_home import Served, serve
 from tiny_models import dense_config, save_tiny
 
 from secondnature import storage
-from secondnature.errors import BadCheckpoint, Busy, WeightsError
+from secondnature.errors import BadCheckpoint, BadDelta, Busy, WeightsError
 from secondnature.lessons.weights import RESTORING
 from secondnature.weights import checkpoint
 from secondnature.weights.content import content_id
@@ -215,3 +216,38 @@ def test_a_commit_that_is_seen_but_not_synced_stands(served: Served, monkeypatch
     monkeypatch.setattr(storage, "sync_dir", real)
     served.log.sync()
     assert not served.log.unsynced
+
+
+# ------------------------------------------------------------------------------------------ at the start
+
+
+def test_a_damaged_working_copy_is_not_served(served: Served, model: Path) -> None:
+    """A bit of it has turned over, and no difference stands on it that would tell."""
+    served.kept()
+    served.weights.fold()
+    path = served.home.model_root / "current" / checkpoint.WEIGHTS_FILE
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    served.home.close()
+    with pytest.raises(BadDelta, match="the disk gives the weights"):
+        serve(served.home.path, model)
+
+
+def test_a_working_copy_keeps_dtypes_that_are_not_bf16(model: Path, tmp_path: Path) -> None:
+    """As inside vLLM, whose arena holds some tensors in float32: from memory, and from the disk."""
+    dtypes = {"model.norm.weight": torch.float32}
+    found = serve(tmp_path / "home", model, dtypes)
+    try:
+        found.kept()
+        found.weights.fold()
+        path, version, _ = found.log.checkpoint_state()
+        assert version == content_id(checkpoint.stream(path, dtypes)) == found.found
+        found.kept(0.25)
+        found.begin()
+        found.write(0.125)
+        found.weights.fold()  # a lesson writes: from the disk
+        path, version, _ = found.log.checkpoint_state()
+        assert version == content_id(checkpoint.stream(path, dtypes)) == found.log.kept_version()
+    finally:
+        found.home.close()

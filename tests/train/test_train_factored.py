@@ -37,12 +37,12 @@ class Dense(Apollo):
 
 
 class Recording(Apollo):
-    """It also keeps the gradients that it was given."""
+    """It also keeps the gradients that it was given; `step` may use theirs up."""
 
     seen: dict[str, Gradient]
 
     def step(self, gradients: Mapping[str, Gradient], **options: Any) -> None:
-        self.seen = dict(gradients)
+        self.seen = {n: g.clone() if isinstance(g, Tensor) else g for n, g in gradients.items()}
         super().step(gradients, **options)
 
 

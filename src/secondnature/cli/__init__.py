@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from secondnature.errors import Busy, SecondnatureError, Unreachable
+from secondnature.errors import Busy, HomeInUse, SecondnatureError, Unreachable
 
 __all__ = ["main"]
 
@@ -28,7 +28,7 @@ class Finished(Exception):
 
 def exit_code(error: SecondnatureError) -> int:
     """69: nobody answers, or not now; 64: what was asked for is wrong; 1: everything else."""
-    if isinstance(error, (Unreachable, Busy)):
+    if isinstance(error, (Unreachable, Busy, HomeInUse)):
         return UNAVAILABLE
     return USAGE if error.status in (400, 401, 404, 413) else FAILED
 

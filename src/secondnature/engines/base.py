@@ -75,10 +75,6 @@ class Engine(Protocol):
         ...
 
 
-Generator = Engine
-"""The protocol's name until now."""
-
-
 class WeightsClock(Protocol):
     """Tells which weights there are; read before and after every forward, so it has to be cheap."""
 

@@ -201,7 +201,11 @@ def _lower_limit(
         border = _border(lambda d: score_p(n, losses, gains, d), alpha, outer, inner)
         if n > EXACT_N:
             return border
-        return _border_near(lambda d: difference_p(n, losses, gains, d), alpha, outer, inner, border)
+
+        def exact(d: float) -> float:
+            return difference_p(n, losses, gains, d)
+
+        return _past_ripples(exact, alpha, outer, _border_near(exact, alpha, outer, inner, border), n)
     low = _border(lambda d: shifted_sign_flip(clusters, d), alpha, outer, inner)
     if margin is None:
         return low
@@ -218,6 +222,19 @@ def _border(p: Family, alpha: float, outer: float, inner: float) -> float:
         else:
             inner = middle
     return inner
+
+
+def _past_ripples(p: Family, alpha: float, outer: float, border: float, n: int) -> float:
+    """An exact p is not monotone: it ripples as the difference moves from one possible count to the next, so beyond
+    the border another difference may not be refused. The outermost that is not, as far as a ripple reaches.
+    """
+    reach = math.ceil(1 / (n * RESOLUTION))
+    k = 1
+    while k <= reach and border - k * RESOLUTION > outer:
+        if p(border - k * RESOLUTION) > alpha:
+            border, k = border - k * RESOLUTION, 0
+        k += 1
+    return border
 
 
 def _border_near(p: Family, alpha: float, outer: float, inner: float, guess: float) -> float:

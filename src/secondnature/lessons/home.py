@@ -60,6 +60,10 @@ class Home:
         """Give the home back."""
         try:
             (self.path / "server.json").unlink(missing_ok=True)
+        except (
+            OSError
+        ) as e:  # nobody is misled: it names a process that is gone, and the next start removes it
+            LOG.warning("%s: %s", self.path / "server.json", e)
         finally:
             self._lock.close()
 

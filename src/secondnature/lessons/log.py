@@ -33,7 +33,6 @@ from secondnature.errors import (
     NotDurable,
     NotFound,
     SecondnatureError,
-    StorageError,
     TooNew,
     WrongState,
 )
@@ -96,6 +95,8 @@ class Log:
         """Version of the model's own weights, before any lesson."""
         self.unsynced: set[Path] = set()
         """Directories in which a commit is seen, but not known to outlast a loss of power."""
+        self.unwritten: dict[str, Lesson] = {}
+        """By id: what is true of an entry here, and not yet on the disk, which refused it."""
         self._corrections: dict[str, list[Correction]] = {}
         """By lesson: they never change."""
         self._state_hashes: dict[str, str] = {}
@@ -118,9 +119,10 @@ class Log:
     def _read(self) -> list[Lesson]:
         """Every entry on disk; what an unfinished birth left behind is no entry (`leftovers` removes it)."""
         found: list[Lesson] = []
-        for directory in self._home.lessons.iterdir():
-            if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
-                found.append(_read_lesson(directory / "lesson.json"))
+        with storage.storage_errors(self._home.lessons):
+            for directory in self._home.lessons.iterdir():
+                if not directory.name.startswith(".") and (directory / "lesson.json").is_file():
+                    found.append(_read_lesson(directory / "lesson.json"))
         of_before = [lesson for lesson in found if lesson.moved]
         if of_before:  # the table was inside: every list of lessons carried it
             with ThreadPoolExecutor(_WRITERS) as pool:  # the disk confirms many at once as fast as one
@@ -152,9 +154,9 @@ class Log:
         """Write down what the next start would find out again: where the disk refuses, it is known here."""
         try:
             self.save(lesson)
-        except StorageError as e:
+        except Exception as e:  # noqa: BLE001  (it follows from what is there)
             LOG.warning("lesson %s: %s", lesson.id, e)
-            self._put(lesson)
+            self.remember(lesson)
 
     # ------------------------------------------------------------------------------------------ entries
 
@@ -189,6 +191,7 @@ class Log:
             created_at=utc_now(),
             **fields,
         )
+        after = {**self._lessons, lesson.id: lesson}  # made now: once it is born, nothing may come between
         final = self.directory(lesson)
         unborn = final.with_name(f".{lesson.id}.{os.getpid()}.tmp")
         with storage.storage_errors(final):
@@ -202,14 +205,13 @@ class Log:
             except BaseException:
                 shutil.rmtree(unborn, ignore_errors=True)
                 raise
+            self._lessons = after
             try:
-                self._put(lesson)
                 storage.sync_dir(final.parent)
             except BaseException as e:
                 if lesson.state == "kept":  # a commit that everybody sees: it stands, and is synced again
                     LOG.warning("%s is there, but not known to be durable: %r", lesson.id, e)
                     self.unsynced.add(final.parent)
-                    self._put(lesson)
                 else:
                     self._lessons = {k: v for k, v in self._lessons.items() if k != lesson.id}
                     shutil.rmtree(final, ignore_errors=True)
@@ -223,29 +225,51 @@ class Log:
             StorageError: the disk refused; the entry is as before, there and here.
             NotDurable: the entry is written, there and here; `sync` makes it outlast a loss of power.
         """
+        lesson = lesson.model_copy(update={"moved": []}) if lesson.moved else lesson
+        after = {**self._lessons, lesson.id: lesson}
         try:
             storage.write_text(self.directory(lesson) / "lesson.json", _text(lesson))
         except NotDurable:
+            self._lessons = after
             self.unsynced.add(self.directory(lesson))
-            self._put(lesson)
+            self.unwritten.pop(lesson.id, None)
             raise
-        return self._put(lesson)
+        self._lessons = after
+        self.unwritten.pop(lesson.id, None)
+        return lesson
+
+    @property
+    def behind(self) -> str:
+        """What the disk does not hold, or does not confirm; empty: it holds all. `sync` tries again."""
+        if self.unwritten:
+            return f"it does not take what became of {', '.join(sorted(self.unwritten))}"
+        return "it does not confirm what was kept" if self.unsynced else ""
 
     def sync(self) -> None:
-        """Make durable what is only seen so far. Raises StorageError: the disk refuses still."""
+        """Write what the disk did not take, make durable what is only seen. Raises StorageError: not yet."""
+        for lesson in list(self.unwritten.values()):
+            self.save(lesson)
+            self.drop_files(lesson)
         for directory in sorted(self.unsynced):
             with storage.storage_errors(directory):
                 storage.sync_dir(directory)
             self.unsynced.discard(directory)
 
     def remember(self, lesson: Lesson) -> None:
-        """Hold a state that the disk would not take; the next start finds the lesson open, and undoes it."""
+        """Hold what the disk would not take, until `sync` writes it; a start before that undoes what is open."""
         self._put(lesson)
+        self.unwritten[lesson.id] = lesson
 
-    def _put(self, lesson: Lesson) -> Lesson:
-        lesson = lesson.model_copy(update={"moved": []}) if lesson.moved else lesson
+    def drop_files(self, lesson: Lesson) -> None:
+        """Remove what only a kept entry needs. Raises StorageError."""
+        if lesson.state in ("undone", "failed", "cancelled"):
+            for name in (DELTA_FILE, OPTIMIZER_FILE):
+                path = self.directory(lesson) / name
+                with storage.storage_errors(path):
+                    path.unlink(missing_ok=True)
+
+    def _put(self, lesson: Lesson) -> None:
         self._lessons = {**self._lessons, lesson.id: lesson}
-        return lesson
 
     def directory(self, lesson: Lesson) -> Path:
         """Where an entry's files lie."""
@@ -581,7 +605,7 @@ class Log:
             "lesson": held,
             "saved_at": utc_now().isoformat(),
         }
-        return checkpoint.save(self._home.model_root, directory, weights, note)
+        return checkpoint.save(self._home.model_root, directory, weights, note, self._dtypes)
 
 
 def _text(lesson: Lesson) -> str:

@@ -15,6 +15,7 @@ from secondnature import wire
 from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.evidence.gate import ReadAs, read_in_training
 from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
+from secondnature.lessons.prober import named
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
@@ -205,7 +206,7 @@ class Planner:
         else:
             examples = [self._work(c, f"correction {i}") for i, c in enumerate(corrections)]
         development = [self._look(p, i) for i, p in enumerate(request.development)]
-        asked = [encode_chat(self._tokenizer, p.prompt) for p in request.probes]
+        asked = [self._context(p.prompt, f"probe {i}") for i, p in enumerate(request.probes)]
         replay = self._replay(
             request.replay, earlier, {c.digest() for c in corrections}, {tuple(ids) for ids in asked}
         )
@@ -312,7 +313,7 @@ class Planner:
                 if isinstance(item, Correction) and item.chosen is not None:
                     work = self._work(item, label, hold=hold, known_as=known.get(id(item)))
                 else:  # with room for an answer of one token
-                    work = wire.Work(encode_chat(self._tokenizer, item.prompt), [0], label=label)
+                    work = wire.Work(self._context(item.prompt, label), [0], label=label)
                 self._check(work)
             except ContextOverflow:
                 if i < num_own:
@@ -382,8 +383,8 @@ class Planner:
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
-        found = Distilled(correction, encode_chat(self._tokenizer, correction.prompt), label)
-        teacher = encode_chat(self._tokenizer, teacher_messages(correction, ""))
+        found = Distilled(correction, self._context(correction.prompt, label), label)
+        teacher = self._context(teacher_messages(correction, ""), label)
         self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
@@ -393,29 +394,40 @@ class Planner:
         """`known_as`: the digest of what will be asked for again."""
         found = None if known_as is None else self._encoded.get(known_as)
         if found is None:
-            found = self._ids(correction)
+            found = self._ids(correction, label)
             if known_as is not None:
                 self._encoded[known_as] = found
         context, continuation, rejected = found
         return wire.Work(context, continuation, rejected, label=label, hold=hold)
 
-    def _ids(self, correction: Correction) -> _TokenIds:
+    def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
-        context, continuation = encode_answer(self._tokenizer, correction.prompt, correction.chosen[0])
+        context, continuation = self._answer(correction.prompt, correction.chosen[0], label)
         rejected = None
         if correction.rejected is not None:
-            _, rejected = encode_answer(self._tokenizer, correction.prompt, correction.rejected[0])
+            _, rejected = self._answer(correction.prompt, correction.rejected[0], label)
         return context, continuation, rejected
 
     def _look(self, probe: Probe, index: int) -> wire.Look:
         assert probe.check.prefers is not None, "checked by the request"
+        label = f"development probe {index}"
         wanted, unwanted = (
-            encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
+            self._answer(probe.prompt, Message(role="assistant", content=text), label)[1]
             for text in probe.check.prefers
         )
-        look = wire.Look(encode_chat(self._tokenizer, probe.prompt), wanted, unwanted, probe.side)
-        self._check(wire.Work(look.context, look.wanted, look.unwanted, 1.0, f"development probe {index}"))
+        look = wire.Look(self._context(probe.prompt, label), wanted, unwanted, probe.side)
+        self._check(wire.Work(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
+
+    def _context(self, prompt: list[Message], label: str) -> list[int]:
+        """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow."""
+        with named(label):
+            return encode_chat(self._tokenizer, prompt, limit=self._limit)
+
+    def _answer(self, prompt: list[Message], answer: Message, label: str) -> tuple[list[int], list[int]]:
+        """(context, answer) as token ids; what cannot fit is not encoded. Raises ContextOverflow."""
+        with named(label):
+            return encode_answer(self._tokenizer, prompt, answer, limit=self._limit)
 
     def _check(self, work: wire.Work) -> None:
         longest = max(len(work.continuation), len(work.rejected or []))

@@ -8,18 +8,19 @@ checking in.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from secondnature.engines.base import (
+    Engine,
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    Generator,
     score_request,
 )
 from secondnature.errors import Busy, ContextOverflow, SecondnatureError
@@ -39,10 +40,19 @@ CheckIn = Callable[[int, int], None]
 """Called while waiting, with what is done and what there is; may raise to give up."""
 
 
+@contextlib.contextmanager
+def named(label: str) -> Iterator[None]:
+    """Texts that are too long are refused by the name that the user knows them by. Raises ContextOverflow."""
+    try:
+        yield
+    except ContextOverflow as e:
+        raise ContextOverflow(f"{label}: {e.message}", e.hint) from None
+
+
 class Prober:
     """Asks probes of the weights that are being served. Used by the runner's thread."""
 
-    def __init__(self, engine: Generator, tokenizer: Any, *, context_limit: int) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, *, context_limit: int) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._limit = context_limit
@@ -51,7 +61,8 @@ class Prober:
     def check(self, probes: Sequence[Probe]) -> None:
         """Every probe fits the model, with room for an answer. Raises ContextOverflow."""
         for i, probe in enumerate(probes):
-            prompt = len(encode_chat(self._tokenizer, probe.prompt))
+            with named(f"probe {i}"):
+                prompt = len(encode_chat(self._tokenizer, probe.prompt, limit=self._limit))
             pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
             longest = max((len(self._answer(probe, text)) for pair in pairs for text in pair), default=1)
             if prompt + longest > self._limit:

@@ -8,6 +8,7 @@ weights are restored until they are whole, an entry stays open until then, and b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -34,7 +35,7 @@ from secondnature.errors import (
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
+from secondnature.lessons.log import Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Plan, Planner
 from secondnature.lessons.prober import Prober
@@ -59,7 +60,8 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 COMMAND_TIMEOUT_S = 50.0
 """Less than a client waits: what could not be begun by then is not done, and the client is told so."""
-CANCEL_TIMEOUT_S = 60.0
+CANCEL_TIMEOUT_S = 50.0
+"""Less than a client waits; what is not undone by then says so in its status."""
 STOP_TIMEOUT_S = 60.0
 """So long may a stop take to undo what is open; the next start would do it too."""
 MAX_PAUSE_S = 30.0
@@ -101,6 +103,8 @@ class Runner:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._fold_due: float | None = None
+        self._chain: tuple[Lesson | None, int] | None = None
+        """(the last kept entry, how many are in the chain then): it costs a look at all entries."""
         self._retry_at = 0.0
         self._failures = 0
         self._fault = ""
@@ -116,7 +120,7 @@ class Runner:
             return "the thread that leads lessons has ended: restart the server"
         found = {
             "the weights": "" if (dirty := self.weights.dirty) == RESTORING else dirty,
-            "the disk": "it does not confirm what was kept" if self.log.unsynced else "",
+            "the disk": self.log.behind,
             "the last turn": self._fault,
             "the trainer": self.trainer.trouble,
         }
@@ -201,9 +205,10 @@ class Runner:
         if live is None:
             state = self.status(job).state
             raise WrongState(f"job {job} is {state} already", "use revert to take back a kept lesson")
-        live.cancel.set()
-        self._do(self._drop_cancelled)
         deadline = time.monotonic() + CANCEL_TIMEOUT_S
+        live.cancel.set()
+        with contextlib.suppress(Busy):  # it will come to it: the cancel is said
+            self._do(self._drop_cancelled)
         while job in self._jobs and time.monotonic() < deadline:
             time.sleep(0.02)
         return self.status(job)
@@ -318,7 +323,7 @@ class Runner:
             self._finish(self._current)  # it could not be ended before
         elif not self.weights.are_kept:
             self._restore()
-        if self.log.unsynced:
+        if self.log.behind:
             self.log.sync()
         self.trainer.tend()
         if self._must_fold():
@@ -446,9 +451,8 @@ class Runner:
         )
         try:
             job.lesson = self.log.save(ended)
-            for name in (DELTA_FILE, OPTIMIZER_FILE):  # nothing will ever need them
-                (self.log.directory(ended) / name).unlink(missing_ok=True)
-        except (StorageError, OSError) as e:  # the next start does it: an open lesson is never kept
+            self.log.drop_files(ended)
+        except StorageError as e:  # it is written later; a start before that undoes what is open
             LOG.warning("lesson %s is %s, but could not be written down: %s", ended.id, ending.state, e)
             self.log.remember(ended)
             job.lesson = ended
@@ -550,8 +554,11 @@ class Runner:
 
     def _must_fold(self) -> bool:
         """The chain of deltas is long, or the working copy is old."""
+        head = self.log.head()
+        if self._chain is None or self._chain[0] is not head:
+            self._chain = (head, len(self.log.chain()))
         due = self._fold_due is not None and time.monotonic() > self._fold_due
-        return due or len(self.log.chain()) > self._settings.max_chain
+        return due or self._chain[1] > self._settings.max_chain
 
     def _fold(self) -> None:
         self._writing = Phase("writing", "tensors")
@@ -564,7 +571,7 @@ class Runner:
             self.weights.fold(on_tensor)
         finally:
             self._writing = None
-        self._fold_due = None
+        self._fold_due = self._chain = None
 
     def _fold_quietly(self) -> None:
         """What fails here is tried again: nothing depends on it but the time that an undo takes."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from secondnature.config import Settings
-from secondnature.engines.base import Generator
+from secondnature.engines.base import Engine
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.ledger import Ledger
@@ -75,7 +75,7 @@ def put_together(
     arena: Arena,
     clock: Clock,
     directory: Path,
-    engine: Generator,
+    engine: Engine,
     model: nn.Module,
     tokenizer: Any,
     context_limit: int,

@@ -111,8 +111,11 @@ class Trainer:
                     raise TrainerDied("the trainer was not ready in time", f"see {self._log_path}")
         except (SecondnatureError, OSError, zmq.ZMQError) as e:
             self._failed(e)
+        except BaseException as e:
+            self._failed(e)  # whatever it was, a life that was not begun whole is not waited for
+            raise
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         """Take note of an end. One that never came up is not started again at once, and is a trouble."""
         if not self._was_ready:
             self._failures += 1
@@ -184,6 +187,9 @@ class Trainer:
             except (OSError, zmq.ZMQError) as e:
                 self._failed(e)
                 raise TrainingError(f"the trainer cannot be started: {e}", "see the server's log") from None
+            except BaseException as e:
+                self._failed(e)
+                raise
         while not self._ready:
             waiting()
             if self.pid is None:
@@ -195,10 +201,10 @@ class Trainer:
                 self._failed(late)
                 raise late
             assert self._socket is not None, "a process has a socket"
-            self._socket.poll(50)
             try:
+                self._socket.poll(50)
                 self._advance()
-            except SecondnatureError as e:
+            except BaseException as e:
                 self._failed(e)
                 raise
 

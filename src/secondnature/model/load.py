@@ -106,7 +106,11 @@ def skeleton(directory: Path) -> nn.Module:
 def _headers(directory: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
     """Tensor name in the file -> (shape, dtype, file), from safetensors headers only."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
+    try:
+        is_cut, is_whole = index.exists(), single.exists()
+    except OSError as e:
+        raise BadCheckpoint(f"{directory}: {e.strerror or e}", "mend the disk or the permissions") from None
+    if is_cut:
         try:
             names = sorted({str(n) for n in json.loads(index.read_text("utf-8"))["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError) as e:
@@ -119,7 +123,7 @@ def _headers(directory: Path) -> dict[str, tuple[tuple[int, ...], str, Path]]:
                 f"{index}: names a file outside the directory: {outside[0]}", "re-export the model"
             )
         files = [directory / n for n in names]
-    elif single.exists():
+    elif is_whole:
         files = [single]
     else:
         raise BadCheckpoint(

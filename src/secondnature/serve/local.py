@@ -88,7 +88,11 @@ def model_directory(settings: Settings) -> Path:
         directory = Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
     else:
         directory = Path(settings.model).expanduser().absolute()
-    if not (directory / "config.json").is_file():
+    try:
+        is_there = (directory / "config.json").is_file()
+    except OSError as e:
+        raise ConfigError(f"{directory}: {e.strerror or e}", "mend the disk or the permissions") from None
+    if not is_there:
         raise ConfigError(
             f"{directory}: no model there (no config.json)",
             "give a Hugging Face directory, or `--model embedded`",
@@ -200,6 +204,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(2048)  # who reads the address before the loop runs is not refused, but waits
     except OSError as e:
         listener.close()
         raise ConfigError(

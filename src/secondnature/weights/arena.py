@@ -122,7 +122,10 @@ class Arena:
             WeightsError: a dtype that is not a weight's, or no file of this size.
         """
         slots, nbytes = _layout(tensors)
-        fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as e:
+            raise _no_memory(nbytes, e) from e
         try:
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

@@ -272,6 +272,9 @@ def _swap(root: Path, name: str) -> None:
 
 
 def current(root: Path) -> Path | None:
-    """The checkpoint in force under `root`; None before the first `save`."""
+    """The checkpoint in force under `root`; None before the first `save`. Raises BadCheckpoint."""
     link = root / "current"
-    return link.resolve() if link.is_dir() else None
+    try:
+        return link.resolve() if link.is_dir() else None
+    except OSError as e:
+        raise BadCheckpoint(f"{link}: {e.strerror or e}", "mend the disk or the permissions") from None
