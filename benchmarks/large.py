@@ -300,7 +300,7 @@ def run(
     """All phases with one source tree: peaks by phase and process, seconds by phase. `brief`: one lesson."""
     home, log = folder / "home", folder / "server.log"
     shutil.rmtree(home, ignore_errors=True)
-    found: dict[str, Any] = {"source": str(source), "steps": steps, "threads": threads}
+    found: dict[str, Any] = {"steps": steps, "threads": threads}
     settings: dict[str, Any] = {"engine_threads": threads, "train_threads": threads}
     with served(source, model, home, log, **settings) as server:
         watch = Watch(server)
