@@ -23,10 +23,10 @@ def test_every_step_reports_the_drift_that_it_holds_back(server: Running) -> Non
 
 def test_a_learned_lesson_ends_at_once_but_not_before_its_anchors_have_healed(server: Running) -> None:
     plain = server.lesson(teach(learned_loss=1000.0, max_steps=3), "on_trial")
-    assert (plain.steps, plain.reason) == (1, "learned")
+    assert (plain.steps, plain.stopped_by) == (1, "learned")
     server.client.revert(plain.id)
     lesson = server.lesson(teach(learned_loss=1000.0, max_steps=3, replay=held()), "on_trial")
-    assert (lesson.steps, lesson.reason) == (3, "max_steps")
+    assert (lesson.steps, lesson.stopped_by) == (3, "max_steps")
     assert lesson.version == lesson.parent, "nothing drifted, so nothing was written"
     server.client.revert(lesson.id)
 
