@@ -30,7 +30,8 @@ def render(results: dict[str, Any]) -> str:
     """The page."""
     parts = [
         "# A large model, many lessons",
-        "Made by `python benchmarks/scale.py`, by hand; every figure is of one run, on the machine named below it. Ten to "
+        "Made by `python benchmarks/scale.py`, by hand; every figure is of one run, on the machine "
+        "named below it. Ten to "
         "twenty other processes shared its two cores: memory and disk are what they are, seconds are upper bounds.",
     ]
     if "large" in results:
@@ -57,7 +58,8 @@ def _large(runs: dict[str, Any]) -> list[str]:
         "Llama-like models of random bf16 weights; one lesson of two steps at rank 16 on two short corrections "
         "with rejected answers. Private memory (`RssAnon`, sampled every 50 ms, at its peak in the phase) of "
         "server and trainer; the weights, shared by both, are counted once and not in it. An interpreter with "
-        "torch has 0.3 GB of its own in each. The sums of the intended updates are among the mapped files. In commit "
+        "torch has 0.3 GB of its own in each. The sums of the intended updates are among the mapped "
+        "files. In commit "
         "effa3c4 writing the change down belongs to the phase `training`.",
     ]
     for name, found in runs.items():
