@@ -317,15 +317,16 @@ class Runner:
     def _turn(self) -> None:
         """A little of everything, the weights first. Raises whatever was wrong."""
         self._serve_commands(wait_s=0.05)
-        if time.monotonic() < self._retry_at:
-            return
-        if self._current is not None:
+        due = time.monotonic() >= self._retry_at
+        if due and self._current is not None:
             self._finish(self._current)  # it could not be ended before
-        elif not self.weights.are_kept:
+        elif due and not self.weights.are_kept:
             self._restore()
+        self.trainer.tend()  # it comes up also where the disk refuses
+        if not due:
+            return
         if self.log.behind:
             self.log.sync()
-        self.trainer.tend()
         if self._must_fold():
             self._fold_quietly()
         self._failures, self._fault = 0, ""
