@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -335,3 +336,11 @@ def test_a_changed_certificate_of_format_1_is_refused(key: str) -> None:
     data = json.loads(FORMAT_1[0]) | {"verdict": "undone"}
     with pytest.raises(BadRecord, match="verdict"):
         verify(Evidence.model_validate(data))
+
+
+def test_a_limit_is_not_minus_nothing() -> None:
+    clusters = [(2, 0, 0)] * 44 + [(1, 0, 0)] * 212
+    figures = {"n": 300, "num_seeds": 256, "before": 300, "gains": 0, "losses": 0}
+    found = compare(name="code", role="guard", clusters=clusters, gate=GateSettings(), **figures)
+    assert found.difference_interval is not None
+    assert math.copysign(1.0, found.difference_interval[1]) == 1.0

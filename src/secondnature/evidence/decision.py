@@ -92,7 +92,7 @@ def compare(
         after_interval=clopper_pearson(after, n),
         difference_interval=(
             _lower_limit(n, gains, losses, clusters, margin, alpha, shown),
-            -_lower_limit(n, losses, gains, mirrored, None, gate.alpha, harm),
+            0.0 - _lower_limit(n, losses, gains, mirrored, None, gate.alpha, harm),  # and never -0.0
         ),
         margin=margin,
         alpha=alpha,
