@@ -17,9 +17,9 @@ from secondnature.embedded.tokenizer import END, encode_document, train_tokenize
 from secondnature.embedded.train import (
     CHECKPOINT,
     Batch,
+    Pretrainer,
     Progress,
     Settings,
-    Trainer,
     learning_rate,
     pool_batches,
 )
@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(1, num_documents=400)
 
 
-def new_trainer(tokenizer: PreTrainedTokenizerFast, settings: Settings = SETTINGS) -> Trainer:
+def new_trainer(tokenizer: PreTrainedTokenizerFast, settings: Settings = SETTINGS) -> Pretrainer:
     config = text_config(
         len(tokenizer),
         0,
@@ -49,10 +49,10 @@ def new_trainer(tokenizer: PreTrainedTokenizerFast, settings: Settings = SETTING
         linear_num_value_heads=1,
         layer_types=["linear_attention", "full_attention"],
     )
-    return Trainer(fresh_model(config, settings.seed), tokenizer, settings)
+    return Pretrainer(fresh_model(config, settings.seed), tokenizer, settings)
 
 
-def run(trainer: Trainer, work: Path, stop: int | None = None) -> None:
+def run(trainer: Pretrainer, work: Path, stop: int | None = None) -> None:
     work.mkdir(exist_ok=True)
     trainer.run(work, lambda _: None, lambda _: None, save_s=1e9, stop_after_steps=stop)
 

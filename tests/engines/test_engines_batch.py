@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from secondnature.engines.base import GenerationRequest, score_request
 from secondnature.engines.local.engine import Engine
-from secondnature.engines.local.rows import Rows
+from secondnature.engines.local.rows import BatchRows
 from secondnature.errors import UnsupportedModel
 from secondnature.model.load import build
 
@@ -41,7 +41,7 @@ def greedy(prompt: list[int], num: int, **fields: Any) -> GenerationRequest:
 @torch.inference_mode()
 def test_padded_logits_equal_single_ones(model: Any) -> None:
     texts = prompts(*LENGTHS)
-    rows = Rows(model)
+    rows = BatchRows(model)
     logits = [rows.prefill(texts, 1)[:, -1]]
     for step in range(12):
         logits.append(rows.step([(7 * i + step) % 256 for i in range(len(texts))]))
@@ -54,13 +54,13 @@ def test_padded_logits_equal_single_ones(model: Any) -> None:
 @torch.inference_mode()
 def test_rows_join_and_leave_at_any_time_without_touching_the_others(model: Any) -> None:
     rng = random.Random(3)
-    rows, texts, seen = Rows(model), list[list[int]](), list[list[torch.Tensor]]()
+    rows, texts, seen = BatchRows(model), list[list[int]](), list[list[torch.Tensor]]()
     pool = prompts(*[rng.randrange(1, 60) for _ in range(40)], seed=1)
     done = 0
     while pool or texts:
         if pool and (not texts or rng.random() < 0.4):
             group = [pool.pop() for _ in range(min(len(pool), rng.randrange(1, 4)))]
-            new = Rows(model)
+            new = BatchRows(model)
             first = new.prefill(group, 1)[:, -1]
             chosen = [i for i in range(len(group)) if rng.random() < 0.9]
             rows.append(new, chosen)
@@ -87,7 +87,7 @@ def test_rows_join_and_leave_at_any_time_without_touching_the_others(model: Any)
 @torch.inference_mode()
 def test_columns_are_given_back_and_grow_again(model: Any) -> None:
     texts = prompts(300, 4, 9)
-    rows = Rows(model)
+    rows = BatchRows(model)
     rows.prefill(texts, 1)
     texts = [texts[i] for i in rows.remove([0])]
     assert rows.num_columns == 9
@@ -99,7 +99,7 @@ def test_columns_are_given_back_and_grow_again(model: Any) -> None:
                 alone = model(input_ids=torch.tensor([texts[i]]), use_cache=False).logits[0, -1]
                 torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
         if step == 50:  # a longer one joins, and what it needs is zero in the others
-            new = Rows(model)
+            new = BatchRows(model)
             (other,) = prompts(200, seed=4)
             new.prefill([other], 1)
             rows.append(new, [0])
@@ -110,7 +110,7 @@ def test_columns_are_given_back_and_grow_again(model: Any) -> None:
 @torch.inference_mode()
 def test_a_row_that_was_nan_does_not_poison_the_next_one_in_its_place() -> None:
     model = make_model("hybrid")
-    rows = Rows(model)
+    rows = BatchRows(model)
     first, second = prompts(40, 30)
     rows.prefill([first, second], 1)
     for layer in rows.layers:
@@ -118,7 +118,7 @@ def test_a_row_that_was_nan_does_not_poison_the_next_one_in_its_place() -> None:
             if state is not None:
                 state[1] = float("nan")
     rows.remove([1])
-    new = Rows(model)
+    new = BatchRows(model)
     logits = [new.prefill([second[:3]], 1)[:, -1]]
     rows.append(new, [0])
     logits.append(rows.step([1, 2])[1:])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_models import END, byte_tokenizer, generate_alone, make_model, prompts, speaking_model
 
-from secondnature.engines.base import Delta, Done, GenerationRequest, Stamp, score_request
+from secondnature.engines.base import Delta, Finished, GenerationRequest, Stamp, score_request
 from secondnature.engines.local.engine import Engine, Unchanging
 from secondnature.errors import (
     BadExample,
@@ -211,7 +211,7 @@ def test_users_go_first_and_keep_reserved_rows(model: Any) -> None:
         late = list[Any]()
 
         def note(handle: Any, name: str) -> None:
-            handle.subscribe(lambda e: order.append(name) if isinstance(e, Done) else None)
+            handle.subscribe(lambda e: order.append(name) if isinstance(e, Finished) else None)
 
         def come_late() -> None:
             late.append(engine.submit(greedy([60], 3)))

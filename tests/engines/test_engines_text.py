@@ -18,7 +18,7 @@ from engine_models import (
     speaking_model,
 )
 
-from secondnature.engines.base import Delta, Done, GenerationRequest, GenerationResult
+from secondnature.engines.base import Delta, Finished, GenerationRequest, GenerationResult
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.sampling import Sampler, finite_rows, sample
 from secondnature.engines.local.text import Detokenizer, StopScanner, decoder
@@ -37,7 +37,7 @@ def engine() -> Any:
 def listen(engine: Engine, request: GenerationRequest) -> tuple[list[Delta], GenerationResult]:
     """Every delta, and the result."""
     events = list(engine.submit(request))
-    assert isinstance(events[-1], Done)
+    assert isinstance(events[-1], Finished)
     return [e for e in events if isinstance(e, Delta)], events[-1].result
 
 

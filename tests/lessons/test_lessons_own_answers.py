@@ -161,12 +161,12 @@ def test_own_answers_are_what_the_model_says_now(server: Running, talker: Path) 
         Own(encode_chat(tokenizer, [Message(role="user", content=q)]), f"replay prompt {i}")
         for i, q in enumerate(SAY)
     ]
-    works = rehearse.own(prompts, lambda *_: None, temperature=0.0, seed=0, hold=True)
+    works = rehearse.own(prompts, lambda *_: None, temperature=0.0, seed=0, by_distribution=True)
     for work, prompt in zip(works, SAY, strict=True):
         answer = Message(role="assistant", content=server.say(prompt))
         wanted = encode_answer(tokenizer, [Message(role="user", content=prompt)], answer)
         assert (work.context, work.continuation) == wanted
-        assert work.hold
+        assert work.by_distribution
 
 
 def test_own_answers_are_held_by_distribution_unless_told_otherwise(server: Running) -> None:

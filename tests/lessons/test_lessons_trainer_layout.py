@@ -35,7 +35,7 @@ def job(directory: Path, steps: int) -> wire.Train:
         steps=steps,
         batch_size=1,
         seed=5,
-        examples=[wire.Work(CONTEXT, ANSWER)],
+        examples=[wire.TokenExample(CONTEXT, ANSWER)],
         replay=[],
         replay_share=0.0,
         replay_weight=1.0,

@@ -26,7 +26,7 @@ from tiny_server import LOW_GATE, WORDS, correction, save_tokenizer
 
 from secondnature.config import Settings
 from secondnature.engines.base import (
-    Done,
+    Finished,
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
@@ -72,12 +72,12 @@ class FarEngine:
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         handle = GenerationHandle(request, lambda: self._cancelled(handle))
         if not self.held:
-            handle.emit(Done(self._answer(request)))
+            handle.emit(Finished(self._answer(request)))
         return handle
 
     def _cancelled(self, handle: GenerationHandle) -> None:
         if not handle.done:
-            handle.emit(Done(GenerationResult("", [], "cancelled", 1)))
+            handle.emit(Finished(GenerationResult("", [], "cancelled", 1)))
 
     def _answer(self, request: GenerationRequest) -> GenerationResult:
         learned = float(self._weights[LEVEL][0]) > 1.7

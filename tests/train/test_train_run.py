@@ -41,13 +41,15 @@ def tokens(count: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(2, VOCAB_SIZE), k=count)
 
 
-def work(seed: int, **fields: Any) -> wire.Work:
-    return wire.Work(tokens(6 + seed % 3, seed), tokens(3, 50 + seed), **fields)
+def work(seed: int, **fields: Any) -> wire.TokenExample:
+    return wire.TokenExample(tokens(6 + seed % 3, seed), tokens(3, 50 + seed), **fields)
 
 
 def job(tmp_path: Path, **fields: Any) -> wire.Train:
     """Three pairs with replay of both kinds, looks and KL: every phase but the teacher."""
-    looks = [wire.Look(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right") for i in range(4)]
+    looks = [
+        wire.MarginProbe(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right") for i in range(4)
+    ]
     given: dict[str, Any] = {
         "job": "j1",
         "lesson": "l1",
@@ -56,7 +58,7 @@ def job(tmp_path: Path, **fields: Any) -> wire.Train:
         "batch_size": 2,
         "seed": 5,
         "examples": [work(i, rejected=tokens(2, 90 + i), label=f"example {i}") for i in range(3)],
-        "replay": [work(10), work(11, hold=True), work(12, hold=True)],
+        "replay": [work(10), work(11, by_distribution=True), work(12, by_distribution=True)],
         "replay_share": 0.5,
         "replay_weight": 1.0,
         "learned_loss": 0.0,
@@ -190,7 +192,9 @@ def test_why_it_stopped_has_a_sentence(
     made: Made, tmp_path: Path, fields: dict[str, Any], expected: str
 ) -> None:
     """What is taught is looked at."""
-    taught = [wire.Look(w.context, w.continuation, w.rejected or [], "right") for w in job(tmp_path).examples]
+    taught = [
+        wire.MarginProbe(w.context, w.continuation, w.rejected or [], "right") for w in job(tmp_path).examples
+    ]
     strong = {"lr": 3e-3, "rank": 4}
     done, _ = run(made, job(tmp_path, development=taught, steps=60, optimizer=strong, **fields))
     assert done.stopped_by == expected
@@ -204,8 +208,8 @@ def test_the_other_side_gives_way(made: Made, tmp_path: Path) -> None:
     for look in job(tmp_path).development:
         ahead = look_at(made[1], [look])[0].margin > 0
         pair = (look.wanted, look.unwanted) if ahead else (look.unwanted, look.wanted)
-        looks.append(wire.Look(look.context, *pair, "other"))
-    against = [wire.Work(x.context, x.unwanted) for x in looks]
+        looks.append(wire.MarginProbe(look.context, *pair, "other"))
+    against = [wire.TokenExample(x.context, x.unwanted) for x in looks]
     strong = {"lr": 3e-3, "rank": 4}
     message = job(
         tmp_path, objective="sft", examples=against, development=looks, steps=60, optimizer=strong, replay=[]

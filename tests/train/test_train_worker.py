@@ -31,7 +31,7 @@ def job(tmp_path: Path, name: str = "j1", **fields: object) -> wire.Train:
         "steps": 2,
         "batch_size": 1,
         "seed": 5,
-        "examples": [wire.Work(list(range(2, 12)), [30, 31, 32])],
+        "examples": [wire.TokenExample(list(range(2, 12)), [30, 31, 32])],
         "replay": [],
         "replay_share": 0.0,
         "replay_weight": 1.0,
@@ -145,7 +145,7 @@ def test_a_cancel_is_heard_while_the_weights_before_are_recorded(
     assert isinstance(heard(near), wire.Hello)
     near.send(wire.encode(wire.Attach(arena.manifest(), str(directory), 1)))
     assert isinstance(heard(near), wire.Ready)
-    many = [wire.Work([2, 3 + i % 90, 4], [5, 6, 7]) for i in range(1000)]
+    many = [wire.TokenExample([2, 3 + i % 90, 4], [5, 6, 7]) for i in range(1000)]
     near.send(wire.encode(job(tmp_path, kl={"new": many})))
     near.send(wire.encode(stop))
     told: list[dict[str, object]] = []

@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from secondnature.embedded.shape import fresh_model, text_config
     from secondnature.embedded.tokenizer import load_tokenizer, train_tokenizer
-    from secondnature.embedded.train import POLISH_SHARE, Settings, Trainer
+    from secondnature.embedded.train import POLISH_SHARE, Pretrainer, Settings
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.for_batches(
         args.batch_tokens, seed=args.seed, tokens=args.tokens, precision=args.precision, device=args.device
     )
-    trainer = Trainer(model, tokenizer, settings)
+    trainer = Pretrainer(model, tokenizer, settings)
     if trainer.load(args.work):
         reporter.say(f"going on at {trainer.progress.tokens:,} tokens")
         reporter.go_on_at(trainer.progress.tokens)

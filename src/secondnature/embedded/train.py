@@ -154,7 +154,7 @@ def _autocast(precision: str, device: str) -> Any:
     return torch.autocast(device, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-class Trainer:
+class Pretrainer:
     """The model, its optimizer and its place in the text; `run` goes on until `settings.tokens`."""
 
     def __init__(

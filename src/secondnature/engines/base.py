@@ -218,13 +218,13 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
-class Done:
+class Finished:
     """The last event."""
 
     result: GenerationResult
 
 
-Event = Delta | Done
+Event = Delta | Finished
 OnEvent = Callable[[Event], None]
 
 
@@ -248,7 +248,7 @@ class GenerationHandle:
     def done(self) -> bool:
         """Whether the last event was sent."""
         with self._lock:
-            return bool(self._events) and isinstance(self._events[-1], Done)
+            return bool(self._events) and isinstance(self._events[-1], Finished)
 
     def cancel(self) -> None:
         """Give the row back at the engine's next turn; the result is `cancelled`. Harmless when done."""
@@ -275,7 +275,7 @@ class GenerationHandle:
             self._lock.notify_all()
 
     def __iter__(self) -> Iterator[Event]:
-        """Every event, blocking; the last one is `Done`."""
+        """Every event, blocking; the last one is `Finished`."""
         position = 0
         while True:
             with self._lock:
@@ -283,7 +283,7 @@ class GenerationHandle:
                     self._lock.wait()
                 event = self._events[position]
             yield event
-            if isinstance(event, Done):
+            if isinstance(event, Finished):
                 return
             position += 1
 
@@ -296,7 +296,7 @@ class GenerationHandle:
             while True:
                 event = await queue.get()
                 yield event
-                if isinstance(event, Done):
+                if isinstance(event, Finished):
                     return
         finally:
             if not self.done:
@@ -309,9 +309,9 @@ class GenerationHandle:
             SecondnatureError: the request failed; the error says why.
         """
         async for event in self.stream():
-            if isinstance(event, Done):
+            if isinstance(event, Finished):
                 return self.result()
-        raise AssertionError("the last event is Done")
+        raise AssertionError("the last event is Finished")
 
     def result(self, timeout_s: float | None = None) -> GenerationResult:
         """Wait for the whole answer.
@@ -322,11 +322,11 @@ class GenerationHandle:
         """
         with self._lock:
             if not self._lock.wait_for(
-                lambda: self._events and isinstance(self._events[-1], Done), timeout_s
+                lambda: self._events and isinstance(self._events[-1], Finished), timeout_s
             ):
                 raise TimeoutError(f"no answer within {timeout_s} s")
             last = self._events[-1]
-        assert isinstance(last, Done)
+        assert isinstance(last, Finished)
         if last.result.finish_reason == "error":
             assert last.result.error is not None
             raise last.result.error

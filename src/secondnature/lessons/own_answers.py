@@ -73,13 +73,13 @@ class OwnAnswers:
         *,
         temperature: float,
         seed: int,
-        hold: bool,
-    ) -> list[wire.Work]:
+        by_distribution: bool,
+    ) -> list[wire.TokenExample]:
         """One replay example per prompt: the model's own answer to it."""
         contexts = [p.context for p in prompts]
         answers = self._prober.answers(contexts, check_in, temperature=temperature, seed=seed)
         return [
-            wire.Work(p.context, r.token_ids, label=p.label, hold=hold)
+            wire.TokenExample(p.context, r.token_ids, label=p.label, by_distribution=by_distribution)
             for p, r in zip(prompts, answers, strict=True)
         ]
 
@@ -90,7 +90,7 @@ class OwnAnswers:
         check_in: CheckIn,
         *,
         seed: int,
-    ) -> list[wire.Work]:
+    ) -> list[wire.TokenExample]:
         """The examples of self-distillation: one answer to every correction, then the next to every one.
 
         Raises:
@@ -122,7 +122,7 @@ class OwnAnswers:
             max_tokens=[rooms[i] for _, i in asked],
         )
         return [
-            wire.Work(
+            wire.TokenExample(
                 corrections[i].context,
                 answer.token_ids,
                 label=f"{corrections[i].label}, answer {k}",

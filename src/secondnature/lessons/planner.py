@@ -46,7 +46,7 @@ class Sample:
 class Replay:
     """What is mixed in against forgetting, and what is not."""
 
-    works: list[wire.Work]
+    works: list[wire.TokenExample]
     own: list[Own]
     samples: list[Sample]
     left_out: dict[str, int]
@@ -64,8 +64,8 @@ class Plan:
     steps: int
     batch_size: int
     seed: int
-    examples: list[wire.Work]
-    replay: list[wire.Work]
+    examples: list[wire.TokenExample]
+    replay: list[wire.TokenExample]
     distilled: list[Distilled]
     """With `sdft`, instead of `examples`: the answers are sampled when the lesson begins."""
     sdft: wire.SdftSettings
@@ -79,7 +79,7 @@ class Plan:
     replay_weight: float
     learned_loss: float
     optimizer: OptimizerSettings
-    development: list[wire.Look]
+    development: list[wire.MarginProbe]
     until_margin: float | None
     until_passed: float | None
     look_every: int
@@ -197,7 +197,7 @@ class Planner:
         distilled: list[Distilled] = []
         if request.examples is not None:
             examples = [
-                wire.Work(e.context_ids, e.continuation_ids, e.rejected_ids, e.weight, f"example {i}")
+                wire.TokenExample(e.context_ids, e.continuation_ids, e.rejected_ids, e.weight, f"example {i}")
                 for i, e in enumerate(request.examples)
             ]
         elif request.objective == "sdft":
@@ -306,14 +306,16 @@ class Planner:
             encoded = self._encoded
             self._encoded = {d: encoded[d] for d in digests if d in encoded}
         num_own = len(settings.examples) + len(settings.prompts)
-        hold = settings.match == "distribution"
+        by_distribution = settings.match == "distribution"
         for i, (item, label) in enumerate(given):
             try:
                 written = isinstance(item, Correction) and item.chosen is not None
                 if isinstance(item, Correction) and item.chosen is not None:
-                    work = self._work(item, label, hold=hold, known_as=known.get(id(item)))
+                    work = self._work(
+                        item, label, by_distribution=by_distribution, known_as=known.get(id(item))
+                    )
                 else:  # with room for an answer of one token
-                    work = wire.Work(self._context(item.prompt, label), [0], label=label)
+                    work = wire.TokenExample(self._context(item.prompt, label), [0], label=label)
                 self._check(work)
             except ContextOverflow:
                 if i < num_own:
@@ -330,7 +332,7 @@ class Planner:
                 found.own.append(Own(work.context, label))
         return found
 
-    def _taught(self, corrections: list[Correction], examples: list[wire.Work]) -> list[Sample]:
+    def _taught(self, corrections: list[Correction], examples: list[wire.TokenExample]) -> list[Sample]:
         """Some of the prompts taught, in order."""
         new = [
             Sample(
@@ -385,12 +387,17 @@ class Planner:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
         found = Distilled(correction, self._context(correction.prompt, label), label)
         teacher = self._context(teacher_messages(correction, ""), label)
-        self._check(wire.Work(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
+        self._check(wire.TokenExample(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
     def _work(
-        self, correction: Correction, label: str, *, hold: bool = False, known_as: str | None = None
-    ) -> wire.Work:
+        self,
+        correction: Correction,
+        label: str,
+        *,
+        by_distribution: bool = False,
+        known_as: str | None = None,
+    ) -> wire.TokenExample:
         """`known_as`: the digest of what will be asked for again."""
         found = None if known_as is None else self._encoded.get(known_as)
         if found is None:
@@ -398,7 +405,9 @@ class Planner:
             if known_as is not None:
                 self._encoded[known_as] = found
         context, continuation, rejected = found
-        return wire.Work(context, continuation, rejected, label=label, hold=hold)
+        return wire.TokenExample(
+            context, continuation, rejected, label=label, by_distribution=by_distribution
+        )
 
     def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
@@ -408,15 +417,15 @@ class Planner:
             _, rejected = self._answer(correction.prompt, correction.rejected[0], label)
         return context, continuation, rejected
 
-    def _look(self, probe: Probe, index: int) -> wire.Look:
+    def _look(self, probe: Probe, index: int) -> wire.MarginProbe:
         assert probe.check.prefers is not None, "checked by the request"
         label = f"development probe {index}"
         wanted, unwanted = (
             self._answer(probe.prompt, Message(role="assistant", content=text), label)[1]
             for text in probe.check.prefers
         )
-        look = wire.Look(self._context(probe.prompt, label), wanted, unwanted, probe.side)
-        self._check(wire.Work(look.context, look.wanted, look.unwanted, 1.0, label))
+        look = wire.MarginProbe(self._context(probe.prompt, label), wanted, unwanted, probe.side)
+        self._check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 
     def _context(self, prompt: list[Message], label: str) -> list[int]:
@@ -429,7 +438,7 @@ class Planner:
         with named(label):
             return encode_answer(self._tokenizer, prompt, answer, limit=self._limit)
 
-    def _check(self, work: wire.Work) -> None:
+    def _check(self, work: wire.TokenExample) -> None:
         longest = max(len(work.continuation), len(work.rejected or []))
         if len(work.context) + longest > self._limit:
             raise ContextOverflow(

@@ -57,8 +57,8 @@ class Trained:
         self._prober = prober
         self._own_answers = own_answers
         self._trainer = trainer
-        self._examples: list[wire.Work] = []
-        self._replay: list[wire.Work] = []
+        self._examples: list[wire.TokenExample] = []
+        self._replay: list[wire.TokenExample] = []
         self._training: Phase | None = None
         """Where looks came between the steps: rate and time left are those of both."""
         self.answers: list[GenerationResult] = []
@@ -88,7 +88,11 @@ class Trained:
         if plan.own:
             job.enter("answering replay prompts", "answers", len(plan.own))
             self._replay += self._own_answers.own(
-                plan.own, count, temperature=plan.own_temperature, seed=plan.seed, hold=plan.hold_own
+                plan.own,
+                count,
+                temperature=plan.own_temperature,
+                seed=plan.seed,
+                by_distribution=plan.hold_own,
             )
 
     def sample(self, check_in: CheckIn) -> list[GenerationResult]:
@@ -129,9 +133,9 @@ class Trained:
     def _message(self) -> wire.Train:
         job, plan = self._job, self._job.plan
         state = self._log.optimizer_file(plan.optimizer.rank)
-        kl: dict[str, list[wire.Work]] = {"new": [], "replay": []}
+        kl: dict[str, list[wire.TokenExample]] = {"new": [], "replay": []}
         for sample, answer in zip(plan.samples, self.answers, strict=True):
-            kl[sample.on].append(wire.Work(sample.context, answer.token_ids))
+            kl[sample.on].append(wire.TokenExample(sample.context, answer.token_ids))
         return wire.Train(
             job=job.lesson.job,
             lesson=job.lesson.id,

@@ -64,7 +64,7 @@ class _Material:
     """What the steps are dealt from, with all that had to be taken from the weights as they were."""
 
     num_new: int
-    works: list[wire.Work]
+    works: list[wire.TokenExample]
     """The new examples, and after them the replay that is trained on."""
     examples: list[Example]
     """Of the works, in their order."""
@@ -117,11 +117,11 @@ class TrainingRun:
 
     def _material(self, phases: Phases) -> _Material:
         job = self.job
-        anchors = self._recorded([w for w in job.replay if w.hold], "replay examples", phases)
+        anchors = self._recorded([w for w in job.replay if w.by_distribution], "replay examples", phases)
         new, teachers = job.examples, self._teachers(phases)
         if teachers is not None:
             new = new[: len(teachers)]
-        works = new + [w for w in job.replay if not w.hold]
+        works = new + [w for w in job.replay if not w.by_distribution]
         examples = [_example(w) for w in works]
         refs: list[Reference | None] | None = None
         if job.objective in ("dpo", "dpop"):
@@ -129,7 +129,7 @@ class TrainingRun:
             refs = references(self.model, examples, phases.begin("reading references", pairs))
         return _Material(len(new), works, examples, anchors, refs, teachers)
 
-    def _recorded(self, works: Sequence[wire.Work], what: str, phases: Phases) -> list[Anchor]:
+    def _recorded(self, works: Sequence[wire.TokenExample], what: str, phases: Phases) -> list[Anchor]:
         """The distributions along these continuations before the first write: as many as fit in memory."""
         examples = [_example(w) for w in works]
         count = affordable(examples, vocab_size(self.model))
@@ -144,7 +144,7 @@ class TrainingRun:
         """SDFT: what the model says along each example's answer with the correction in its context."""
         if self.job.objective != "sdft":
             return None
-        read = [wire.Work(w.teacher or w.context, w.continuation) for w in self.job.examples]
+        read = [wire.TokenExample(w.teacher or w.context, w.continuation) for w in self.job.examples]
         found = [anchor.logps_TV for anchor in self._recorded(read, "sampled answers", phases)]
         if not found:
             longest = max(len(w.continuation) for w in read)
@@ -154,10 +154,12 @@ class TrainingRun:
             )
         return found
 
-    def _before(self, works: Sequence[wire.Work], phases: Phases) -> list[Anchor]:
+    def _before(self, works: Sequence[wire.TokenExample], phases: Phases) -> list[Anchor]:
         """The distributions that the KL of the lesson is measured against: the first positions of each answer."""
         examples = [
-            _example(wire.Work(w.context, w.continuation[:MAX_KL_TOKENS])) for w in works if w.continuation
+            _example(wire.TokenExample(w.context, w.continuation[:MAX_KL_TOKENS]))
+            for w in works
+            if w.continuation
         ]
         count = affordable(examples, vocab_size(self.model), MAX_BYTES // 2)
         if not count:
@@ -306,7 +308,7 @@ class TrainingRun:
         return mean
 
 
-def _example(work: wire.Work) -> Example:
+def _example(work: wire.TokenExample) -> Example:
     return Example(
         context_ids=work.context,
         continuation_ids=work.continuation,

@@ -26,7 +26,7 @@ class Attach(msgspec.Struct, tag="attach", frozen=True):
     """Of the time, while requests are being answered, that the trainer may work."""
 
 
-class Work(msgspec.Struct, tag="work", frozen=True):
+class TokenExample(msgspec.Struct, tag="work", frozen=True):
     """One example in token ids."""
 
     context: list[int]
@@ -37,11 +37,11 @@ class Work(msgspec.Struct, tag="work", frozen=True):
     """How an error names it: `correction 3`, `replay 12`."""
     teacher: list[int] | None = None
     """SDFT: the context in which the teacher reads the continuation."""
-    hold: bool = False
+    by_distribution: bool = False
     """Replay by distribution: held to what the model said before, not trained on."""
 
 
-class Look(msgspec.Struct, tag="look", frozen=True):
+class MarginProbe(msgspec.Struct, tag="look", frozen=True):
     """One development probe: the margin of `wanted` over `unwanted` after `context`."""
 
     context: list[int]
@@ -59,8 +59,8 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     steps: int
     batch_size: int
     seed: int
-    examples: list[Work]
-    replay: list[Work]
+    examples: list[TokenExample]
+    replay: list[TokenExample]
     replay_share: float
     replay_weight: float
     learned_loss: float
@@ -68,11 +68,11 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     optimizer_in: str | None
     """The state to start from (a file of this home), or None for a fresh one."""
     optimizer_out: str
-    development: list[Look]
+    development: list[MarginProbe]
     until_margin: float | None
     until_passed: float | None
     look_every: int
-    kl: dict[str, list[Work]]
+    kl: dict[str, list[TokenExample]]
     """Prompts with the base's own answers, by set (`new`, `replay`)."""
 
 

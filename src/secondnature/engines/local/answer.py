@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from secondnature.engines.base import (
     Delta,
-    Done,
+    Finished,
     FinishReason,
     GenerationHandle,
     GenerationResult,
@@ -20,7 +20,7 @@ from secondnature.engines.local.text import Decode, Detokenizer, StopScanner
 from secondnature.errors import SecondnatureError, WeightsError
 
 
-class Job:
+class Answer:
     """One request inside the engine."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Job:
             weights=self.span,
             error=error,
         )
-        self.handle.emit(Done(self.result))
+        self.handle.emit(Finished(self.result))
 
     def _send(self, text: str, *, last: bool = False) -> None:
         """Send text with the tokens that begin in it; at the end, with all tokens that are left."""

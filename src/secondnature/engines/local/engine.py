@@ -3,7 +3,7 @@
     engine = Engine(model, tokenizer, clock=clock)          # starts its thread; a context manager
     handle = engine.submit(GenerationRequest(prompt_ids, max_tokens=64, temperature=0.0, stop=("\\n",)))
     handle.result()                                         # or: for event in handle
-    async for event in handle.stream(): ...                 # Delta(text, tokens)..., Done(result)
+    async for event in handle.stream(): ...                 # Delta(text, tokens)..., Finished(result)
     handle.cancel()                                         # the row is free at the next turn
     engine.generate([request, ...])                         # many, in order, blocking
     engine.score([(context_ids, continuation_ids), ...])    # teacher-forced log-probabilities, blocking
@@ -45,8 +45,8 @@ from secondnature.engines.base import (
     WeightsClock,
     score_request,
 )
-from secondnature.engines.local.answer import Job, not_finite
-from secondnature.engines.local.rows import Rows
+from secondnature.engines.local.answer import Answer, not_finite
+from secondnature.engines.local.rows import BatchRows
 from secondnature.engines.local.sampling import Scored, finite_rows, sample, score
 from secondnature.engines.local.text import decoder
 from secondnature.errors import (
@@ -125,7 +125,7 @@ class Engine:
             UnsupportedModel: a layer's state cannot be batched here.
         """
         self._model = model
-        self._batch = Rows(model)
+        self._batch = BatchRows(model)
         self.decode = decoder(tokenizer)
         self.stop_ids = end_ids(model, tokenizer) if stop_ids is None else frozenset(stop_ids)
         limit = context_limit(model.config)
@@ -141,11 +141,11 @@ class Engine:
         self._max_held = max_held_tokens
         self._threads = threads
         self._on_step = list(on_step)
-        self._running: list[Job] = []
+        self._running: list[Answer] = []
         """Row i of the batch belongs to job i."""
-        self._waiting: dict[bool, deque[Job]] = {False: deque(), True: deque()}
+        self._waiting: dict[bool, deque[Answer]] = {False: deque(), True: deque()}
         """By `background`; guarded by `_wake`."""
-        self._reading: dict[bool, tuple[Job, Rows] | None] = {False: None, True: None}
+        self._reading: dict[bool, tuple[Answer, BatchRows] | None] = {False: None, True: None}
         """By `background`: the long prompt that is being read piece by piece."""
         self._piece_next = {False: False, True: False}
         """By `background`: whether the long prompt has the next turn, or the short ones."""
@@ -186,7 +186,7 @@ class Engine:
         request.check()
         max_tokens = self._plan(request)
         handle = GenerationHandle(request, self._notify)
-        job = Job(handle, max_tokens, self.decode, self.stop_ids)
+        job = Answer(handle, max_tokens, self.decode, self.stop_ids)
         with self._wake:
             if self._trouble:
                 raise Unreachable(self._trouble, "restart the server; its log says more")
@@ -314,10 +314,10 @@ class Engine:
         """Drop every row, after a failure or at the end."""
         self._running = []
         self._reading = {False: None, True: None}
-        self._batch = Rows(self._model)
+        self._batch = BatchRows(self._model)
         self._count()
 
-    def _all_jobs(self) -> list[Job]:
+    def _all_jobs(self) -> list[Answer]:
         with self._wake:
             waiting = [job for queue in self._waiting.values() for job in queue]
             for queue in self._waiting.values():
@@ -365,7 +365,7 @@ class Engine:
                 group = self._take(background)
                 if group:
                     self._piece_next[background] = True
-                    self._read(group, Rows(self._model))
+                    self._read(group, BatchRows(self._model))
                     return
             reading = self._reading[background]
             if reading is not None:
@@ -376,17 +376,17 @@ class Engine:
                     self._reading[background] = None
                 return
 
-    def _held(self) -> Iterator[Job]:
+    def _held(self) -> Iterator[Answer]:
         yield from self._running
         yield from (r[0] for r in self._reading.values() if r)
 
-    def _take(self, background: bool) -> list[Job]:
+    def _take(self, background: bool) -> list[Answer]:
         """Waiting requests whose prompts are read together now; starts a long prompt if none is being read."""
         held = list(self._held())
         rows, longest = len(held), max((job.need for job in held), default=0)
         limit = self.max_rows - (self._reserved if background else 0)
-        group: list[Job] = []
-        taken: list[Job] = []
+        group: list[Answer] = []
+        taken: list[Answer] = []
         width = 0
         with self._wake:
             queue = self._waiting[background]
@@ -399,7 +399,7 @@ class Engine:
                 if after > limit or (after > 1 and after * columns > self._max_held):
                     break
                 if long:
-                    self._reading[background] = (job, Rows(self._model))
+                    self._reading[background] = (job, BatchRows(self._model))
                 else:
                     width = max(width, length)
                     if (len(group) + 1) * width > self._prefill_tokens:
@@ -411,7 +411,7 @@ class Engine:
                 queue.remove(job)
         return group
 
-    def _read(self, jobs: list[Job], rows: Rows) -> None:
+    def _read(self, jobs: list[Answer], rows: BatchRows) -> None:
         """Read the (next piece of the) prompts; jobs whose prompt is complete get their first token and join."""
         try:
             joining = self._read_piece(jobs, rows)
@@ -423,9 +423,9 @@ class Engine:
             self._running += [jobs[i] for i in joining]
         except Exception as e:  # noqa: BLE001
             self._fail([*self._running, *jobs], e)
-            self._running, self._batch = [], Rows(self._model)
+            self._running, self._batch = [], BatchRows(self._model)
 
-    def _read_piece(self, jobs: list[Job], rows: Rows) -> list[int]:
+    def _read_piece(self, jobs: list[Answer], rows: BatchRows) -> list[int]:
         """One forward over prompts. Returns the indices of the jobs that go on generating."""
         parts = [j.request.prompt_ids[j.read : j.read + self._prefill_tokens] for j in jobs]
         first = [max(j.read, (j.request.score_from or 0) - 1) for j in jobs]
@@ -451,7 +451,7 @@ class Engine:
             self._consume([jobs[i] for i in ready], logits[ready, -1])
         return [i for i in ready if not jobs[i].done]
 
-    def _score_prompt(self, job: Job, logits: Tensor, tokens: Sequence[int]) -> None:
+    def _score_prompt(self, job: Answer, logits: Tensor, tokens: Sequence[int]) -> None:
         """logits: [T, V] for T tokens of the prompt."""
         if not tokens:
             return
@@ -474,9 +474,9 @@ class Engine:
             self._let_go()
         except Exception as e:  # noqa: BLE001
             self._fail(jobs, e)
-            self._running, self._batch = [], Rows(self._model)
+            self._running, self._batch = [], BatchRows(self._model)
 
-    def _stamped(self, jobs: Sequence[Job], forward: Callable[[], Tensor]) -> Tensor:
+    def _stamped(self, jobs: Sequence[Answer], forward: Callable[[], Tensor]) -> Tensor:
         """Run a forward between two looks at the weights clock."""
         stamp = self._clock.read()
         for job in jobs:
@@ -487,7 +487,7 @@ class Engine:
             job.see(stamp)
         return logits
 
-    def _consume(self, jobs: Sequence[Job], logits: Tensor) -> None:
+    def _consume(self, jobs: Sequence[Answer], logits: Tensor) -> None:
         """Draw the next token of each job from its row of logits [B, V] and send what it settles."""
         finite = finite_rows(logits)
         for job, good in zip(jobs, finite, strict=True):
@@ -514,7 +514,7 @@ class Engine:
                 self.metrics.requests[job.result.finish_reason] += 1
         self.metrics.completion_tokens += len(jobs)
 
-    def _fail(self, jobs: Sequence[Job], cause: Exception) -> None:
+    def _fail(self, jobs: Sequence[Answer], cause: Exception) -> None:
         """End the jobs that an exception hit; the others and the engine go on."""
         _LOG.error("a forward of %d requests failed", len(jobs), exc_info=cause)
         error = (
@@ -527,7 +527,7 @@ class Engine:
         for job in jobs:
             self._end(job, "error", error)
 
-    def _end(self, job: Job, how: FinishReason, error: SecondnatureError | None = None) -> None:
+    def _end(self, job: Answer, how: FinishReason, error: SecondnatureError | None = None) -> None:
         """End a job if it has not ended, and count it."""
         if not job.done:
             self.metrics.requests[how] += 1

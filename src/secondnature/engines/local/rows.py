@@ -161,7 +161,7 @@ class LinearRows(LinearAttentionLayer):
                     states[i] = state[list(rows)]
 
 
-class Rows:
+class BatchRows:
     """The rows that go through the model together; row i has `lengths[i]` tokens."""
 
     def __init__(self, model: Any) -> None:
@@ -241,7 +241,7 @@ class Rows:
         self.window.end += ids.shape[1]
         return out.logits
 
-    def append(self, other: Rows, rows: Sequence[int]) -> None:
+    def append(self, other: BatchRows, rows: Sequence[int]) -> None:
         """Let rows of another batch join; they become the last ones."""
         if not rows:
             return
@@ -298,7 +298,7 @@ class Rows:
                     layer.move_left(len(self.lengths), window.start, window.end)
             window.start, window.end = 0, window.end - window.start
 
-    def _make_room(self, rows: int, columns: int, like: Rows) -> None:
+    def _make_room(self, rows: int, columns: int, like: BatchRows) -> None:
         """Buffers for so many rows, whose newest token stands in column `columns` or later."""
         shift = max(0, columns - self.window.end)
         for layer, other in zip(self.layers, like.layers, strict=True):

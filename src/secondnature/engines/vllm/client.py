@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from secondnature.engines.base import (
-    Done,
+    Finished,
     FinishReason,
     GenerationHandle,
     GenerationRequest,
@@ -123,7 +123,7 @@ class VllmEngine:
 
         def see(_: object) -> None:  # a task that is cancelled before its first step never takes it
             if not handle.done:
-                handle.emit(Done(_ended(request, "error", self._ended())))
+                handle.emit(Finished(_ended(request, "error", self._ended())))
 
         driving.add_done_callback(see)
         return handle
@@ -143,7 +143,7 @@ class VllmEngine:
     async def _drive(
         self, handle: GenerationHandle, max_tokens: int, running: list[asyncio.Task[None]]
     ) -> None:
-        """One request, to its `Done`, whatever happens. From its first step on, `running` is how to cancel it."""
+        """One request, to its `Finished`, whatever happens. From its first step on `running` cancels it."""
         task = asyncio.current_task()
         assert task is not None, "it is run as a task"
         running.append(task)
@@ -160,7 +160,7 @@ class VllmEngine:
             result = _ended(handle.request, "error" if gone else "cancelled", gone)
         except SecondnatureError as e:
             result = _ended(handle.request, "error", e)
-        except Exception as e:  # noqa: BLE001  (whatever vLLM raises: without a Done the prober would wait for ever)
+        except Exception as e:  # noqa: BLE001  (whatever vLLM raises: without a Finished the prober would wait for ever)
             LOG.warning("a probe failed: %r", e)
             error = SecondnatureError(
                 f"vLLM could not answer: {type(e).__name__}: {e}", "see the server's log"
@@ -172,7 +172,7 @@ class VllmEngine:
                 self._let_in()
             else:
                 turn.cancel()
-        handle.emit(Done(result))
+        handle.emit(Finished(result))
 
     def _ended(self) -> Unreachable:
         return Unreachable("the server is shutting down", "start it again")
