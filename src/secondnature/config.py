@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ FROM_ANY_FOLDER = frozenset(
         *(
             "max_body_bytes",
             "requests_per_minute",
+            "model_sampling",
             "trial_lease_s",
             "checkpoint_after_s",
             "max_chain",
@@ -39,6 +41,7 @@ FROM_ANY_FOLDER = frozenset(
 )
 """What the file of the working directory may set; the rest says where keys are read or sent."""
 MIN_KEY_CHARACTERS = 16
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 
 
 def _default_home() -> Path:
@@ -71,6 +74,11 @@ class Settings(BaseModel):
     """Requests that may wait for a row; one more is answered 429."""
     max_jobs: Annotated[int, Field(ge=1, le=10_000)] = 16
     """Training jobs that may wait."""
+    model_sampling: bool = True
+    """Requests that do not say are sampled as the model's `generation_config.json` says: temperature, top_p, top_k,
+    min_p, repetition_penalty. False: with temperature 1 and nothing else, whatever the model."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (`https://host:port`, commas between them, or `*`) whose web pages may ask. Default: no page may."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 16_000_000
     requests_per_minute: Annotated[int, Field(ge=1, le=10_000_000)] = 6000
     """Per client address, over all routes."""
@@ -83,6 +91,20 @@ class Settings(BaseModel):
     keep_states: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """So many of the newest kept lessons can be taken back with the optimizer's state of then; older states are
     removed, and a lesson after such an undo starts with a fresh one."""
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _are_origins(cls, given: Any) -> Any:
+        origins: Any = [x.strip() for x in given.split(",")] if isinstance(given, str) else given
+        if not isinstance(origins, list | tuple):
+            return given
+        found = [str(x).rstrip("/") for x in origins if x != ""]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        wrong = next((x for x in found if x != "*" and not _ORIGIN.fullmatch(x)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong[:100]!r} is no origin; expected https://host, with a port if it has one, or *"
+            )
+        return found
 
     @field_validator("api_key", "inference_key")
     @classmethod

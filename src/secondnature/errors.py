@@ -37,7 +37,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "BadCheckpoint",
@@ -77,6 +77,10 @@ class SecondnatureError(Exception):
 
     status: int = 500
     """The HTTP status with which a server answers."""
+    code: str = "server_error"
+    """Which kind of error, in words that OpenAI's clients know."""
+    param: str | None = None
+    """The field of the body that is wrong."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -94,6 +98,11 @@ class SecondnatureError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.message, self.hint))
 
+    def about(self, param: str | None, code: str | None = None) -> Self:
+        """The same error, with the field that is wrong, and what OpenAI calls it."""
+        self.param, self.code = param, code or self.code
+        return self
+
     def to_wire(self) -> dict[str, str]:
         """The error as the plain mapping that both doors (HTTP, ZMQ) send."""
         return {"type": self.type, "message": self.message, "hint": self.hint}
@@ -103,12 +112,14 @@ class ConfigError(SecondnatureError, ValueError):
     """A setting is unknown or has a value that cannot be used."""
 
     status = 400
+    code = "invalid_value"
 
 
 class BadInput(SecondnatureError, ValueError):
     """What the caller sent is wrong; nothing was written."""
 
     status = 400
+    code = "invalid_value"
 
 
 class BadRecord(BadInput):
@@ -122,23 +133,28 @@ class BadExample(BadInput):
 class ContextOverflow(BadInput):
     """More tokens than the model can read."""
 
+    code = "context_length_exceeded"
+
 
 class Unauthorized(SecondnatureError, PermissionError):
     """No key was sent, or the wrong one."""
 
     status = 401
+    code = "invalid_api_key"
 
 
 class NotFound(SecondnatureError, LookupError):
     """The named thing does not exist (any more)."""
 
     status = 404
+    code = "not_found"
 
 
 class Conflict(SecondnatureError, RuntimeError):
     """The request is fine, but the state of things forbids it now."""
 
     status = 409
+    code = "conflict"
 
 
 class HomeInUse(Conflict):
@@ -157,18 +173,21 @@ class TooLarge(SecondnatureError, ValueError):
     """A body or a field is over its limit."""
 
     status = 413
+    code = "request_too_large"
 
 
 class Busy(SecondnatureError, RuntimeError):
     """A queue is full, or requests come too fast; try again later."""
 
     status = 429
+    code = "rate_limit_exceeded"
 
 
 class StorageError(SecondnatureError, OSError):
     """The disk refused; nothing was acknowledged."""
 
     status = 507
+    code = "storage_error"
 
 
 class NotDurable(StorageError):
@@ -187,6 +206,7 @@ class UnsupportedModel(WeightsError):
     """The architecture, dtype or shape cannot be trained in place here."""
 
     status = 400
+    code = "unsupported_model"
 
 
 class BadCheckpoint(WeightsError):
@@ -229,6 +249,7 @@ class Unreachable(SecondnatureError, ConnectionError):
     """No server answers, or it is shutting down."""
 
     status = 503
+    code = "unavailable"
 
 
 _BY_NAME: dict[str, type[SecondnatureError]] = {
@@ -241,4 +262,5 @@ _BY_NAME: dict[str, type[SecondnatureError]] = {
 def from_wire(error: dict[str, Any]) -> SecondnatureError:
     """The exception that `to_wire` described; an unknown type becomes the base class."""
     cls = _BY_NAME.get(str(error.get("type", "")), SecondnatureError)
-    return cls(str(error.get("message", "")), str(error.get("hint", "")))
+    hint = str(error.get("hint", ""))
+    return cls(str(error.get("message", "")).removesuffix(f" ({hint})"), hint)

@@ -70,9 +70,12 @@ def greedy(prompt: list[int], num: int, **fields: Any) -> GenerationRequest:
 
 def test_refusals_say_found_expected_and_what_to_do(model: Any) -> None:
     with Engine(model, byte_tokenizer(), max_context=50) as engine:
-        with pytest.raises(ContextOverflow, match=r"40 tokens and answer of 11: 51 tokens.*at most 50"):
+        with pytest.raises(
+            ContextOverflow,
+            match=r"maximum context length is 50 tokens; .* prompt of 40 and an answer of 11: 51 tokens",
+        ):
             engine.submit(greedy([1] * 40, 11))
-        with pytest.raises(ContextOverflow, match=r"prompt of 50 tokens"):
+        with pytest.raises(ContextOverflow, match=r"found a prompt of 50"):
             engine.submit(GenerationRequest([1] * 50))
         with pytest.raises(BadExample, match=r"token id 260 is outside the vocabulary; expected 0 to 259"):
             engine.submit(greedy([3, 260], 1))

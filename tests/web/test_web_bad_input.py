@@ -39,7 +39,13 @@ def server(shared_server: Running) -> Generator[Running]:
 
 
 CASES: list[tuple[str, Any, int, str, tuple[str, ...]]] = [
-    ("/v1/chat/completions", {"messages": TEA, "max_tokens": 1000}, 400, "ContextOverflow", ("at most 256",)),
+    (
+        "/v1/chat/completions",
+        {"messages": TEA, "max_tokens": 1000},
+        400,
+        "ContextOverflow",
+        ("maximum context length is 256 tokens",),
+    ),
     (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "tea " * 999}]},
@@ -55,8 +61,14 @@ CASES: list[tuple[str, Any, int, str, tuple[str, ...]]] = [
         "BadInput",
         ("unknown field", "temprature"),
     ),
-    ("/v1/chat/completions", {"messages": TEA, "n": 2}, 400, "BadInput", ("n",)),
-    ("/v1/chat/completions", {"messages": TEA, "tools": []}, 400, "BadInput", ("tools",)),
+    ("/v1/chat/completions", {"messages": TEA, "n": 0}, 400, "BadInput", ("n:",)),
+    (
+        "/v1/chat/completions",
+        {"messages": TEA, "tools": [{}]},
+        400,
+        "BadInput",
+        ("`tools` is not supported here; expected it left out, or []",),
+    ),
     ("/v1/chat/completions", {"messages": TEA, "seed": 10**400}, 400, "BadInput", ("seed",)),
     ("/v1/completions", {"prompt": [5, 320], "max_tokens": 1}, 400, "BadExample", ("320", "0 to 319")),
     ("/v1/completions", {"prompt": [-1], "max_tokens": 1}, 400, "BadInput", ("prompt",)),

@@ -199,6 +199,7 @@ def test_a_document_is_stamped_in_body_and_headers(world: World) -> None:
             "changed": False,
         },
         "trial": False,
+        "system_fingerprint": "wone",
     }
     assert reply.headers["x-weights-version"] == "wone"
     assert reply.headers["x-weights-span"] == "wone..wone"

@@ -60,7 +60,8 @@ def test_no_key_is_never_right() -> None:
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - FROM_ANY_FOLDER))
 def test_a_folder_does_not_say_where_keys_are_read_or_sent(nowhere: Path, name: str) -> None:
-    line = f'{name} = "{KEY}"\n'
+    value = "https://a.example" if name == "allowed_origins" else KEY
+    line = f'{name} = "{value}"\n'
     (nowhere / config.FILE_NAME).write_text(line)
     with pytest.raises(
         ConfigError, match=rf"folder/secondnature.toml: `{name}` is not taken from the folder"
@@ -70,11 +71,18 @@ def test_a_folder_does_not_say_where_keys_are_read_or_sent(nowhere: Path, name: 
     config.user_file().parent.mkdir(parents=True)
     config.user_file().write_text(line)
     found = getattr(config.load(environ={}), name)
-    assert (found.get_secret_value() if isinstance(found, SecretStr) else str(found)) == KEY
+    read = found.get_secret_value() if isinstance(found, SecretStr) else found
+    assert (read[0] if isinstance(read, tuple) else str(read)) == value
 
 
 def test_the_keys_are_among_what_a_folder_may_not_set() -> None:
-    assert {"home", "host", "api_key", "inference_key"} == Settings.model_fields.keys() - FROM_ANY_FOLDER
+    assert {
+        "home",
+        "host",
+        "api_key",
+        "inference_key",
+        "allowed_origins",
+    } == Settings.model_fields.keys() - FROM_ANY_FOLDER
 
 
 def test_the_order_of_the_sources(nowhere: Path, tmp_path: Path) -> None:

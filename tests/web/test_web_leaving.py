@@ -143,7 +143,10 @@ def test_a_fault_is_logged_once_and_the_connection_stays_open(
         patch.setattr(server.parts.runner.log, "optimizer_version", broken)
         connection.request("GET", "/v1/lessons", headers=headers)
         reply = connection.getresponse()
-        assert (reply.status, json.loads(reply.read())["error"]["message"]) == (500, "internal error")
+        assert (reply.status, json.loads(reply.read())["error"]["message"]) == (
+            500,
+            "internal error (please report it, with the server's log)",
+        )
     connection.request("GET", "/v1/lessons", headers=headers)
     assert connection.getresponse().status == 200
     connection.close()

@@ -102,7 +102,7 @@ def test_a_text_that_cannot_fit_holds_nobody_up(server: Running, path: str, body
     *gaps, reply = longest_gaps(server, lambda: post(server, path, body))
     error = reply.json()["error"]
     assert (reply.status_code, error["type"]) == (400, "ContextOverflow"), error
-    assert "the model reads at most 256" in error["message"]
+    assert "maximum context length is 256 tokens" in error["message"]
     assert max(gaps) < max(before) + LIMIT_S, (gaps, before)
 
 

@@ -54,7 +54,7 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
 def test_logprobs_and_seed(client: openai.OpenAI) -> None:
     def ask(seed: int) -> tuple[str | None, list[float]]:
         answer = client.chat.completions.create(
-            model="any",
+            model="default",
             messages=[{"role": "user", "content": "Anything at all?"}],
             temperature=1.5,
             max_tokens=16,
@@ -78,7 +78,7 @@ def test_stop_text_and_token_ids(client: openai.OpenAI, server: Running) -> None
     tokenizer = read_tokenizer(server.parts.runner.trainer._model_dir)  # pyright: ignore[reportPrivateUsage]
     prompt = "<|user|>Say tea.<|end|><|assistant|>"
     ids = tokenizer(prompt)["input_ids"]
-    options = {"model": "any", "temperature": 0, "max_tokens": 8}
+    options = {"model": "default", "temperature": 0, "max_tokens": 8}
     by_text = client.completions.create(prompt=prompt, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     by_ids = client.completions.create(prompt=ids, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert by_text.choices[0].text == by_ids.choices[0].text == "tea!"
@@ -89,7 +89,7 @@ def test_stop_text_and_token_ids(client: openai.OpenAI, server: Running) -> None
 def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
     """What evaluation harnesses do: echo, log-probabilities, no new token."""
     prompt = "<|user|>Say tea.<|end|><|assistant|>tea!"
-    scored = client.completions.create(model="any", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+    scored = client.completions.create(model="default", prompt=prompt, max_tokens=0, echo=True, logprobs=1)
     logprobs = scored.choices[0].logprobs
     assert scored.choices[0].text.endswith("tea!")
     assert logprobs is not None
@@ -106,7 +106,7 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
 def test_what_the_server_says_may_be_sent_back(client: openai.OpenAI) -> None:
     """The way of OpenAI's documentation: append the message of the reply, ask again."""
     conversation: list[Any] = [{"role": "user", "content": "Say tea."}]
-    options: Any = {"model": "any", "temperature": 0, "max_tokens": 12}
+    options: Any = {"model": "default", "temperature": 0, "max_tokens": 12}
     reply = client.chat.completions.create(messages=conversation, **options)
     raw = json.loads(
         client.chat.completions.with_raw_response.create(messages=conversation, **options).content
@@ -175,14 +175,14 @@ def test_what_says_nothing_is_as_if_it_had_not_been_sent(client: openai.OpenAI) 
 )
 def test_what_would_change_the_answer_is_refused(client: openai.OpenAI, message: Any, words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
-        client.chat.completions.create(model="any", messages=[message])
+        client.chat.completions.create(model="default", messages=[message])
 
 
 def test_errors_are_the_clients_exceptions(client: openai.OpenAI, server: Running) -> None:
-    with pytest.raises(openai.BadRequestError, match="at most 256"):
-        client.completions.create(model="any", prompt="a", max_tokens=1000)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens"):
+        client.completions.create(model="default", prompt="a", max_tokens=1000)
     with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.completions.create(model="any", prompt="a", presence_penalty=1.0)
+        client.completions.create(model="default", prompt="a", presence_penalty=3.0)
     with pytest.raises(openai.NotFoundError):
         client.get("/nothing", cast_to=object)
     with (

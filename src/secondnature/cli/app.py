@@ -104,6 +104,9 @@ def serve(
     ] = None,
     model_option: ModelOption = None,
     port: Annotated[int | None, typer.Option("--port", help="Default 8321; 0: any free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on. Default 127.0.0.1: this machine only.")
+    ] = None,
     home: HomeOption = None,
     engine: Annotated[
         Engine | None, typer.Option("--engine", help="What generates. Default: the home's, else local.")
@@ -125,7 +128,14 @@ def serve(
     from secondnature.cli.vllm import serve as serve_vllm
 
     name, extras = model_and_extras(model, model_option, ctx.args)
-    flags = {"model": name, "port": port, "home": home, "train_threads": train_threads, "share": share}
+    flags = {
+        "model": name,
+        "port": port,
+        "host": host,
+        "home": home,
+        "train_threads": train_threads,
+        "share": share,
+    }
     settings = config.load(flags)
     settings = settings.model_copy(update={"model": home_model(settings)})
     inside_vllm = (engine.value if engine else home_engine(settings)) == "vllm"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -117,8 +117,22 @@ class GenerationRequest:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+    top_k: int = 0
+    """0 and -1: all tokens."""
+    min_p: float = 0.0
+    """Least probability of a token, as a share of the most probable one's."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer has."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that it has it."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens of prompt and answer are divided by it (negative ones multiplied)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Added to the logits, by token id."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """They end the answer as the model's end token does, also with `ignore_eos`."""
     logprobs: int | None = None
     """None: no log-probabilities; k: of each token and its k best alternatives (at most 20)."""
     score_from: int | None = None
@@ -135,6 +149,12 @@ class GenerationRequest:
                 f"temperature is {self.temperature}; expected 0 or more",
             ),
             (not 0 < self.top_p <= 1, f"top_p is {self.top_p}; expected more than 0 and at most 1"),
+            (self.top_k < -1, f"top_k is {self.top_k}; expected -1 or more"),
+            (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}; expected 0 to 1"),
+            (
+                not 0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty is {self.repetition_penalty}; expected more than 0",
+            ),
             (self.max_tokens is not None and self.max_tokens < 0, f"max_tokens is {self.max_tokens}"),
             (
                 self.logprobs is not None and not 0 <= self.logprobs <= 20,
@@ -147,7 +167,17 @@ class GenerationRequest:
         )
         for wrong, message in problems:
             if wrong:
-                raise BadInput(message, "mend the request")
+                raise BadInput(message, "mend the request").about(message.split()[0])
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises: BadInput: an id of `logit_bias` or `stop_token_ids` is none of the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if wrong is not None:
+                raise BadInput(
+                    f"{name}: token id {wrong} is outside the vocabulary; expected 0 to {vocab_size - 1}",
+                    "use this model's tokenizer",
+                ).about(name)
 
 
 def score_request(
@@ -178,6 +208,8 @@ class TokenLogprob:
     text: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    raw: bytes | None = None
+    """What it adds to the text, in UTF-8, perhaps half a character. None: nothing, as special tokens do."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +223,13 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class PromptScored:
+    """With `score_from`: the prompt's tokens from there on, before the first of the answer."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """The whole answer."""
 
@@ -201,7 +240,7 @@ class GenerationResult:
     finish_reason: FinishReason
     num_prompt_tokens: int
     tokens: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    """With `logprobs`: the tokens of `text` (no end token, none of the stop string)."""
+    """With `logprobs`: the tokens of `text` and the end token (none of the stop string)."""
     prompt_tokens: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     """With `score_from`: the prompt's tokens from there on."""
     stop_reason: str | int | None = None
@@ -224,7 +263,7 @@ class Finished:
     result: GenerationResult
 
 
-Event = Delta | Finished
+Event = Delta | PromptScored | Finished
 OnEvent = Callable[[Event], None]
 
 
@@ -367,6 +406,8 @@ class EngineMetrics:
     running: int = 0
     """Rows in use, prompts being read included."""
     waiting: int = 0
+    set_back: int = 0
+    """Answers that gave their row back for a while, because the rows grew beyond the memory for them."""
     steps: int = 0
     """Forwards of the running batch."""
     time_per_token: Histogram = field(default_factory=Histogram)

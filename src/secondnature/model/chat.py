@@ -59,13 +59,20 @@ def read_tokenizer(directory: Path) -> Any:
         raise BadCheckpoint(f"{directory}: tokenizer cannot be read: {e}", "export it again") from None
 
 
-def _render(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], *, prompt: bool) -> str:
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message | Mapping[str, str]],
+    *,
+    prompt: bool,
+    template_options: Mapping[str, Any] | None = None,
+) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise BadInput(
             "the model has no chat template", "send token ids, or add chat_template.jinja to the model"
         )
     plain = [m.model_dump() if isinstance(m, Message) else dict(m) for m in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt))
+    options = {**(template_options or {}), "tokenize": False, "add_generation_prompt": prompt}
+    return str(tokenizer.apply_chat_template(plain, **options))
 
 
 def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
@@ -152,8 +159,8 @@ def cannot_fit(tokenizer: Any, characters: int, limit: int | None) -> None:
     if limit is None or longest is None or characters <= limit * longest:
         return
     raise ContextOverflow(
-        f"a text of {characters:,} characters has {math.ceil(characters / longest):,} tokens or more; "
-        f"the model reads at most {limit}, and no text over {limit * longest:,} characters is encoded",
+        f"This model's maximum context length is {limit} tokens; a text of {characters:,} characters has "
+        f"{math.ceil(characters / longest):,} or more, and no text over {limit * longest:,} characters is encoded",
         "shorten it",
     )
 
@@ -179,14 +186,19 @@ def encode_chat(
     add_generation_prompt: bool = True,
     *,
     limit: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation as the model's chat template renders it; nothing is added to the rendering.
+
+    Args:
+        template_options: what the template gets besides the conversation, such as `enable_thinking`.
 
     Raises:
         BadInput: the tokenizer has no chat template.
         ContextOverflow: the length of the rendering alone says that it has more than `limit` tokens.
     """
-    return _ids(tokenizer, _render(tokenizer, messages, prompt=add_generation_prompt), limit)
+    text = _render(tokenizer, messages, prompt=add_generation_prompt, template_options=template_options)
+    return _ids(tokenizer, text, limit)
 
 
 def encode_answer(

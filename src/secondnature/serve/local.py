@@ -38,6 +38,7 @@ from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load
+from secondnature.model.defaults import sampling_defaults
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
@@ -149,7 +150,8 @@ def assemble(settings: Settings) -> Generator[Parts]:
             model_name="embedded" if settings.model == "embedded" else directory.name,
             wiring=lambda: _wiring(model, arena),
         )
-        parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer))
+        defaults = sampling_defaults(directory) if settings.model_sampling else None
+        parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer, defaults))
         teaching.runner.start()
         stack.callback(teaching.runner.stop)
         yield parts

@@ -11,17 +11,21 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from secondnature import __version__
 from secondnature.engines.base import Engine as AnyEngine
 from secondnature.engines.local.engine import Engine
-from secondnature.errors import BadInput, NotFound, SecondnatureError
+from secondnature.errors import BadInput, SecondnatureError
 from secondnature.lessons.teaching import Teaching
-from secondnature.records import describe_errors
+from secondnature.model.defaults import SamplingDefaults
 from secondnature.web import completions
 from secondnature.web import teaching as routes
-from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, error_body
+from secondnature.web.guards import INFERENCE_PATHS, LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards
 from secondnature.web.metrics import exposition
+from secondnature.web.refusals import error_body, invalid, no_route
+from secondnature.web.stamps import WEIGHTS_HEADERS
 from secondnature.wire import Health, Wiring
 
 UNWELL: dict[int | str, dict[str, Any]] = {
@@ -58,16 +62,39 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
         hosts=LOOPBACK_NAMES if settings.host in LOOPBACK_HOSTS else None,
         max_body_bytes=settings.max_body_bytes,
         requests_per_minute=settings.requests_per_minute,
+        has_route=lambda path: _has_route(app, path),
     )
+    if settings.allowed_origins:  # outermost: browsers send no key in a preflight
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=list(WEIGHTS_HEADERS),
+        )
     _speak_errors(app)
     return app
 
 
-def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> FastAPI:
-    """The whole server: completions and what teaches."""
+def local_application(
+    teaching: Teaching, engine: Engine, tokenizer: Any, defaults: SamplingDefaults | None = None
+) -> FastAPI:
+    """The whole server: completions and what teaches.
+
+    Args:
+        defaults: how a request that does not say is sampled.
+    """
     app = application(teaching, engine)
     app.include_router(
-        completions.router(engine, tokenizer, teaching.memory, teaching.clock, teaching.model_name)
+        completions.router(
+            engine,
+            tokenizer,
+            teaching.memory,
+            teaching.clock,
+            teaching.model_name,
+            aliases={"default", "secondnature", teaching.settings.model},
+            defaults=defaults,
+        )
     )
 
     @app.get("/health", responses=UNWELL)
@@ -84,6 +111,12 @@ def local_application(teaching: Teaching, engine: Engine, tokenizer: Any) -> Fas
     return app
 
 
+def _has_route(app: FastAPI, path: str) -> bool:
+    """Whether any method of any route answers at a path."""
+    scope = {"type": "http", "path": path, "method": "GET", "root_path": "", "headers": []}
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
+
+
 def _health(teaching: Teaching, engine: AnyEngine | None, response: Response) -> Health:
     found = teaching.health()
     trouble = "; ".join(x for x in (engine.trouble if engine is not None else "", found.detail) if x)
@@ -94,21 +127,21 @@ def _health(teaching: Teaching, engine: AnyEngine | None, response: Response) ->
 
 
 def _speak_errors(app: FastAPI) -> None:
-    """Every error is `{"error": {type, message, hint}}`, never a traceback."""
+    """Every error is `{"error": {type, message, param, code, hint}}`, never a traceback."""
 
     @app.exception_handler(SecondnatureError)
     def ours(_: Request, error: SecondnatureError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         return JSONResponse(error_body(error), error.status)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        found = BadInput(describe_errors(error.errors()), "see /openapi.json or docs/reference/routes.md")
+    def wrong(request: Request, error: RequestValidationError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        found = invalid(error.errors(), request.headers.get("content-type", ""))
         return JSONResponse(error_body(found), found.status)
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         if error.status_code == 404:
-            found: SecondnatureError = NotFound(f"no route {request.url.path[:200]}", "see /openapi.json")
+            found: SecondnatureError = no_route(request.url.path, INFERENCE_PATHS | {"/v1/models"})
         else:
             found = BadInput(
                 f"{request.method} {request.url.path[:200]}: {error.detail}", "see /openapi.json"

@@ -28,10 +28,10 @@ from secondnature.web.guards import (
     Receive,
     Scope,
     Send,
-    error_body,
     refuse_socket,
     same_key,
 )
+from secondnature.web.refusals import error_body
 from secondnature.web.stamps import headers_of, stamps
 
 __all__ = ["Door", "OwnThread"]

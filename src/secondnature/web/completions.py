@@ -2,42 +2,47 @@
 
 What the official client sends works unchanged; what would change an answer and cannot be honoured is refused by
 name, never silently ignored. Every answer is stamped with the weights that gave it: `weights_version`,
-`weights_span` and `trial` in the body, `x-weights-version`, `x-weights-span` and `x-weights-trial` in the headers
-(a stream says in its headers what it began with, and in its last chunk what it saw).
+`weights_span`, `trial` and `system_fingerprint` in the body, `x-weights-version`, `x-weights-span` and
+`x-weights-trial` in the headers (a stream says there what it began with, and in its last chunk what it saw).
 
 The event loop computes nothing: texts are rendered, measured and encoded in lanes beside it, and so are answers
-with many log-probabilities. A client that leaves takes its request with it.
+with many log-probabilities. A client that leaves takes its request with it, all of its choices.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from secondnature.engines.base import (
     Delta,
     Engine,
+    Event,
+    Finished,
     GenerationHandle,
     GenerationRequest,
     GenerationResult,
+    PromptScored,
     Span,
-    TokenLogprob,
 )
+from secondnature.engines.local.text import vocabulary
 from secondnature.engines.stamps import Clock
-from secondnature.errors import SecondnatureError, Unreachable
+from secondnature.errors import SecondnatureError
 from secondnature.lessons.memory import Memory, Said
 from secondnature.model.chat import encode_chat, encode_text
-from secondnature.records import Message
-from secondnature.web.guards import error_body
+from secondnature.model.defaults import SamplingDefaults
+from secondnature.web.choices import Asked, Choice, finish_of, usage_of
 from secondnature.web.lanes import Lanes, while_connected
-from secondnature.web.stamps import headers_of, stamps
+from secondnature.web.refusals import error_body, unknown_model
+from secondnature.web.stamps import headers_of, merged, stamps
 from secondnature.web.teaching import ERRORS
 from secondnature.wire import ChatCompletionRequest, CompletionRequest
 
@@ -48,230 +53,271 @@ CLIENT_LEFT = 499
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`."""
 
-
-@dataclass(frozen=True)
-class _Asked:
-    """One completion under way, of either kind."""
-
-    id: str
-    model: str
-    created: int
-    chat: bool
-    prompt: list[Message] | None
-    prefix: str = ""
-    """`echo`: the prompt's text, in front of the answer."""
+AnyRequest = ChatCompletionRequest | CompletionRequest
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What the lanes made of a body: the request for the engine, and what its answer is called."""
+def router(
+    engine: Engine,
+    tokenizer: Any,
+    memory: Memory,
+    clock: Clock,
+    model_name: str,
+    *,
+    aliases: Collection[str] = (),
+    defaults: SamplingDefaults | None = None,
+) -> APIRouter:
+    """The inference routes of one engine.
 
-    request: GenerationRequest
-    asked: _Asked
-
-
-def _finish(result: GenerationResult) -> str:
-    """Raises what ended an answer that did not come to its end."""
-    if result.finish_reason in ("stop", "length"):
-        return result.finish_reason
-    raise result.error or Unreachable("the answer was broken off", "ask again")
-
-
-def _usage(result: GenerationResult) -> dict[str, int]:
-    answer = result.num_completion_tokens
-    return {
-        "prompt_tokens": result.num_prompt_tokens,
-        "completion_tokens": answer,
-        "total_tokens": result.num_prompt_tokens + answer,
-    }
-
-
-def _named(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
-
-
-def _chat_logprobs(tokens: list[TokenLogprob] | tuple[TokenLogprob, ...], top: int) -> dict[str, Any]:
-    return {"content": [{**_named(t), "top_logprobs": [_named(x) for x in t.top[:top]]} for t in tokens]}
-
-
-def _text_logprobs(
-    tokens: list[TokenLogprob] | tuple[TokenLogprob, ...], start: int, top: int
-) -> dict[str, Any]:
-    offsets: list[int] = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(token.text)
-    return {
-        "tokens": [t.text for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{x.text: x.logprob for x in t.top[:top]} for t in tokens] if top else None,
-        "text_offset": offsets,
-    }
-
-
-def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_name: str) -> APIRouter:
-    """The inference routes of one engine."""
+    Args:
+        aliases: names that a request may call the model by, besides its own.
+        defaults: how a request that does not say is sampled.
+    """
     routes = APIRouter(responses=ERRORS)
     started = int(time.time())
     lanes = Lanes()
+    entry = vocabulary(tokenizer) if tokenizer is not None else None
+
+    def card() -> dict[str, Any]:
+        made = {"id": model_name, "object": "model", "created": started, "owned_by": "secondnature"}
+        return {**made, "max_model_len": engine.limits.context, "weights_version": clock.read().version}
+
+    def check_model(name: str | None) -> None:
+        if name is not None and name != model_name and name not in aliases:
+            raise unknown_model(name, model_name)
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """The one model that is served."""
-        card = {"id": model_name, "object": "model", "created": started, "owned_by": "secondnature"}
-        return {"object": "list", "data": [{**card, "weights_version": clock.read().version}]}
+        return {"object": "list", "data": [card()]}
+
+    @routes.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+        """The model by its name; another name is 404."""
+        check_model(model_id)
+        return card()
 
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        """One answer to a conversation; with `stream`, as server-sent events."""
+        """One answer to a conversation, or `n`; with `stream`, as server-sent events."""
 
-        def work() -> _Work:
+        def work() -> Asked:
             messages = body.plain()
-            wanted = GenerationRequest(
-                encode_chat(tokenizer, messages, limit=engine.limits.context),
-                max_tokens=body.max_completion_tokens or body.max_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                seed=body.seed,
-                stop=tuple(body.stops()),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            ids = encode_chat(
+                tokenizer, messages, limit=engine.limits.context, template_options=body.template_options()
             )
+            wanted = [_chat_request(body, ids, defaults, i) for i in range(body.n)]
+            choices = [Choice(i, request, True) for i, request in enumerate(wanted)]
             identity = "chatcmpl-" + secrets.token_hex(12)
-            return _Work(wanted, _Asked(identity, model_name, int(time.time()), True, messages))
+            return Asked(identity, model_name, int(time.time()), True, choices, messages)
 
-        size = sum(len(m.content) for m in body.messages)
-        return await _serve(request, body, size, work)
+        return await _serve(request, body, sum(len(m.content) for m in body.messages), work)
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        """Continue a text or token ids."""
+        """Continue texts or token ids: one choice for each prompt and each of `n`."""
 
-        def work() -> _Work:
-            text, ids = (body.prompt, None) if isinstance(body.prompt, str) else (None, body.prompt)
-            if ids is None:
-                ids = encode_text(tokenizer, str(text), limit=engine.limits.context)
-            score = body.echo and body.logprobs is not None and len(ids) > 1
-            wanted = GenerationRequest(
-                ids,
-                max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                seed=body.seed,
-                stop=tuple(body.stops()),
-                logprobs=body.logprobs,
-                score_from=1 if score else None,
-            )
-            prefix = (str(tokenizer.decode(ids)) if text is None else text) if body.echo else ""
-            identity = "cmpl-" + secrets.token_hex(12)
-            return _Work(wanted, _Asked(identity, model_name, int(time.time()), False, None, prefix))
+        def work() -> Asked:
+            choices: list[Choice] = []
+            for prompt in body.prompt:
+                text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+                if text is not None:
+                    ids = encode_text(tokenizer, text, limit=engine.limits.context)
+                assert ids is not None
+                echoed = (str(tokenizer.decode(ids)) if text is None else text) if body.echo else None
+                first = entry(ids[0]) if entry is not None and ids and body.echo else None
+                for i in range(body.n):
+                    wanted = _text_request(body, ids, defaults, i)
+                    choices.append(Choice(len(choices), wanted, False, echoed, first))
+            return Asked("cmpl-" + secrets.token_hex(12), model_name, int(time.time()), False, choices)
 
-        return await _serve(request, body, len(body.prompt), work)
+        return await _serve(request, body, sum(map(len, body.prompt)), work)
 
-    async def _serve(
-        request: Request,
-        body: ChatCompletionRequest | CompletionRequest,
-        size: int,
-        work: Callable[[], _Work],
-    ) -> Response:
+    async def _serve(request: Request, body: AnyRequest, size: int, work: Callable[[], Asked]) -> Response:
+        check_model(body.model)
+
         async def answer() -> Response:
-            made = await lanes.run(size, work)
-            handle = engine.submit(made.request)
+            asked = await lanes.run(size, work)
+            handles = _submit(engine, asked)
             if body.stream:
-                return _streamed(handle, made.asked, body)
-            result = await handle.answer()
-            scored = len(result.prompt_tokens) + len(result.tokens)
-            written = scored * CHARACTERS_PER_SCORED_TOKEN * (1 + (made.request.logprobs or 0))
-            content = await lanes.run(written, lambda: _json(_whole(made.asked, made.request, result)))
-            _remember(made.asked, result)
-            return Response(content, media_type="application/json", headers=headers_of(result.weights))
+                return _streamed(handles, asked, body)
+            results = await _all(handles)
+            scored = sum(len(r.prompt_tokens) + len(r.tokens) for r in results)
+            written = scored * CHARACTERS_PER_SCORED_TOKEN * (1 + (asked.choices[0].request.logprobs or 0))
+            content = await lanes.run(written, lambda: _json(_whole(asked, results, body.n)))
+            _remember(asked, results[0])
+            span = merged([r.weights for r in results])
+            return Response(content, media_type="application/json", headers=headers_of(span))
 
         # a stream looks for its client's leaving by itself
         found = await while_connected(request, answer())
         return Response(status_code=CLIENT_LEFT) if found is None else found
 
-    def _streamed(
-        handle: GenerationHandle, asked: _Asked, body: ChatCompletionRequest | CompletionRequest
-    ) -> Response:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        begun = clock.read()
-        return StreamingResponse(
-            _events(handle.stream(), asked, handle.request, usage=usage),
-            media_type="text/event-stream",
-            headers=headers_of(Span.begin(begun)) | {"cache-control": "no-cache"},
-        )
+    def _streamed(handles: list[GenerationHandle], asked: Asked, body: AnyRequest) -> Response:
+        headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"}
+        return _Stream(handles, _events(handles, asked, body), headers)
 
-    def _remember(asked: _Asked, result: GenerationResult) -> None:
+    def _remember(asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
         memory.remember(asked.id, Said(asked.prompt, result.text, version))
 
-    def _whole(asked: _Asked, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": _finish(result), "logprobs": None}
-        if asked.chat:
-            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
-            if request.logprobs is not None:
-                choice["logprobs"] = _chat_logprobs(result.tokens, request.logprobs)
-        else:
-            choice["text"] = asked.prefix + result.text
-            if request.logprobs is not None:
-                tokens = result.prompt_tokens + result.tokens if asked.prefix else result.tokens
-                choice["logprobs"] = _text_logprobs(tokens, 0, request.logprobs)
-                if asked.prefix:  # the first token of a text has no log-probability
-                    first = tokenizer.decode([request.prompt_ids[0]])
-                    logprobs = choice["logprobs"]
-                    logprobs["tokens"].insert(0, first)
-                    logprobs["token_logprobs"].insert(0, None)
-                    if logprobs["top_logprobs"] is not None:
-                        logprobs["top_logprobs"].insert(0, None)
-                    logprobs["text_offset"] = [0, *(x + len(first) for x in logprobs["text_offset"])]
-        kind = "chat.completion" if asked.chat else "text_completion"
-        head = {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
-        return {**head, "choices": [choice], "usage": _usage(result), **stamps(result.weights)}
+    def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
+        choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
+        span = merged([r.weights for r in results])
+        body = {**asked.head(stream=False), "choices": choices, "usage": usage_of(results, n)}
+        return {**body, **stamps(span)}
 
     async def _events(
-        stream: AsyncIterator[Any], asked: _Asked, request: GenerationRequest, *, usage: bool
-    ) -> AsyncIterator[bytes]:
-        kind = "chat.completion.chunk" if asked.chat else "text_completion"
-        head = {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
+        handles: list[GenerationHandle], asked: Asked, body: AnyRequest
+    ) -> AsyncGenerator[bytes]:
+        fingerprint = {"system_fingerprint": clock.read().version}
+        head = asked.head(stream=True)
+        results: dict[int, GenerationResult] = {}
 
-        def chunk(text: str, finish: str | None, tokens: tuple[TokenLogprob, ...] = (), **more: Any) -> bytes:
-            choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-            if asked.chat:
-                choice["delta"] = {"content": text} if text else {}
-                if request.logprobs is not None and tokens:
-                    choice["logprobs"] = _chat_logprobs(tokens, request.logprobs)
-            else:
-                choice["text"] = text
-                if request.logprobs is not None and tokens:
-                    choice["logprobs"] = _text_logprobs(tokens, 0, request.logprobs)
-            return _sse({**head, "choices": [choice], **more})
+        def chunk(choice: dict[str, Any], **more: Any) -> bytes:
+            return _sse({**head, **fingerprint, "choices": [choice], **more})
 
-        if asked.chat:
-            role = {
-                "index": 0,
-                "delta": {"role": "assistant", "content": ""},
-                "finish_reason": None,
-                "logprobs": None,
-            }
-            yield _sse({**head, "choices": [role]})
-        elif asked.prefix:
-            yield chunk(asked.prefix, None)
-        async for event in stream:
-            if isinstance(event, Delta):
-                yield chunk(event.text, None, event.tokens)
+        for choice in asked.choices:
+            if choice.request.score_from is None and (piece := choice.opening(None)) is not None:
+                yield chunk(piece)
+        async for i, event in _each(handles):
+            choice = asked.choices[i]
+            if isinstance(event, PromptScored):
+                if (piece := choice.opening(event.tokens)) is not None:
+                    yield chunk(piece)
                 continue
-            result: GenerationResult = event.result
+            if isinstance(event, Delta):
+                yield chunk(choice.piece(event.text, event.tokens))
+                continue
+            results[i] = event.result
             try:
-                finish = _finish(result)
+                finish = finish_of(event.result)
             except SecondnatureError as e:
                 yield _sse(error_body(e))
                 return
-            _remember(asked, result)
-            yield chunk("", finish, **stamps(result.weights))
-            if usage:
-                yield _sse({**head, "choices": [], "usage": _usage(result)})
+            if i == 0:
+                _remember(asked, event.result)
+            yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
+        if body.stream_options is not None and body.stream_options.include_usage:
+            usage = usage_of([results[i] for i in range(len(handles))], body.n)
+            yield _sse({**head, **fingerprint, "choices": [], "usage": usage})
         yield b"data: [DONE]\n\n"
 
     return routes
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+def _sampled(body: AnyRequest, defaults: SamplingDefaults | None, index: int) -> dict[str, Any]:
+    """The fields of a request that say how it is sampled; the i-th answer to a prompt has a seed of its own."""
+    own = defaults or SamplingDefaults()
+
+    def chosen(name: str) -> Any:
+        given = getattr(body, name)
+        return getattr(own, name) if given is None else given
+
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {
+        **{name: chosen(name) for name in names},
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logit_bias": body.logit_bias,
+        "seed": None if body.seed is None else body.seed + index,
+        "stop": tuple(body.stop),
+        "stop_token_ids": tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+    }
+
+
+def _chat_request(
+    body: ChatCompletionRequest, ids: list[int], defaults: SamplingDefaults | None, index: int
+) -> GenerationRequest:
+    return GenerationRequest(
+        ids,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        **_sampled(body, defaults, index),
+    )
+
+
+def _text_request(
+    body: CompletionRequest, ids: list[int], defaults: SamplingDefaults | None, index: int
+) -> GenerationRequest:
+    score = body.echo and body.logprobs is not None and len(ids) > 1
+    return GenerationRequest(
+        ids,
+        max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        score_from=1 if score else None,
+        **_sampled(body, defaults, index),
+    )
+
+
+def _submit(engine: Engine, asked: Asked) -> list[GenerationHandle]:
+    """All choices' requests, or none."""
+    handles: list[GenerationHandle] = []
+    try:
+        for choice in asked.choices:
+            handles.append(engine.submit(choice.request))
+    except SecondnatureError:
+        _cancel(handles)
+        raise
+    return handles
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def _cancel(handles: Sequence[GenerationHandle]) -> None:
+    for handle in handles:
+        if not handle.done:
+            handle.cancel()
+
+
+async def _all(handles: Sequence[GenerationHandle]) -> list[GenerationResult]:
+    """Every whole answer, in order; when one fails, or nobody waits any more, the others are cancelled."""
+    try:
+        return await asyncio.gather(*(handle.answer() for handle in handles))
+    finally:
+        _cancel(handles)
+
+
+async def _each(handles: Sequence[GenerationHandle]) -> AsyncGenerator[tuple[int, Event]]:
+    """The events of all choices as they come, each with the choice's index."""
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def read(index: int, handle: GenerationHandle) -> None:
+        async for event in handle.stream():
+            queue.put_nowait((index, event))
+
+    reading = [asyncio.create_task(read(i, handle)) for i, handle in enumerate(handles)]
+    left = len(handles)
+    try:
+        while left:
+            index, event = await queue.get()
+            left -= isinstance(event, Finished)
+            yield index, event
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+class _Stream(StreamingResponse):
+    """A stream whose requests end with it, also where its client left before the first piece."""
+
+    def __init__(
+        self, handles: Sequence[GenerationHandle], events: AsyncGenerator[bytes], headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._handles = handles
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _cancel(self._handles)
 
 
 def _json(payload: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secondnature.errors import BadInput, Busy, SecondnatureError, TooLarge, Unauthorized
+from secondnature.web.refusals import error_body, no_route
 
 LOG = logging.getLogger("secondnature")
 Scope = MutableMapping[str, Any]
@@ -25,7 +26,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"})
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json"})
 INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 """What a server that only this machine reaches listens on."""
@@ -45,11 +46,6 @@ def same_key(given: bytes, key: bytes) -> bool:
     return bool(given) and bool(key) and hmac.compare_digest(given, key)
 
 
-def error_body(error: SecondnatureError) -> dict[str, Any]:
-    """The body of every error answer."""
-    return {"error": error.to_wire()}
-
-
 class Guards:
     """ASGI middleware: refuses before anything is read or parsed.
 
@@ -60,6 +56,7 @@ class Guards:
         hosts: names under which the server may be addressed (without port); None: any.
         max_body_bytes: a larger body is refused, also when its length was not announced.
         requests_per_minute: per client address; a bucket of that size refills evenly.
+        has_route: whether a path is one of any route; for others no key is asked, they are not there.
     """
 
     def __init__(
@@ -71,8 +68,10 @@ class Guards:
         hosts: frozenset[str] | None,
         max_body_bytes: int,
         requests_per_minute: int,
+        has_route: Callable[[str], bool] = lambda path: True,
     ) -> None:
         self._app = app
+        self._has_route = has_route
         self._key = key.encode()
         self._inference_key = inference_key.encode() if inference_key else None
         self._hosts = hosts
@@ -131,16 +130,21 @@ class Guards:
             raise Busy(f"more than {self._rate} requests a minute", "slow down, or raise requests_per_minute")
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
+        if not self._has_route(path):
+            raise no_route(path, INFERENCE_PATHS | {"/v1/models"})
         given = headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
         if same_key(given, self._key):
             return
-        if path in OPEN_PATHS and (path != "/v1/models" or self._inference_key is None):
-            return
-        if path in INFERENCE_PATHS | {"/v1/models"}:
+        what = "a wrong key" if given else "no key"
+        if path in INFERENCE_PATHS or path == "/v1/models" or path.startswith("/v1/models/"):
             if self._inference_key is None or same_key(given, self._inference_key):
                 return
-            raise Unauthorized("this server's completions need a key", "send `Authorization: Bearer KEY`")
-        what = "a wrong key" if given else "no key"
+            raise Unauthorized(
+                f"{what} was sent for {path[:100]}; this server's completions need one",
+                "send `Authorization: Bearer KEY`; the key is the inference_key of its settings",
+            )
+        if path in OPEN_PATHS:
+            return
         raise Unauthorized(
             f"{what} was sent for {path[:100]}",
             "send `Authorization: Bearer KEY`; the key is SECONDNATURE_API_KEY or the file `key` in the home",

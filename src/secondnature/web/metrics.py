@@ -61,6 +61,9 @@ class _Local(Collector):
         yield CounterMetricFamily(
             "secondnature_completion_tokens", "Tokens generated", numbers.completion_tokens
         )
+        yield CounterMetricFamily(
+            "secondnature_requests_set_back", "Rows given back for a while: no memory", numbers.set_back
+        )
         yield GaugeMetricFamily("secondnature_rows_running", "Rows being decoded", numbers.running)
         yield GaugeMetricFamily(
             "secondnature_requests_waiting", "Requests waiting for a row", numbers.waiting

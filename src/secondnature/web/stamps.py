@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from secondnature.engines.base import Span
 
-__all__ = ["headers_of", "stamps"]
+__all__ = ["headers_of", "merged", "stamps"]
+
+
+def merged(spans: Sequence[Span | None]) -> Span | None:
+    """The stamp of several answers in one body: from the first look at the weights to the last."""
+    found = [span for span in spans if span is not None]
+    if not found:
+        return None
+    first = min((s.first for s in found), key=lambda stamp: stamp.epoch)
+    last = max((s.last for s in found), key=lambda stamp: stamp.epoch)
+    changed = any(s.changed for s in found) or first.epoch != last.epoch or first.version != last.version
+    return Span(first, last, changed, any(s.trial for s in found))
 
 
 def stamps(span: Span | None) -> dict[str, Any]:
@@ -23,7 +35,12 @@ def stamps(span: Span | None) -> dict[str, Any]:
             "changed": span.changed,
         },
         "trial": span.trial,
+        "system_fingerprint": span.last.version,
     }
+
+
+WEIGHTS_HEADERS = ("x-weights-version", "x-weights-span", "x-weights-trial")
+"""What a web page of another origin may read, where one is allowed."""
 
 
 def headers_of(span: Span | None) -> dict[str, str]:

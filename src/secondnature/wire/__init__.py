@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secondnature.wire.bodies import (
-    BIG,
     Body,
-    ChatCompletionRequest,
-    ChatMessage,
     CheckpointReply,
-    CompletionRequest,
     CorrectionsReply,
+    ErrorDetail,
     ErrorReply,
     FeedbackReply,
     FeedbackRequest,
@@ -33,12 +30,18 @@ from secondnature.wire.bodies import (
     ReplayMatch,
     ReplaySettings,
     SdftSettings,
-    Stop,
-    StreamOptions,
     TrainReply,
     TrainRequest,
     UnreadableLine,
     Wiring,
+)
+from secondnature.wire.completions import (
+    ALWAYS_NEUTRAL,
+    NEUTRAL,
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    StreamOptions,
 )
 from secondnature.wire.trainer import (
     Attach,
@@ -65,7 +68,8 @@ if TYPE_CHECKING:
     from secondnature.wire.client import Client
 
 __all__ = [
-    "BIG",
+    "ALWAYS_NEUTRAL",
+    "NEUTRAL",
     "Attach",
     "Body",
     "Cancel",
@@ -76,6 +80,7 @@ __all__ = [
     "CompletionRequest",
     "CorrectionsReply",
     "Done",
+    "ErrorDetail",
     "ErrorReply",
     "Failed",
     "FeedbackReply",
@@ -100,7 +105,6 @@ __all__ = [
     "ReplaySettings",
     "SdftSettings",
     "Shutdown",
-    "Stop",
     "StreamOptions",
     "ToServer",
     "ToTrainer",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from secondnature.records import (
     Correction,
@@ -16,16 +16,14 @@ from secondnature.records import (
     KlSet,
     Lesson,
     LessonState,
-    Message,
     Name,
     OptimizerSettings,
     Probe,
     Prompt,
-    Role,
     Text,
-    TokenIds,
     Unicode,
 )
+from secondnature.wire.completions import with_plain_messages
 
 
 class Body(BaseModel):
@@ -36,126 +34,7 @@ class Body(BaseModel):
 
 Objective = Literal["sft", "orpo", "dpo", "dpop", "sdft"]
 ReplayMatch = Literal["answer", "distribution"]
-Stop = Annotated[list[Annotated[Unicode, Field(min_length=1, max_length=200)]], Field(max_length=16)]
-BIG = 2**62
-
-
-class StreamOptions(BaseModel):
-    """OpenAI's `stream_options`."""
-
-    model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
-
-
-def _without_nulls(data: Any) -> Any:
-    """An object without its fields that are null: clients send many of them."""
-    if not isinstance(data, dict):
-        return data
-    return {k: v for k, v in cast("dict[Any, Any]", data).items() if v is not None}
-
-
-class ChatMessage(BaseModel):
-    """A turn as OpenAI's clients send it: what an answer carries beside its text may come back, as long as it says
-    nothing (`refusal: null`, `tool_calls: []` and the like). Anything that would change the answer is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Role
-    content: Text
-    """Text, or a list of parts of the type `text`, which are joined."""
-    name: Annotated[Unicode, Field(max_length=64)] | None = None
-    """Accepted and not shown to the model."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_clients_send_it(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if cast("dict[str, Any]", data).get("content", "") is None:
-            raise ValueError("`content` is null; expected text (an empty one is text)")
-        given = _without_nulls(data)
-        for name in ("tool_calls", "annotations"):
-            if given.get(name) == []:
-                del given[name]
-        return {**given, "content": _joined(given["content"])} if "content" in given else given
-
-    def plain(self) -> Message:
-        """The turn as it is kept and rendered."""
-        return Message(role=self.role, content=self.content)
-
-
-def _joined(content: Any) -> Any:
-    """The text of content parts; what is no list stays as it is. Raises ValueError."""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for i, part in enumerate(cast("list[Any]", content)):
-        found = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
-        text = found.get("text")
-        if found.get("type") != "text" or not isinstance(text, str) or set(found) != {"type", "text"}:
-            kind = str(found.get("type"))[:40]
-            raise ValueError(
-                f"part {i} of `content` is of the type {kind!r}; expected type and text of a `text`"
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-class _Sampling(BaseModel):
-    """Fields that both kinds of completion share. What OpenAI clients may send besides is accepted and ignored
-    only where ignoring it cannot change the answer; `n > 1`, `tools` and penalties are refused by name. A field
-    that is null is a field that was not sent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[Unicode, Field(max_length=500)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    seed: Annotated[int, Field(ge=-BIG, le=BIG)] | None = None
-    stop: Annotated[Unicode, Field(min_length=1, max_length=200)] | Stop | None = None
-    n: Literal[1] = 1
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    user: Annotated[Unicode, Field(max_length=500)] | None = None
-    metadata: dict[Unicode, Unicode] | None = None
-    cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_sent(cls, data: Any) -> Any:
-        return _without_nulls(data)
-
-    def stops(self) -> list[str]:
-        """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
-
-class ChatCompletionRequest(_Sampling):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-
-    def plain(self) -> list[Message]:
-        """The conversation as it is kept and rendered."""
-        return [m.plain() for m in self.messages]
-
-
-class CompletionRequest(_Sampling):
-    """`POST /v1/completions`: text or token ids."""
-
-    prompt: (
-        Annotated[Unicode, Field(min_length=1, max_length=2_000_000)]
-        | Annotated[TokenIds, Field(min_length=1)]
-    )
-    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
+AsSent = Annotated[Correction, BeforeValidator(with_plain_messages)]
 
 
 class FeedbackRequest(Body):
@@ -203,7 +82,8 @@ class CorrectionsReply(Body):
 class ImportRequest(Body):
     """`POST /v1/corrections`: an import; all of it or nothing."""
 
-    corrections: Annotated[list[Correction], Field(min_length=1, max_length=10_000)]
+    corrections: Annotated[list[AsSent], Field(min_length=1, max_length=10_000)]
+    """Their turns may be messages as clients send them: text parts, `refusal: null`, `developer`."""
 
 
 class ReplaySettings(Body):
@@ -248,7 +128,7 @@ class TrainRequest(Body):
     """`POST /v1/train`. Exactly one source: `examples`, `corrections` or `ledger: true`."""
 
     examples: Annotated[list[Example], Field(min_length=1, max_length=10_000)] | None = None
-    corrections: Annotated[list[Correction], Field(min_length=1, max_length=10_000)] | None = None
+    corrections: Annotated[list[AsSent], Field(min_length=1, max_length=10_000)] | None = None
     ledger: bool = False
     objective: Objective | None = None
     """Default: `orpo` where every example has a rejected answer, else `sft`. `sdft` learns from `feedback`, without
@@ -427,10 +307,19 @@ class PruneReply(Body):
     """Those of them after whose undo the optimizer's state of then is there; the others leave a fresh one."""
 
 
-class ErrorReply(Body):
-    """Every error answer: found / expected in the message, what to do in the hint."""
+class ErrorDetail(ErrorInfo):
+    """An error as OpenAI's clients read it: they show `message` only, so the hint stands there, too."""
 
-    error: ErrorInfo
+    param: str | None = None
+    """The field that is wrong."""
+    code: str | None = None
+    """Which kind of error, for programs: `context_length_exceeded`, `model_not_found`, ..."""
+
+
+class ErrorReply(Body):
+    """Every error answer: found / expected / what to do in the message, what to do in the hint once more."""
+
+    error: ErrorDetail
 
 
 class Health(Body):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from secondnature.engines.base import (
     Delta,
@@ -11,36 +11,61 @@ from secondnature.engines.base import (
     FinishReason,
     GenerationHandle,
     GenerationResult,
+    PromptScored,
     Span,
     Stamp,
     TokenLogprob,
 )
 from secondnature.engines.local.sampling import MAX_TOP, Sampler, Scored
-from secondnature.engines.local.text import Decode, Detokenizer, StopScanner
+from secondnature.engines.local.text import Decode, Detokenizer, Entry, StopScanner
 from secondnature.errors import SecondnatureError, WeightsError
+
+MARGIN_TOKENS = 256
+"""A row is taken with so many free tokens behind what it holds: room to go on before others must give way."""
 
 
 class Answer:
     """One request inside the engine."""
 
     def __init__(
-        self, handle: GenerationHandle, max_tokens: int, decode: Decode, stop_ids: frozenset[int]
+        self,
+        handle: GenerationHandle,
+        max_tokens: int,
+        decode: Decode,
+        entry: Callable[[int], Entry],
+        stop_ids: frozenset[int],
     ) -> None:
         request = handle.request
         self.handle = handle
         self.request = request
         self.max_tokens = max_tokens
-        self.sampler = Sampler(request.temperature, request.top_p, request.seed)
-        self.read = 0
-        """Prompt tokens read so far."""
         self.token_ids: list[int] = []
+        self.sampler = Sampler(
+            request.temperature,
+            request.top_p,
+            request.seed,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=request.logit_bias,
+            prompt_ids=request.prompt_ids,
+            token_ids=self.token_ids,
+        )
+        self.ids: list[int] = request.prompt_ids
+        """What has to be read before the next token can be drawn; longer than the prompt after `set_back`."""
+        self.score_from = request.score_from
+        """As in the request, until the prompt was scored."""
+        self.read = 0
+        """Of `ids`, how many were read."""
         self.span: Span | None = None
-        self.last_at = time.perf_counter()
+        self.submitted_at = self.last_at = time.perf_counter()
         """When the last token came; before the first: when the request came."""
         self.result: GenerationResult | None = None
         """Set when the job is done."""
-        self._decode = decode
-        self._stop_ids = frozenset[int]() if request.ignore_eos else stop_ids
+        self._entry = entry
+        self._stop_ids = (frozenset[int]() if request.ignore_eos else stop_ids) | set(request.stop_token_ids)
         self._detokenizer = Detokenizer(decode, request.prompt_ids)
         self._scanner = StopScanner(request.stop)
         self._text: list[str] = []
@@ -58,13 +83,23 @@ class Answer:
 
     @property
     def prompt_read(self) -> bool:
-        """Whether every token of the prompt went through the model."""
-        return self.read == len(self.request.prompt_ids)
+        """Whether every token of `ids` went through the model."""
+        return self.read == len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Tokens that this request holds now."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
     def need(self) -> int:
-        """Tokens that this request may hold at its end."""
-        return len(self.request.prompt_ids) + self.max_tokens
+        """Tokens that it has to have room for, to go on for a while."""
+        return min(self.held + MARGIN_TOKENS, len(self.request.prompt_ids) + self.max_tokens)
+
+    def set_back(self) -> None:
+        """It gave its row back: prompt and answer so far are read again before it goes on."""
+        self.ids = [*self.request.prompt_ids, *self.token_ids]
+        self.read, self.score_from = 0, None
 
     def see(self, stamp: Stamp) -> None:
         """Note which weights there are, before and after each forward."""
@@ -74,14 +109,20 @@ class Answer:
         """Log-probabilities of the next tokens of the prompt."""
         self._prompt_tokens += [self._named(s, MAX_TOP) for s in scored]
 
+    def prompt_scored(self) -> None:
+        """The whole prompt was read: tell what it scored, once."""
+        if self.score_from is not None:
+            self.score_from = None
+            self.handle.emit(PromptScored(tuple(self._prompt_tokens)))
+
     def accept(self, token: int, scored: Scored | None) -> None:
         """Take the next token: send the text that it settles, or end the answer."""
         self.token_ids.append(token)
+        if scored is not None:
+            self._held.append((self._settled, self._named(scored, self.request.logprobs or 0)))
         if token in self._stop_ids:
             self.finish("stop", reason=token)
             return
-        if scored is not None:
-            self._held.append((self._settled, self._named(scored, self.request.logprobs or 0)))
         settled = self._detokenizer.feed(token)
         self._settled += len(settled)
         text = self._scanner.feed(settled)
@@ -129,8 +170,12 @@ class Answer:
         self.handle.emit(Delta(text, tokens))
 
     def _named(self, scored: Scored, top: int) -> TokenLogprob:
-        best = tuple(TokenLogprob(t, self._decode([t]), p) for t, p in scored.top[:top])
-        return TokenLogprob(scored.token_id, self._decode([scored.token_id]), scored.logprob, best)
+        best = tuple(self._token(t, p) for t, p in scored.top[:top])
+        return self._token(scored.token_id, scored.logprob, best)
+
+    def _token(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        text, raw = self._entry(token)
+        return TokenLogprob(token, text, logprob, top, raw)
 
 
 def not_finite() -> WeightsError:

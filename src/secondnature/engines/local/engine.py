@@ -48,7 +48,7 @@ from secondnature.engines.base import (
 from secondnature.engines.local.answer import Answer, not_finite
 from secondnature.engines.local.rows import BatchRows
 from secondnature.engines.local.sampling import Scored, finite_rows, sample, score
-from secondnature.engines.local.text import decoder
+from secondnature.engines.local.text import decoder, vocabulary
 from secondnature.errors import (
     BadExample,
     Busy,
@@ -115,7 +115,7 @@ class Engine:
             max_waiting_tokens: once the waiting prompts of a class are longer together, more are refused (Busy).
             prefill_tokens: prompt tokens that are read between two steps of the running rows.
             max_context: lowers the model's context limit.
-            max_held_tokens: bound of the K/V memory, rows times the longest row.
+            max_held_tokens: bound of the K/V memory, rows times the longest row, as long as they are now.
             stop_ids: tokens that end an answer (default: `end_ids`).
             threads: of torch, for this thread only. torch.set_num_threads sets the OpenMP team of the calling
                 thread (and the default of threads that have not used torch yet), so it is called in ours.
@@ -127,6 +127,7 @@ class Engine:
         self._model = model
         self._batch = BatchRows(model)
         self.decode = decoder(tokenizer)
+        self.entry = vocabulary(tokenizer)
         self.stop_ids = end_ids(model, tokenizer) if stop_ids is None else frozenset(stop_ids)
         limit = context_limit(model.config)
         self.max_context = min(limit, max_context or limit, max_held_tokens)
@@ -184,9 +185,10 @@ class Engine:
             Unreachable: the engine is closed.
         """
         request.check()
+        request.check_ids(self.vocab_size)
         max_tokens = self._plan(request)
         handle = GenerationHandle(request, self._notify)
-        job = Answer(handle, max_tokens, self.decode, self.stop_ids)
+        job = Answer(handle, max_tokens, self.decode, self.entry, self.stop_ids)
         with self._wake:
             if self._trouble:
                 raise Unreachable(self._trouble, "restart the server; its log says more")
@@ -223,8 +225,8 @@ class Engine:
         answer = request.max_tokens if request.max_tokens is not None else max(room, 1)
         if answer > room:
             raise ContextOverflow(
-                f"prompt of {len(ids)} tokens and answer of {answer}: {len(ids) + answer} tokens; "
-                f"the model reads at most {self.max_context}",
+                f"This model's maximum context length is {self.max_context} tokens; found a prompt of {len(ids)} "
+                f"and an answer of {answer}: {len(ids) + answer} tokens",
                 "shorten the prompt or lower max_tokens",
             )
         return answer
@@ -391,7 +393,7 @@ class Engine:
         with self._wake:
             queue = self._waiting[background]
             for job in islice(queue, 2 * self.max_rows):
-                length = len(job.request.prompt_ids)
+                length = len(job.ids)
                 long = length > self._prefill_tokens
                 if long and self._reading[background] is not None:
                     continue
@@ -427,23 +429,24 @@ class Engine:
 
     def _read_piece(self, jobs: list[Answer], rows: BatchRows) -> list[int]:
         """One forward over prompts. Returns the indices of the jobs that go on generating."""
-        parts = [j.request.prompt_ids[j.read : j.read + self._prefill_tokens] for j in jobs]
-        first = [max(j.read, (j.request.score_from or 0) - 1) for j in jobs]
+        parts = [j.ids[j.read : j.read + self._prefill_tokens] for j in jobs]
+        first = [max(j.read, (j.score_from or 0) - 1) for j in jobs]
         keep = 1
         for job, part, begin in zip(jobs, parts, first, strict=True):
             job.read += len(part)
-            if job.request.score_from is not None:
+            if job.score_from is not None:
                 keep = max(keep, job.read - begin)
         logits = self._stamped(jobs, lambda: rows.prefill(parts, keep))
         self.metrics.prompt_tokens += sum(map(len, parts))
         for i, job in enumerate(jobs):
-            if job.request.score_from is not None:
+            if job.score_from is not None:
                 # column `keep - (job.read - p)` holds the logits of position p, which predict token p + 1
                 end = min(job.read, len(job.request.prompt_ids) - 1)
                 columns = logits[i, keep - (job.read - first[i]) : keep - (job.read - end)]
                 self._score_prompt(job, columns, job.request.prompt_ids[first[i] + 1 : end + 1])
         ready = [i for i, j in enumerate(jobs) if not j.done and j.prompt_read]
         for i in ready:
+            jobs[i].prompt_scored()
             if jobs[i].max_tokens == 0:
                 self._end(jobs[i], "length")
         ready = [i for i in ready if not jobs[i].done]
@@ -466,6 +469,7 @@ class Engine:
         """One more token for every running row."""
         if not self._running:
             return
+        self._set_back()
         jobs = self._running
         try:
             logits = self._stamped(jobs, lambda: self._batch.step([j.token_ids[-1] for j in jobs]))
@@ -475,6 +479,23 @@ class Engine:
         except Exception as e:  # noqa: BLE001
             self._fail(jobs, e)
             self._running, self._batch = [], BatchRows(self._model)
+
+    def _set_back(self) -> None:
+        """Rows hold what they hold, not what they might: where they grow beyond the memory, the newest give way.
+
+        They wait, first in the queue, and go on where they were when there is room.
+        """
+        while len(self._running) > 1:
+            held = list(self._held())
+            if len(held) * (max(job.held for job in held) + 1) <= self._max_held:
+                return
+            newest = max(self._running, key=lambda job: (job.request.background, job.submitted_at))
+            order = self._batch.remove([self._running.index(newest)])
+            self._running = [self._running[i] for i in order]
+            newest.set_back()
+            self.metrics.set_back += 1
+            with self._wake:
+                self._waiting[newest.request.background].appendleft(newest)
 
     def _stamped(self, jobs: Sequence[Answer], forward: Callable[[], Tensor]) -> Tensor:
         """Run a forward between two looks at the weights clock."""

@@ -2,6 +2,8 @@
 
 Sampling inverts the cumulative distribution with one uniform number per token, drawn from the request's own
 generator: so a seed gives the same text whatever else is in the batch, as far as the logits are the same.
+The distribution is shaped in vLLM's order: bias, penalties (repetition, then frequency and presence), temperature,
+min_p, top_k, top_p; each by the definition that transformers has, too.
 Log-probabilities are those of the model (temperature 1, before top_p), as OpenAI and vLLM report them.
 
 Shapes: B rows of the batch, V vocabulary.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,10 +30,48 @@ class Sampler:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = 0
+    """0 or less: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    prompt_ids: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    """The answer so far; whoever draws lets it grow."""
     _random: random.Random = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
+        self._in_prompt = torch.tensor(
+            sorted(set(self.prompt_ids)) if self.repetition_penalty != 1 else [], dtype=torch.long
+        )
+
+    @property
+    def moves_logits(self) -> bool:
+        """Whether a bias or a penalty changes the logits themselves."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return bool(self.logit_bias) or any(penalties)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether improbable tokens are left out."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def move(self, logits: Tensor) -> None:
+        """Bias and penalties, in place; logits: [V], in fp32 or wider."""
+        device = logits.device
+        if self.logit_bias:
+            ids = torch.tensor(list(self.logit_bias), device=device)
+            logits[ids] += torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype, device=device)
+        said, times = torch.tensor(self.token_ids, dtype=torch.long, device=device).unique(return_counts=True)
+        if self.repetition_penalty != 1:
+            seen = torch.cat([self._in_prompt.to(device), said]).unique()
+            found = logits[seen]
+            scaled = torch.where(found > 0, found / self.repetition_penalty, found * self.repetition_penalty)
+            logits[seen] = scaled
+        logits[said] -= self.frequency_penalty * times + self.presence_penalty
 
     @property
     def greedy(self) -> bool:
@@ -50,28 +90,32 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         logits: [B, V], finite.
         samplers: one per row; each that is not greedy is advanced by one number.
     """
+    moved = [i for i, s in enumerate(samplers) if s.moves_logits]
+    if moved:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        for i in moved:
+            samplers[i].move(logits[i])
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     drawn = [i for i, s in enumerate(samplers) if not s.greedy]
-    for nucleus in (False, True):
-        rows = [i for i in drawn if (samplers[i].top_p < 1) == nucleus]
+    for cut in (False, True):
+        rows = [i for i in drawn if samplers[i].cuts == cut]
         if rows:
-            picked = _draw(logits[rows], [samplers[i] for i in rows], nucleus=nucleus)
+            picked = _draw(logits[rows], [samplers[i] for i in rows], cut=cut)
             for i, token in zip(rows, picked, strict=True):
                 tokens[i] = token
     return tokens
 
 
-def _draw(logits: Tensor, samplers: Sequence[Sampler], *, nucleus: bool) -> list[int]:
-    """Tokens by inverse CDF; with `nucleus`, from the smallest set of tokens whose mass reaches top_p."""
+def _draw(logits: Tensor, samplers: Sequence[Sampler], *, cut: bool) -> list[int]:
+    """Tokens by inverse CDF; with `cut`, from those that min_p, top_k and top_p leave."""
     wide = logits.double()
     temperature = torch.tensor([s.temperature for s in samplers], dtype=torch.float64, device=logits.device)
     # the maximum goes first: a tiny temperature then gives 0 and -inf, never inf - inf
     probs = ((wide - wide.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
     order: Tensor | None = None
-    if nucleus:
+    if cut:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        top_p = torch.tensor([s.top_p for s in samplers], dtype=torch.float64, device=logits.device)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p[:, None], 0.0)
+        probs = likely(probs, samplers)
     mass = probs.cumsum(-1)
     uniform = torch.tensor([s.uniform() for s in samplers], dtype=torch.float64, device=logits.device)
     # right=True: the first token whose cumulated mass exceeds the number, so none of probability 0 is drawn
@@ -83,6 +127,27 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler], *, nucleus: bool) -> list
     if order is not None:
         picked = order.gather(-1, picked)
     return picked[:, 0].tolist()
+
+
+def likely(probs: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Probabilities with those set to 0 that min_p, then top_k, then top_p leave out.
+
+    top_p leaves the smallest set of tokens whose mass reaches it, of the mass that the others left; tokens as
+    probable as the k-th stay.
+
+    Args:
+        probs: [B, V], each row from the largest down.
+    """
+    columns = torch.tensor(
+        [[s.min_p, s.top_p] for s in samplers], dtype=probs.dtype, device=probs.device
+    ).unbind(-1)
+    min_p, top_p = (c[:, None] for c in columns)
+    probs = probs.masked_fill(probs < min_p * probs[:, :1], 0.0)
+    width = probs.shape[-1]
+    kth = [min(s.top_k, width) - 1 if s.top_k > 0 else width - 1 for s in samplers]
+    probs = probs.masked_fill(probs < probs.gather(-1, torch.tensor(kth, device=probs.device)[:, None]), 0.0)
+    mass = probs.cumsum(-1)
+    return probs.masked_fill((mass - probs >= top_p * mass[:, -1:]) & (top_p < 1), 0.0)
 
 
 @dataclass(frozen=True)

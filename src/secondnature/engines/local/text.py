@@ -8,10 +8,13 @@ spaces of sentencepiece vocabularies), so its cost does not grow with the answer
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 LOOK_BACK = 4
 """Tokens of the prompt that are decoded together with the first new one."""
 MAX_HELD = 3
@@ -32,6 +35,62 @@ def decoder(tokenizer: Any) -> Decode:
     return lambda ids: tokenizer.decode(
         list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
+
+
+Entry = tuple[str, bytes | None]
+"""What one token is: how it is shown, and what it adds to a text (None: nothing, as special tokens do)."""
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def vocabulary(tokenizer: Any) -> Callable[[int], Entry]:
+    """The function id -> `Entry` of a transformers tokenizer, read from the vocabulary's entry.
+
+    Half a character has bytes there, which no decoded text has: the bytes of an answer's tokens, joined, are the
+    UTF-8 of its text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decode = decoder(tokenizer)
+    if backend is None:
+        return lambda token: (decode([token]), decode([token]).encode())
+    special = {i: str(t.content) for i, t in backend.get_added_tokens_decoder().items() if t.special}
+    raw = _raw_entry(backend, decode)
+
+    def entry(token: int) -> Entry:
+        if token in special:
+            return special[token], None
+        found = raw(token)
+        return found.decode("utf-8", "replace"), found
+
+    return entry
+
+
+def _raw_entry(backend: Any, decode: Decode) -> Callable[[int], bytes]:
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    steps = {str(step["type"]) for step in state.get("decoders", [state]) if "type" in step}
+    if "ByteLevel" in steps:
+        table = _bytes_of_characters()
+
+        def of_bytes(token: int) -> bytes:
+            text = backend.id_to_token(token) or ""
+            found = [table.get(c) for c in text]
+            return text.encode() if None in found else bytes(b for b in found if b is not None)
+
+        return of_bytes
+    if steps & {"ByteFallback", "Metaspace"}:
+
+        def of_pieces(token: int) -> bytes:
+            text = backend.id_to_token(token) or ""
+            byte = _BYTE.fullmatch(text)
+            return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+        return of_pieces
+    return lambda token: decode([token]).encode()
 
 
 class Detokenizer:

@@ -90,6 +90,7 @@ class VllmEngine:
             Unreachable: the server is shutting down.
         """
         request.check()
+        request.check_ids(self.limits.vocab_size)
         ids = request.prompt_ids
         if not ids or min(ids) < 0 or max(ids) >= self.limits.vocab_size:
             raise BadExample(
@@ -100,7 +101,8 @@ class VllmEngine:
         answer = max(room, 1) if request.max_tokens is None else request.max_tokens
         if answer > room:
             raise ContextOverflow(
-                f"prompt of {len(ids)} tokens and answer of {answer}; the engine reads {self.limits.context}",
+                f"This model's maximum context length is {self.limits.context} tokens; found a prompt of "
+                f"{len(ids)} and an answer of {answer}: {len(ids) + answer} tokens",
                 "shorten it, or start vLLM with a longer --max-model-len",
             )
         if request.logprobs is not None and request.score_from is None:
@@ -187,7 +189,14 @@ class VllmEngine:
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed if request.temperature > 0 else None,
+            top_k=max(request.top_k, 0),
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=dict(request.logit_bias) or None,
             stop=list(request.stop),
+            stop_token_ids=list(request.stop_token_ids),
             prompt_logprobs=(request.logprobs or 0) if scoring else None,
             ignore_eos=request.ignore_eos,
             output_kind=RequestOutputKind.FINAL_ONLY,

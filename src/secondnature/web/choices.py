@@ -1,0 +1,168 @@
+"""From what the engine says to what OpenAI's clients read: choices, log-probabilities, usage (server).
+
+The same for answers that come whole and for those that come in pieces: a `Choice` is one answer to one prompt, and
+knows how far its text has come, so that offsets go on counting from piece to piece.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from secondnature.engines.base import GenerationRequest, GenerationResult, TokenLogprob
+from secondnature.engines.local.text import Entry
+from secondnature.errors import Unreachable
+from secondnature.records import Message
+
+__all__ = ["Asked", "Choice", "finish_of", "usage_of"]
+
+
+@dataclass
+class _Offsets:
+    """Where in a text each token begins, in characters; one whose bytes end a character begins where it began."""
+
+    at: int = 0
+    _decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    def next(self, token: TokenLogprob, text: str | None = None) -> int:
+        """Where this token begins. In a `text` special tokens may be written out."""
+        before = self.at
+        if token.raw is not None:
+            self.at += len(self._decoder.decode(token.raw))
+        elif text is not None and text.startswith(token.text, self.at):
+            self.at += len(token.text)
+        return before
+
+
+@dataclass
+class Choice:
+    """One answer to one prompt."""
+
+    index: int
+    request: GenerationRequest
+    chat: bool
+    echoed: str | None = None
+    """`echo`: the prompt's text, in front of the answer."""
+    first: Entry | None = None
+    """`echo`: the prompt's first token, which has no log-probability."""
+    _offsets: _Offsets = field(default_factory=_Offsets)
+
+    def _of_text(self, tokens: Sequence[TokenLogprob], text: str | None = None) -> dict[str, Any]:
+        """`logprobs` of a completion."""
+        top = self.request.logprobs or 0
+        return {
+            "tokens": [t.text for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{x.text: x.logprob for x in t.top[:top]} for t in tokens] if top else None,
+            "text_offset": [self._offsets.next(t, text) for t in tokens],
+        }
+
+    def _of_prompt(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """`logprobs` of the echoed prompt; the first token has none, and says so with null."""
+        assert self.first is not None
+        head = TokenLogprob(self.request.prompt_ids[0], self.first[0], 0.0, (), self.first[1])
+        found = self._of_text([head, *tokens], self.echoed)
+        found["token_logprobs"][0] = None
+        if found["top_logprobs"]:
+            found["top_logprobs"][0] = None
+        return found
+
+    def _head(self, finish: str | None) -> dict[str, Any]:
+        return {"index": self.index, "finish_reason": finish, "logprobs": None}
+
+    def whole(self, result: GenerationResult) -> dict[str, Any]:
+        """The choice of an answer that comes whole."""
+        choice = self._head(finish_of(result))
+        scored = self.request.logprobs is not None
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+            choice["logprobs"] = self._of_chat(result.tokens) if scored else None
+            return choice
+        choice["text"] = (self.echoed or "") + result.text
+        if not scored:
+            return choice
+        if self.echoed is None:
+            choice["logprobs"] = self._of_text(result.tokens)
+            return choice
+        prompt = self._of_prompt(result.prompt_tokens)
+        self._offsets = _Offsets(len(self.echoed))
+        answer = self._of_text(result.tokens)
+        choice["logprobs"] = {k: None if prompt[k] is None else prompt[k] + answer[k] for k in prompt}
+        return choice
+
+    def opening(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """The first piece of a stream: a chat's role, or the echoed prompt with its scores."""
+        choice = self._head(None)
+        if self.chat:
+            return {**choice, "delta": {"role": "assistant", "content": ""}}
+        if self.echoed is None:
+            return None
+        choice["text"] = self.echoed
+        if self.request.logprobs is not None:
+            choice["logprobs"] = self._of_prompt(tokens or ())
+        self._offsets = _Offsets(len(self.echoed))
+        return choice
+
+    def piece(self, text: str, tokens: Sequence[TokenLogprob], finish: str | None = None) -> dict[str, Any]:
+        """The next piece of a stream, or with `finish` its end."""
+        choice = self._head(finish)
+        scored = self.request.logprobs is not None and len(tokens) > 0
+        if self.chat:
+            choice["delta"] = {"content": text} if text else {}
+            choice["logprobs"] = self._of_chat(tokens) if scored else None
+        else:
+            choice["text"] = text
+            choice["logprobs"] = self._of_text(tokens) if scored else None
+        return choice
+
+    def _of_chat(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """`logprobs` of a chat."""
+        top = self.request.logprobs or 0
+        content = [{**_named(t), "top_logprobs": [_named(x) for x in t.top[:top]]} for t in tokens]
+        return {"content": content, "refusal": None}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request under way: what its answer is called, and its choices."""
+
+    id: str
+    model: str
+    created: int
+    chat: bool
+    choices: Sequence[Choice]
+    prompt: list[Message] | None = None
+    """A chat's, to be remembered."""
+
+    def head(self, *, stream: bool) -> dict[str, Any]:
+        """The fields that every body and every piece begins with."""
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _named(token: TokenLogprob) -> dict[str, Any]:
+    """A token of a chat's `logprobs`; `bytes` is null for one that adds nothing to the text."""
+    raw = None if token.raw is None else list(token.raw)
+    return {"token": token.text, "logprob": token.logprob, "bytes": raw}
+
+
+def finish_of(result: GenerationResult) -> str:
+    """Why an answer ended. Raises what ended one that did not come to its end."""
+    if result.finish_reason in ("stop", "length"):
+        return result.finish_reason
+    raise result.error or Unreachable("the answer was broken off", "ask again")
+
+
+def usage_of(results: Sequence[GenerationResult], n: int) -> dict[str, int]:
+    """`usage`: each prompt counts once, however many answers it got.
+
+    Args:
+        results: in the order of the choices: `n` of each prompt.
+    """
+    prompt = sum(r.num_prompt_tokens for r in results[::n])
+    answer = sum(r.num_completion_tokens for r in results)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

@@ -1,0 +1,359 @@
+"""The bodies of completions, as OpenAI's clients send them (any process; the OpenAPI document is made from them).
+
+Clients send much that says nothing: nulls, empty lists, defaults written out, what an answer carried when it came.
+All of that is accepted. What would change an answer and cannot be honoured stays in the body as an unknown field,
+so one validation names every field that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from secondnature.records import Message, Role, Text, Unicode
+
+__all__ = [
+    "ALWAYS_NEUTRAL",
+    "NEUTRAL",
+    "ChatCompletionRequest",
+    "ChatMessage",
+    "CompletionRequest",
+    "StreamOptions",
+    "plain_message",
+    "with_plain_messages",
+]
+
+MAX_CHOICES = 1024
+"""Prompts of one request times `n`."""
+MAX_PROMPT_CHARACTERS = 2_000_000
+"""Of one prompt given as text."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "modalities": ([], ["text"]),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
+"""Fields of OpenAI's and vLLM's that are not honoured here, each with the values that change no answer; null is
+one of every field."""
+ALWAYS_NEUTRAL = frozenset(
+    {
+        *("include_reasoning", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key"),
+        *("prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store"),
+        "spaces_between_special_tokens",
+    }
+)
+"""Fields that change no answer, whatever they say: they are about bookkeeping or speed."""
+SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
+OF_AN_ANSWER = frozenset(
+    {
+        "annotations",
+        "audio",
+        "function_call",
+        "parsed",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "tool_calls",
+    }
+)
+"""What an answer carries beside its text; empty, it says nothing."""
+TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+IGNORED_IN_PARTS = frozenset({"annotations", "cache_control", "logprobs", "type"})
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def plain_message(given: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what says nothing: empty fields of an answer, `id`; `developer` is `system`, parts are joined.
+
+    Raises:
+        ValueError: a part of the content is no text.
+    """
+    kept = {
+        k: v
+        for k, v in given.items()
+        if k != "id" and not (v in SAYS_NOTHING and k in OF_AN_ANSWER) and (v is not None or k == "content")
+    }
+    if kept.get("role") == "developer":
+        kept["role"] = "system"
+    content: Any = kept.get("content")
+    if isinstance(content, list):
+        kept["content"] = _joined(cast("list[Any]", content))
+    return kept
+
+
+def _joined(parts: list[Any]) -> str:
+    """The text of content parts. Raises ValueError."""
+    texts: list[str] = []
+    for i, part in enumerate(parts):
+        found = cast("dict[str, Any]", part) if isinstance(part, dict) else {"type": "text", "text": part}
+        text, kind = found.get("text"), str(found.get("type"))[:40]
+        if kind not in TEXT_PARTS:
+            raise ValueError(
+                f"part {i} of `content` is of the type `{kind}`; this model reads text only: send parts of the "
+                "type `text`"
+            )
+        more = sorted(k for k, v in found.items() if k not in IGNORED_IN_PARTS | {"text"} and v is not None)
+        if not isinstance(text, str) or more:
+            what = f"the unknown field `{more[0][:40]}`" if more else "no text"
+            raise ValueError(f"part {i} of `content` has {what}; expected `type` and `text`")
+        texts.append(text)
+    return "".join(texts)
+
+
+def with_plain_messages(correction: Any) -> Any:
+    """A correction whose turns may be given as clients send them: see `plain_message`. Raises ValueError."""
+    if not isinstance(correction, dict):
+        return correction
+    found = cast("dict[str, Any]", correction)
+    return {
+        key: _plain_turns(cast("list[Any]", value)) if isinstance(value, list) else value
+        for key, value in found.items()
+    }
+
+
+def _plain_turns(turns: list[Any]) -> list[Any]:
+    return [
+        _without_name(plain_message(cast("dict[str, Any]", turn)))
+        if isinstance(turn, dict) and "role" in turn and "content" in turn
+        else turn
+        for turn in turns
+    ]
+
+
+def _without_name(turn: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in turn.items() if k != "name"}
+
+
+class ChatMessage(BaseModel):
+    """A turn as OpenAI's clients send it: what an answer carries beside its text may come back, as long as it says
+    nothing (`refusal: null`, `tool_calls: []` and the like). Anything that would change the answer is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    """`developer` is taken as `system`."""
+    content: Text
+    """Text, or a list of parts of the type `text`, which are joined."""
+    name: Annotated[Unicode, Field(max_length=64)] | None = None
+    """Accepted and not shown to the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_clients_send_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = cast("dict[str, Any]", data)
+        if given.get("content", "") is None:
+            raise ValueError("`content` is null; expected text (an empty one is text)")
+        return plain_message(given)
+
+    def plain(self) -> Message:
+        """The turn as it is kept and rendered."""
+        return Message(role=self.role, content=self.content)
+
+
+# ------------------------------------------------------------------------------------------------ completions
+
+
+def _without_what_says_nothing(data: Any) -> Any:
+    """A body without its fields that change no answer: null, neutral, or about bookkeeping."""
+    if not isinstance(data, dict):
+        return data
+    return {
+        k: v
+        for k, v in cast("dict[str, Any]", data).items()
+        if v is not None and k not in ALWAYS_NEUTRAL and not _is_neutral(k, v)
+    }
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    # 1 == True in Python; in JSON they are two things
+    return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in NEUTRAL.get(name, ()))
+
+
+def _as_list(value: Any) -> Any:
+    """One stop string as a list; empty ones stop nothing."""
+    given = cast("list[Any]", value) if isinstance(value, list) else [value]
+    return [s for s in given if s != ""] if value is not None else []
+
+
+Stops = Annotated[
+    list[Annotated[Unicode, Field(min_length=1, max_length=200)]],
+    Field(max_length=16),
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Sampling(BaseModel):
+    """Fields that both kinds of completion share; null is a field that was not sent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[Unicode, Field(max_length=500)] | None = None
+    """A name that this server goes by; another one is answered 404."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    """Answers to each prompt. With a seed, the i-th has the seed + i."""
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] | None = None
+    """0: greedy. Default: the model's own (`generation_config.json`), else 1."""
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Default: the model's own, else 1."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1: all tokens. Default: the model's own, else all."""
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """Least probability of a token, as a share of the best one's. Default: the model's own, else 0."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    """Counts the prompt's tokens, too. Default: the model's own, else 1."""
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = {}
+    """By token id."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stops = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = []
+    ignore_eos: bool = False
+    """Go on after the model's end token; `stop` and `stop_token_ids` still end the answer."""
+    user: Annotated[Unicode, Field(max_length=500)] | None = None
+    metadata: dict[Unicode, Unicode] | None = None
+    cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_says_nothing(cls, data: Any) -> Any:
+        return _without_what_says_nothing(data)
+
+
+class ChatCompletionRequest(_Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[Unicode, Any] = {}
+    """Handed to the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Handed to the model's chat template, which may not look at it."""
+    add_special_tokens: Literal[False] = False
+    """The template writes them."""
+
+    def plain(self) -> list[Message]:
+        """The conversation as it is kept and rendered."""
+        return [m.plain() for m in self.messages]
+
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template gets besides the conversation."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **self.chat_template_kwargs}
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion: a text, token ids, or a list of either. Raises ValueError."""
+    given = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if given and all(_is_id(x) for x in given):
+        given = [given]
+    if not given or len(given) > MAX_CHOICES:
+        raise ValueError(f"a list of {len(given)} prompts; expected 1 to {MAX_CHOICES}")
+    return [_prompt(prompt, f"prompt {i}: " if len(given) > 1 else "") for i, prompt in enumerate(given)]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _prompt(value: Any, where: str) -> str | list[int]:
+    if isinstance(value, str):
+        if not 0 < len(value) <= MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"{where}{len(value):,} characters; expected 1 to {MAX_PROMPT_CHARACTERS:,}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}a lone surrogate; expected Unicode text") from None
+        return value
+    if not isinstance(value, list) or not all(map(_is_id, cast("list[Any]", value))) or not value:
+        raise ValueError(f"{where}expected a text, token ids, or a list of texts or of lists of token ids")
+    ids = cast("list[int]", value)
+    wrong = next((i for i in ids if not 0 <= i < 2**31), None)
+    if wrong is not None:
+        raise ValueError(f"{where}token id {str(wrong)[:30]}; expected 0 to {2**31 - 1:,}")
+    return ids
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXT = {"type": "string", "minLength": 1}
+
+
+class CompletionRequest(_Sampling):
+    """`POST /v1/completions`: texts or token ids; one choice for each prompt and each of `n`."""
+
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_prompts),
+        WithJsonSchema({"anyOf": [_TEXT, _IDS, {"type": "array", "items": {"anyOf": [_TEXT, _IDS]}}]}),
+    ]
+    """A text, token ids, or a list of either."""
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Default 16."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    add_special_tokens: Literal[True] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, data: Any) -> Any:
+        """`logprobs: false`, as chats say it."""
+        given = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+        return {k: v for k, v in given.items() if k != "logprobs"} if given.get("logprobs") is False else data  # pyright: ignore[reportUnknownVariableType]
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise ValueError(
+                f"{len(self.prompt)} prompts and n = {self.n}; expected {MAX_CHOICES} answers at most"
+            )
+        return self
