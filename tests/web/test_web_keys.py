@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from pathlib import Path
@@ -15,7 +16,7 @@ from secondnature import config
 from secondnature.config import FROM_ANY_FOLDER, Settings
 from secondnature.errors import ConfigError
 from secondnature.lessons.home import Home
-from secondnature.web.guards import same_key
+from secondnature.web.guards import Guards, same_key
 
 SHORT = "fifteen-letters"
 
@@ -111,3 +112,40 @@ def test_the_settings_in_force_lie_in_the_home(shared_server: Running) -> None:
     assert KEY not in path.read_text()
     assert set(found["api_key"]) == {"*"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_models_card_is_as_open_as_the_list() -> None:
+    """And what is not there is 404 whoever asks, without opening what is."""
+    passed: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["path"])
+
+    guards = Guards(
+        app,
+        key=KEY,
+        inference_key=SHORT + "x",
+        hosts=None,
+        max_body_bytes=1024,
+        requests_per_minute=1000,
+        has_route=lambda path: path != "/v1/nothing",
+    )
+
+    def status(path: str, key: str) -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b""}
+
+        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        scope = {"type": "http", "method": "GET", "path": path, "headers": headers, "client": ("x", 1)}
+        asyncio.run(guards(scope, receive, send))
+        return sent[0]["status"] if sent else 200
+
+    for path in ("/v1/models", "/v1/models/embedded", "/v1/chat/completions"):
+        assert [status(path, key) for key in ("", "wrong", SHORT + "x", KEY)] == [401, 401, 200, 200], path
+    assert [status("/v1/lessons", key) for key in ("", SHORT + "x", KEY)] == [401, 401, 200]
+    assert [status("/v1/nothing", key) for key in ("", "wrong", KEY)] == [404] * 3

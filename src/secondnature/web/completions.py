@@ -75,7 +75,7 @@ def router(
     routes = APIRouter(responses=ERRORS)
     started = int(time.time())
     lanes = Lanes()
-    entry = vocabulary(tokenizer) if tokenizer is not None else None
+    entry = vocabulary(tokenizer)
 
     def card() -> dict[str, Any]:
         made = {"id": model_name, "object": "model", "created": started, "owned_by": "secondnature"}
@@ -119,12 +119,12 @@ def router(
         def work() -> Asked:
             choices: list[Choice] = []
             for prompt in body.prompt:
-                text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-                if text is not None:
-                    ids = encode_text(tokenizer, text, limit=engine.limits.context)
-                assert ids is not None
-                echoed = (str(tokenizer.decode(ids)) if text is None else text) if body.echo else None
-                first = entry(ids[0]) if entry is not None and ids and body.echo else None
+                if isinstance(prompt, str):
+                    ids, written = encode_text(tokenizer, prompt, limit=engine.limits.context), prompt
+                else:
+                    ids, written = prompt, str(tokenizer.decode(prompt)) if body.echo else ""
+                echoed = written if body.echo else None
+                first = entry(ids[0]) if ids and body.echo else None
                 for i in range(body.n):
                     wanted = _text_request(body, ids, defaults, i)
                     choices.append(Choice(len(choices), wanted, False, echoed, first))

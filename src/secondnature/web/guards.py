@@ -26,7 +26,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"})
 INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 """What a server that only this machine reaches listens on."""
