@@ -38,7 +38,7 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, load
+from secondnature.model import chat, gguf, load
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
@@ -84,11 +84,20 @@ class Parts:
 
 
 def model_directory(settings: Settings) -> Path:
-    """Where the model lies. Raises ConfigError."""
+    """Where the model lies; of a .gguf file, what was made of it.
+
+    Raises:
+        ConfigError: no model is there.
+        BadCheckpoint, UnsupportedModel, StorageError: as `gguf.directory_of`.
+    """
     if settings.model == "embedded":  # data, not code: the room itself lies above this one
         directory = Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
+    elif settings.model == "smollm2":
+        return gguf.directory_of(gguf.smollm2())
     else:
         directory = Path(settings.model).expanduser().absolute()
+        if directory.suffix.lower() == ".gguf":
+            return gguf.directory_of(directory)
     try:
         is_there = (directory / "config.json").is_file()
     except OSError as e:
@@ -103,7 +112,7 @@ def model_directory(settings: Settings) -> Path:
 def _instead(said: str, directory: Path) -> str:
     """What to give in the place of a directory that is no model's."""
     if not directory.exists() and said.count("/") == 1 and not said.startswith((".", "~", "/")):
-        return f"nothing is downloaded here: get it first (`hf download {said} --local-dir DIR`), then give that directory"
+        return f"nothing is downloaded here: `hf download {said} --local-dir DIR` first, then serve DIR"
     if (directory / "snapshots").is_dir():
         return "it is a hub's cache: give the folder of a revision, below snapshots/"
     return "give a Hugging Face directory, a .gguf file, or `--model embedded`"
