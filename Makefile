@@ -27,7 +27,7 @@ test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-zoo: $(STAMP)  ## every architecture beside transformers, and the table of docs/start-your-own.md: 10 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/drive.py
+	PYTHONPATH=tests:tests/lessons:tests/engines OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/drive.py
 
 lint: $(STAMP)  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

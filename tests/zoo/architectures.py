@@ -1,9 +1,9 @@
 """One tiny directory for each architecture that people have: config.json as published models write it, shrunk.
 
-Windows of 32 under prompts of 130, experts that are named one by one, text parts of models that also see: the files
-are written by transformers' own `save_pretrained`, in the form in which such models are published. Weights are drawn
-so that everything matters: norms and biases away from their defaults, heads sharp enough that greedy text is not
-decided by rounding.
+Windows of 32 under prompts of 130, experts that are named one by one, text parts of models that also see. The files
+are written by transformers' own `save_pretrained`, in the form in which such models are published. Weights are
+drawn so that everything matters: norms and biases away from their defaults, heads sharp enough that greedy text is
+not decided by rounding.
 """
 
 from __future__ import annotations
