@@ -8,12 +8,12 @@ it: whole or not there. Nothing is unpickled, no code is run.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _MAGIC = b"GGUF"
 _FORM = 1
 """Of the directories made here: a newer form is made anew."""
 _BLOCK_BYTES = 2**24
+_TELL_S = 5.0
 _SHARD_BYTES = 2**31
 """Bytes of weights in memory at a time, and in one file."""
 
@@ -65,6 +66,7 @@ def directory_of(path: Path, cache: Path | None = None) -> Path:
     if (final / "config.json").is_file():
         return final
     temporary = storage.temporary_name(final)
+    _LOG.info("%s: is dequantised to bf16, once, into %s", path, final)
     with storage.storage_errors(final), named_fault(path, "reading a GGUF file"):
         storage.clean(root)
         try:
@@ -76,7 +78,6 @@ def directory_of(path: Path, cache: Path | None = None) -> Path:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    _LOG.info("%s: dequantised to bf16 into %s", path, final)
     return final
 
 
@@ -111,10 +112,6 @@ def _write(path: Path, target: Path) -> None:
         ) from None
     config.dtype = torch.bfloat16
     config.save_pretrained(target)
-    with contextlib.suppress(FileNotFoundError):  # a folder that was found by chance is no name
-        raw = json.loads((target / "config.json").read_text("utf-8"))
-        raw.pop("_name_or_path", None)
-        (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokenizer.save_pretrained(target)
     _write_weights(target, _tensors(path, target, about))
 
@@ -135,8 +132,11 @@ def _tensors(path: Path, target: Path, about: dict[str, Any]) -> Iterator[tuple[
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=about["config"])
     names = get_gguf_hf_weights_map(model, processor)
     about["tensors"] = {}  # where processors put what they make of several
-    for number, tensor in enumerate(reader.tensors, 1):
-        _LOG.info("%s: tensor %d of %d", path.name, number, len(reader.tensors))
+    told = time.monotonic()
+    for number, tensor in enumerate(reader.tensors):
+        if time.monotonic() - told > _TELL_S:
+            told = time.monotonic()
+            _LOG.info("%s: %d of %d tensors dequantised", path.name, number, len(reader.tensors))
         found = processor.process(
             weights=dequantize(tensor.data, tensor.tensor_type),
             name=tensor.name,
