@@ -183,16 +183,17 @@ def drive(name: str, root: Path) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| architecture | answers | Δ log p | taught | undone | exported | Δ log p |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r.name} | {r.answers} | {r.difference:.0e} | {r.rises} | {'to the byte' if r.undone else 'no'} | "
-        f"{r.exported} | {r.exported_difference:.0e} |"
+    """Markdown, two architectures in a line."""
+    cells = [
+        f"{r.name} | {r.answers} | {r.difference:.0e} | {r.rises} | {'yes' if r.undone else 'no'} | "
+        f"{r.exported}, {r.exported_difference:.0e}"
         for r in rows
     ]
+    if len(cells) % 2:
+        cells.append(" | " * 5)
+    head = "architecture | answers | Δ log p | taught | undone | exported"
+    lines = [f"| {head} | {head} |", "|---" * 12 + "|"]
+    lines += [f"| {left} | {right} |" for left, right in zip(cells[::2], cells[1::2], strict=True)]
     return "\n".join(lines) + "\n"
 
 
