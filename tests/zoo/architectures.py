@@ -286,13 +286,12 @@ ARCHITECTURES: dict[str, Config] = {
 """As the table in docs/start-your-own.md names them."""
 
 FAST = (
-    "Qwen3-MoE",
     "Mistral Small 3 (text part)",
     "Gemma 4 E2B/E4B (shared keys)",
     "gpt-oss (bf16)",
     "DeepSeek V3",
 )
-"""One of each thing that is special: experts by name, a text part, shared keys, windows, a stored buffer."""
+"""One of each thing that is special: a text part, shared keys, windows, experts by name with a stored buffer."""
 
 
 @torch.no_grad()
