@@ -7,7 +7,7 @@ PEERS  := .venv-bench
 VLLM   := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-vllm lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo test test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## correct the embedded model while it serves: before/after tabl
 
 test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-zoo: $(STAMP)  ## every architecture beside transformers, and the table of docs/start-your-own.md: 10 minutes
+	PYTHONPATH=tests:tests/lessons:tests/engines OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/drive.py
 
 lint: $(STAMP)  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

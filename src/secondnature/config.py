@@ -56,7 +56,7 @@ class Settings(BaseModel):
     home: Path = Field(default_factory=_default_home)
     """Where lessons, ledger, working copy and key lie. One server per home."""
     model: str = "embedded"
-    """A directory with a Hugging Face checkpoint, or `embedded`."""
+    """A directory with a Hugging Face checkpoint, a .gguf file, `embedded`, or `smollm2`."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     """0 asks the system for a free port."""

@@ -17,7 +17,7 @@ from engine_models import (
     prompts,
     real_chat_model,
 )
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig
 
 from secondnature.engines.base import GenerationRequest, score_request
 from secondnature.engines.local.engine import Engine
@@ -205,15 +205,38 @@ def test_weights_of_the_arena_kind_are_live(tmp_path: Path) -> None:
         assert [r.token_ids for r in engine.generate([greedy(p, 12) for p in texts])] == before
 
 
-def test_sliding_windows_are_refused_by_name() -> None:
-    config = MistralConfig(
+def test_states_that_cannot_be_batched_are_refused_by_name() -> None:
+    """LFM2 keeps a convolution's state alone."""
+    config = Lfm2Config(
         vocab_size=260,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["hybrid", "full_attention"],
+    )
+    with pytest.raises(UnsupportedModel, match="layer 0 keeps its state as LinearAttentionAndFull"):
+        Engine(AutoModelForCausalLM.from_config(config), byte_tokenizer())
+
+
+def test_a_window_is_seen_by_every_row(tmp_path: Path) -> None:
+    """Sliding layers keep all keys; the masks do the rest, alone, together and across joins."""
+    config = MistralConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         sliding_window=16,
     )
-    with pytest.raises(UnsupportedModel, match="layer 0 keeps its state as DynamicSlidingWindowLayer"):
-        Engine(AutoModelForCausalLM.from_config(config), byte_tokenizer())
+    torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model.lm_head.weight.mul_(8)
+    texts = prompts(5, 70, 31, 300)
+    with Engine(model, byte_tokenizer(), stop_ids=[]) as engine:
+        found = [r.token_ids for r in engine.generate([greedy(p, 24) for p in texts])]
+    assert found == [generate_alone(model, p, 24) for p in texts]
+    model.config.sliding_window = 4096
+    assert found[3] != generate_alone(model, texts[3], 24), "the window matters here"

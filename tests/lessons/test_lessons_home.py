@@ -32,44 +32,82 @@ MODEL = Path("/models/one")
 
 def test_the_same_model_may_come_back(home: Home) -> None:
     for _ in range(2):
-        home.bind(MODEL, "print", "wone", "vllm")
+        home.bind(MODEL, "f2-print", "wone", "vllm")
     known = json.loads((home.path / "home.json").read_text())
     assert known == {
         "model": str(MODEL),
-        "fingerprint": "print",
+        "fingerprint": "f2-print",
         "base_version": "wone",
         "engine": "vllm",
         "format": 2,
     }
 
 
+def used(home: Home) -> None:
+    """As a lesson leaves it, whatever became of it."""
+    (home.lessons / "0001-use").mkdir()
+
+
+def test_a_home_without_lessons_belongs_to_nobody(home: Home) -> None:
+    """A model that was refused, or only tried, locks no other one out; a lesson does."""
+    home.bind(MODEL, "f2-print", "wone")
+    home.bind(Path("/models/two"), "f2-other", "wtwo", "vllm")
+    known = json.loads((home.path / "home.json").read_text())
+    assert (known["model"], known["fingerprint"], known["engine"]) == ("/models/two", "f2-other", "vllm")
+    used(home)
+    with pytest.raises(BadCheckpoint, match="belongs to /models/two"):
+        home.bind(MODEL, "f2-print", "wone")
+
+
+def test_looking_writes_nothing(home: Home) -> None:
+    home.check(MODEL, "f2-print", "wone")
+    assert not (home.path / "home.json").exists()
+
+
+def test_a_fingerprint_of_before_is_accepted_once_by_its_weights(home: Home) -> None:
+    """It hung on the version of transformers; what was taught is a difference of these bytes."""
+    old = {"model": str(MODEL), "fingerprint": "4babd0b09cd8", "base_version": "wone", "engine": "local"}
+    (home.path / "home.json").write_text(json.dumps(old))
+    used(home)
+    with pytest.raises(BadCheckpoint, match="its weights"):
+        home.bind(MODEL, "f2-print", "wtwo")
+    home.bind(MODEL, "f2-print", "wone")
+    assert json.loads((home.path / "home.json").read_text())["fingerprint"] == "f2-print"
+    with pytest.raises(BadCheckpoint, match="its architecture"):
+        home.bind(MODEL, "f2-other", "wone")
+
+
 def test_another_engine_with_other_bytes_is_told_what_to_do(home: Home) -> None:
-    home.bind(MODEL, "print", "wbf16", "local")
+    home.bind(MODEL, "f2-print", "wbf16", "local")
+    used(home)
     with pytest.raises(BadCheckpoint, match=r"of the local engine.*other dtypes.*vllm engine") as caught:
-        home.bind(MODEL, "print", "wfp32", "vllm")
+        home.bind(MODEL, "f2-print", "wfp32", "vllm")
     assert "--engine local" in caught.value.hint
     assert f"{home.model_root}/current" in caught.value.hint
 
 
 def test_another_engine_with_the_same_bytes_is_welcome(home: Home) -> None:
     """A dense model is bf16 in both: its lessons are the same differences of the same bytes."""
-    home.bind(MODEL, "print", "wone", "local")
-    home.bind(MODEL, "print", "wone", "vllm")
+    home.bind(MODEL, "f2-print", "wone", "local")
+    home.bind(MODEL, "f2-print", "wone", "vllm")
 
 
 def test_a_home_of_an_older_version_is_the_local_engines(home: Home) -> None:
-    old = {"model": str(MODEL), "fingerprint": "print", "base_version": "wone"}
+    old = {"model": str(MODEL), "fingerprint": "f2-print", "base_version": "wone"}
     (home.path / "home.json").write_text(json.dumps(old))
-    home.bind(MODEL, "print", "wone")
+    home.bind(MODEL, "f2-print", "wone")
+    used(home)
     with pytest.raises(BadCheckpoint, match="of the local engine"):
-        home.bind(MODEL, "print", "wtwo", "vllm")
+        home.bind(MODEL, "f2-print", "wtwo", "vllm")
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "version", "what"), [("other", "wone", "architecture"), ("print", "wtwo", "weights")]
+    ("fingerprint", "version", "what"),
+    [("f2-other", "wone", "architecture"), ("f2-print", "wtwo", "weights")],
 )
 def test_another_model_is_refused(home: Home, fingerprint: str, version: str, what: str) -> None:
-    home.bind(MODEL, "print", "wone")
+    home.bind(MODEL, "f2-print", "wone")
+    used(home)
     with pytest.raises(BadCheckpoint, match=f"its {what}"):
         home.bind(MODEL, fingerprint, version)
 
@@ -169,7 +207,7 @@ def test_a_home_of_another_model_is_not_migrated(tmp_path: Path) -> None:
     before = (path / "home.json").read_bytes()
     home = Home(path)
     with pytest.raises(BadCheckpoint):
-        home.bind(MODEL, "other", BASE_VERSION)
+        home.bind(MODEL, "f2-other", "w" + "0" * 16)
     home.close()
     assert (path / "home.json").read_bytes() == before
 

@@ -144,6 +144,17 @@ def test_the_trials_lease_ends_in_an_undo(server: Running, monkeypatch: pytest.M
     assert "lease" in lesson.reason
 
 
+def test_on_trial_is_said_when_it_can_be_decided(server: Running) -> None:
+    """The loop of the README, and the next line at once."""
+    for decide in (server.client.revert, server.client.keep):
+        job = server.client.train(teach(max_steps=1))
+        while (now := server.client.status(job.job)).state in ("queued", "running"):
+            assert now.phase != "on trial"
+        assert (now.state, now.phase) == ("on_trial", "on trial")
+        decide(job.lesson)
+    server.client.revert(job.lesson)
+
+
 def test_cancel_while_queued_and_on_trial(server: Running) -> None:
     before = server.state()
     first = server.client.train(teach(max_steps=1)).job

@@ -11,7 +11,7 @@ import torch
 from reference import reference_logps
 from tiny_models import CONFIGS, VOCAB_SIZE, dense_config, in_arena, save_tiny
 from torch import nn
-from transformers import MistralConfig
+from transformers import Lfm2Config
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
 from secondnature.model.upcast import collect
@@ -136,19 +136,18 @@ def test_nothing_to_score_is_refused(models: dict[str, nn.Module]) -> None:
 
 
 def test_state_that_cannot_be_frozen_is_refused(tmp_path: Path) -> None:
-    """A sliding window forgets keys, so its state is not what a longer text would have seen."""
-    config = MistralConfig(
+    config = Lfm2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        sliding_window=16,
+        layer_types=["conv", "full_attention"],
         max_position_embeddings=128,
     )
     _, model = in_arena(save_tiny(config, tmp_path))
-    with pytest.raises(UnsupportedModel, match="layer 0 keeps a DynamicSlidingWindowLayer"):
+    with pytest.raises(UnsupportedModel, match="layer 0 of Lfm2ForCausalLM keeps another state"):
         self_test(model)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from secondnature.errors import Busy, HomeInUse, SecondnatureError, Unreachable
+from secondnature.errors import BadCheckpoint, Busy, HomeInUse, SecondnatureError, Unreachable
 
 __all__ = ["main"]
 
@@ -30,7 +30,8 @@ def exit_code(error: SecondnatureError) -> int:
     """69: nobody answers, or not now; 64: what was asked for is wrong; 1: everything else."""
     if isinstance(error, (Unreachable, Busy, HomeInUse)):
         return UNAVAILABLE
-    return USAGE if error.status in (400, 401, 404, 413) else FAILED
+    wrong = error.status in (400, 401, 404, 413) or isinstance(error, BadCheckpoint)
+    return USAGE if wrong else FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

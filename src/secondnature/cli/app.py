@@ -32,7 +32,10 @@ app.add_typer(lessons_app, name="lessons")
 HomeOption = Annotated[Path | None, typer.Option("--home", help="Where lessons, corrections and key lie.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="A server that runs already.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="A Hugging Face checkpoint's directory, or `embedded`.")
+    str | None,
+    typer.Option(
+        "--model", help="A Hugging Face checkpoint's directory, a .gguf file, `embedded`, or `smollm2`."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 LessonArgument = Annotated[str, typer.Argument(metavar="ID", help="As in `lessons log`: 0001-listening.")]

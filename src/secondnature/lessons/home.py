@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,21 +104,43 @@ class Home:
             return None
         return found if isinstance(found, str) else None
 
-    def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
-        """Tie a new home to its model; check that an old one still belongs to it.
+    def check(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
+        """See whether the home may be this model's; nothing is written. A home without lessons belongs to nobody.
 
         Raises:
             BadCheckpoint: the home's lessons were made on another model, or the model's files have changed.
-            DamagedFile, StorageError: home.json cannot be read, or not be written in the present form.
+            DamagedFile: home.json cannot be read.
         """
-        mine = {"model": str(model_dir), "fingerprint": fingerprint, "base_version": base_version}
-        mine["engine"] = engine
+        known = self._known()
+        if known is not None and self._is_used():
+            self._check(known, _binding(model_dir, fingerprint, base_version, engine))
+
+    def bind(self, model_dir: Path, fingerprint: str, base_version: str, engine: str = "local") -> None:
+        """Tie the home to its model: the last step of a start, when nothing can refuse the model any more.
+
+        Raises:
+            BadCheckpoint, DamagedFile: as `check`.
+            StorageError: home.json cannot be written in the present form.
+        """
+        self.check(model_dir, fingerprint, base_version, engine)
+        mine = _binding(model_dir, fingerprint, base_version, engine)
         known = self._known()
         if known is None:
             self._write({**mine, "format": newest("home")})
             return
-        self._check(known, mine)
         self._migrate(known)
+        if not self._is_used():
+            known = {**known, **mine}
+        elif not _is_present(known):  # of a time when it hung on the library's version
+            known = {**known, "fingerprint": fingerprint}
+        if known != self._known():
+            self._write(known)
+
+    def _is_used(self) -> bool:
+        """Whether anything here was made of a model's weights: a lesson, whatever became of it, or a checkpoint."""
+        with storage.storage_errors(self.lessons):
+            lessons = any(not entry.name.startswith(".") for entry in self.lessons.iterdir())
+            return lessons or (self.model_root / "current").is_symlink()
 
     def _known(self) -> dict[str, Any] | None:
         """home.json in the present form; None: the home is new. Raises TooNew, DamagedFile."""
@@ -154,7 +177,8 @@ class Home:
         model_dir, fingerprint = mine["model"], mine["fingerprint"]
         base_version, engine = mine["base_version"], mine["engine"]
         made_by = known.get("engine", "local")
-        same_model = known.get("fingerprint") == fingerprint and known.get("model") == model_dir
+        alike = known.get("fingerprint") == fingerprint or not _is_present(known)
+        same_model = alike and known.get("model") == model_dir
         if same_model and made_by != engine and known.get("base_version") != base_version:
             raise BadCheckpoint(
                 f"{self.path}: its lessons are of the {made_by} engine, which holds this model in other dtypes "
@@ -163,12 +187,23 @@ class Home:
                 f"{self.model_root}/current with another --home",
             )
         for key, what in (("fingerprint", "architecture"), ("base_version", "weights")):
-            if known.get(key) != mine[key]:
+            if known.get(key) != mine[key] and not (key == "fingerprint" and alike):
                 raise BadCheckpoint(
                     f"{self.path} belongs to {known.get('model')}: its {what} ({str(known.get(key))[:19]}) are not "
                     f"those of {model_dir} ({mine[key][:19]})",
                     "serve that model, or give this one another --home",
                 )
+
+
+def _binding(model_dir: Path, fingerprint: str, base_version: str, engine: str) -> dict[str, str]:
+    mine = {"model": str(model_dir), "fingerprint": fingerprint, "base_version": base_version}
+    return {**mine, "engine": engine}
+
+
+def _is_present(known: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint is of the present kind. Those of before hung on the version of transformers, so what
+    they tied a home to is its weights' version alone."""
+    return str(known.get("fingerprint")).startswith("f2-")
 
 
 def take_lock(home: Path) -> IO[str]:

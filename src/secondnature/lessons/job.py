@@ -73,6 +73,12 @@ class Job:
     cancel: threading.Event = field(default_factory=threading.Event)
 
     @property
+    def _announced(self) -> LessonState:
+        """The state that is told: on trial only once somebody's word about it is taken (or nobody's is wanted)."""
+        waits = self.phase == "on trial"
+        return "running" if self.lesson.state == "on_trial" and not waits else self.lesson.state
+
+    @property
     def phase(self) -> str:
         """What is being done."""
         return self.now.name
@@ -92,7 +98,7 @@ class Job:
         return JobStatus(
             job=self.lesson.job,
             lesson=self.lesson.id,
-            state=self.lesson.state,
+            state=self._announced,
             phase=self.phase,
             progress=progress,
             step=self.step,

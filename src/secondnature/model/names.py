@@ -113,7 +113,7 @@ def preflight(
         raise UnsupportedModel(
             f"{directory}: the architecture is {', '.join(found) or 'not given in config.json'}; "
             f"expected one of {', '.join(ARCHITECTURES)}",
-            "serve it with the local engine (`secondnature serve`), which trains any causal language model",
+            "the local engine (`secondnature serve`) serves and trains more of them",
         )
     if quantization is None and getattr(config, "quantization_config", None) is not None:
         about: Any = config.quantization_config

@@ -29,6 +29,7 @@ from torch import nn
 
 from secondnature import config
 from secondnature.config import Settings
+from secondnature.engines.local import self_test as engine_test
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.stamps import Clock
 from secondnature.errors import ConfigError, SecondnatureError
@@ -37,7 +38,7 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, load
+from secondnature.model import chat, gguf, load
 from secondnature.model.defaults import sampling_defaults
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
@@ -84,21 +85,48 @@ class Parts:
 
 
 def model_directory(settings: Settings) -> Path:
-    """Where the model lies. Raises ConfigError."""
+    """Where the model lies; of a .gguf file, what was made of it.
+
+    Raises:
+        ConfigError: no model is there.
+        BadCheckpoint, UnsupportedModel, StorageError: as `gguf.directory_of`.
+    """
     if settings.model == "embedded":  # data, not code: the room itself lies above this one
         directory = Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
+    elif settings.model == "smollm2":
+        return gguf.directory_of(gguf.smollm2())
     else:
         directory = Path(settings.model).expanduser().absolute()
+        if directory.suffix.lower() == ".gguf":
+            return gguf.directory_of(directory)
     try:
         is_there = (directory / "config.json").is_file()
     except OSError as e:
         raise ConfigError(f"{directory}: {e.strerror or e}", "mend the disk or the permissions") from None
     if not is_there:
         raise ConfigError(
-            f"{directory}: no model there (no config.json)",
-            "give a Hugging Face directory, or `--model embedded`",
+            f"{directory}: no model there (no config.json)", _instead(settings.model, directory)
         )
     return directory
+
+
+def _instead(said: str, directory: Path) -> str:
+    """What to give in the place of a directory that is no model's."""
+    if not directory.exists() and said.count("/") == 1 and not said.startswith((".", "~", "/")):
+        return f"nothing is downloaded here: `hf download {said} --local-dir DIR` first, then serve DIR"
+    if (directory / "snapshots").is_dir():
+        return "it is a hub's cache: give the folder of a revision, below snapshots/"
+    return "give a Hugging Face directory, a .gguf file, or `--model embedded`"
+
+
+def model_name(settings: Settings, directory: Path) -> str:
+    """What clients call the model; a folder in a hub's cache is named after its commit, so its model's name."""
+    if settings.model in ("embedded", "smollm2"):
+        return settings.model
+    repository = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return directory.name
 
 
 @contextlib.contextmanager
@@ -113,17 +141,21 @@ def assemble(settings: Settings) -> Generator[Parts]:
     with contextlib.ExitStack() as stack:
         home = Home(settings.home)  # locked before gigabytes are read
         stack.callback(home.close)
-        arena = Arena.reserve(checkpoint.specs(directory))
-        for name, tensor in checkpoint.stream(directory):
-            arena.fill(name, tensor)
+        with load.named_fault(directory, "reading its files"):
+            arena = Arena.reserve(checkpoint.specs(directory))
+            for name, tensor in checkpoint.stream(directory):
+                arena.fill(name, tensor)
+            fingerprint = load.fingerprint(directory)
         base_version = content_id(arena.tensors, like=home.base_version())
-        home.bind(directory, load.fingerprint(directory), base_version)
-        home.note_settings(settings)
+        home.check(directory, fingerprint, base_version)
         log = Log(home, directory, base_version)
         fill_kept(arena, log)
         clock = Clock(arena, log.kept_version())
-        model = load.build(directory, arena.tensors)
-        self_test(model)
+        with load.named_fault(directory, "making the model"):
+            model = load.build(directory, arena.tensors)
+        with load.named_fault(directory, "trying it"):
+            engine_test.self_test(model)
+            self_test(model)
         tokenizer = chat.read_tokenizer(directory)
         for wrong in chat.look(tokenizer):
             LOG.warning("%s: %s", directory, wrong)
@@ -149,11 +181,13 @@ def assemble(settings: Settings) -> Generator[Parts]:
             tokenizer=tokenizer,
             context_limit=engine.limits.context,
             layout="transformers",
-            model_name="embedded" if settings.model == "embedded" else directory.name,
+            model_name=model_name(settings, directory),
             wiring=lambda: _wiring(model, arena),
         )
         defaults = sampling_defaults(directory) if settings.model_sampling else None
         parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer, defaults))
+        home.bind(directory, fingerprint, base_version)  # nothing refuses the model any more
+        home.note_settings(settings)
         teaching.runner.start()
         stack.callback(teaching.runner.stop)
         yield parts

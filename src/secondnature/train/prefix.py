@@ -24,10 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
 from secondnature.model.head import find_head, target_logps, token_logps, token_ranks, whole_logits
+from secondnature.model.limits import context_limit
 
 __all__ = [
     "Prefix",
@@ -91,8 +99,9 @@ class _FrozenRecurrence(LinearAttentionLayer):
 class Prefix:
     """The state after all context tokens but the last; immutable, so it can be read any number of times."""
 
-    states: tuple[tuple[Tensor, Tensor], ...]
-    """Per layer (keys, values) or (convolution, recurrent); empty where the context has one token."""
+    states: tuple[tuple[Tensor, Tensor] | None, ...]
+    """Per layer (keys, values) or (convolution, recurrent), or None where it reads another layer's; empty where the
+    context has one token."""
     recurrent: tuple[bool, ...]
     """Per layer: does it hold a recurrence rather than keys and values?"""
     num_tokens: int
@@ -105,7 +114,7 @@ class Prefix:
     @property
     def num_bytes(self) -> int:
         """What its states take."""
-        return sum(t.numel() * t.element_size() for pair in self.states for t in pair)
+        return sum(t.numel() * t.element_size() for pair in self.states if pair for t in pair)
 
     def check(self, version: str | None) -> None:
         """Raises StalePrefix if it was computed with other weights than `version`."""
@@ -121,10 +130,16 @@ class Prefix:
             return None
         return Cache(
             layers=[
-                _FrozenRecurrence(a, b, batch) if recurrent else _FrozenAttention(a, b)
-                for (a, b), recurrent in zip(self.states, self.recurrent, strict=True)
+                _frozen(pair, recurrent, batch)
+                for pair, recurrent in zip(self.states, self.recurrent, strict=True)
             ]
         )
+
+
+def _frozen(pair: tuple[Tensor, Tensor] | None, recurrent: bool, batch: int) -> Any:
+    if pair is None:
+        return DummyLayer()
+    return _FrozenRecurrence(*pair, batch) if recurrent else _FrozenAttention(*pair)
 
 
 def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None = None) -> Prefix:
@@ -165,9 +180,13 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     ids = torch.tensor([inputs], device=next(model.parameters()).device)
     body = getattr(model, "base_model", model)  # nobody asks for logits
     body(input_ids=ids, past_key_values=cache, use_cache=True)
-    states: list[tuple[Tensor, Tensor]] = []
+    states: list[tuple[Tensor, Tensor] | None] = []
     recurrent: list[bool] = []
     for index, layer in enumerate(cache.layers):
+        if type(layer) is DummyLayer:
+            states.append(None)
+            recurrent.append(False)
+            continue
         if type(layer) is DynamicLayer:
             pair = (layer.keys, layer.values)
         elif type(layer) is LinearAttentionLayer and layer.number_of_states == 1:
@@ -175,9 +194,15 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
         else:
             pair = (None, None)
         if pair[0] is None or pair[1] is None:
+            if type(layer) is DynamicLayer:
+                raise UnsupportedModel(
+                    f"layer {index} of {type(model).__name__} has not kept the frozen context it read",
+                    "this architecture or transformers version cannot be trained with a frozen context",
+                )
             raise UnsupportedModel(
-                f"layer {index} keeps a {type(layer).__name__}; expected full attention or GatedDeltaNet",
-                "this architecture cannot be trained with a frozen context yet",
+                f"layer {index} of {type(model).__name__} keeps another state ({type(layer).__name__}) than "
+                "attention or GatedDeltaNet",
+                "models of this kind cannot be served and trained yet",
             )
         states.append((pair[0], pair[1]))
         recurrent.append(type(layer) is LinearAttentionLayer)
@@ -186,11 +211,18 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
 
 
 def _writable(model: nn.Module, base: Prefix) -> DynamicCache:
-    """transformers' own cache, filled with the base's states; what it writes in place is a copy."""
+    """transformers' own cache, filled with the base's states; what it writes in place is a copy.
+
+    Sliding and chunked layers keep all keys, as full ones do: transformers' masks say which of them are seen.
+    """
     cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
+    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     if base.num_tokens == 0:
         return cache
-    for layer, (a, b) in zip(cache.layers, base.states, strict=True):
+    for layer, pair in zip(cache.layers, base.states, strict=True):
+        if pair is None:
+            continue
+        a, b = pair
         if isinstance(layer, LinearAttentionLayer):
             layer.lazy_initialization(conv_states=a, recurrent_states=b)
             conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
@@ -296,11 +328,12 @@ def self_test(model: nn.Module, *, tolerance: float | None = None) -> float:
             or reading the prefix changed it.
     """
     config: Any = model.config
-    config = config.get_text_config(decoder=True)
-    num_context = min(70, config.max_position_embeddings - 8)
+    limit = context_limit(config)
+    num_context = min(70, limit - 8)
     if num_context < 2:
-        raise UnsupportedModel(f"the model reads only {config.max_position_embeddings} tokens")
-    text = [(7 * i + i * i // 3) % config.vocab_size for i in range(num_context + 5)]
+        raise UnsupportedModel(f"the model reads only {limit} tokens", "expected 10 or more")
+    num_ids: int = config.get_text_config(decoder=True).vocab_size
+    text = [(7 * i + i * i // 3) % num_ids for i in range(num_context + 5)]
     context, answer = text[:num_context], text[num_context:]
     prefix = freeze(model, context)
     first = continuation_logits(model, prefix, [answer, answer[:1]])

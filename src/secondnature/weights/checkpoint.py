@@ -63,35 +63,45 @@ def stream(directory: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> 
     """
     wanted = specs(directory, dtypes)
     places: dict[Path, dict[str, Place]] = {}
-    for spec in wanted.values():
-        if spec.file not in places:
-            try:
-                places[spec.file] = read_places(spec.file)[0]
-            except (SafetensorError, OSError, ValueError) as e:
-                raise BadCheckpoint(f"{spec.file}: {e}", _HINT) from None
-    return ((name, _read_tensor(spec, places[spec.file].get(spec.key))) for name, spec in wanted.items())
+    for file in {piece.file for spec in wanted.values() for piece in spec.pieces}:
+        try:
+            places[file] = read_places(file)[0]
+        except (SafetensorError, OSError, ValueError) as e:
+            raise BadCheckpoint(f"{file}: {e}", _HINT) from None
+    return ((name, _read_tensor(spec, places)) for name, spec in wanted.items())
 
 
-def _read_tensor(spec: TensorSpec, place: Place | None) -> torch.Tensor:
-    """One tensor in memory of its own; where the file holds another dtype, converted block by block."""
-    stored = {name: dtype for dtype, name in DTYPES.items()}.get(place.dtype) if place else None
-    if place is None or stored is None or place.shape != spec.shape:
-        raise BadCheckpoint(f"{spec.file}: tensor {spec.key} has changed since it was checked", _HINT)
+def _read_tensor(spec: TensorSpec, places: Mapping[Path, Mapping[str, Place]]) -> torch.Tensor:
+    """One parameter in memory of its own, piece by piece."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    flat = tensor.view(-1)
-    try:
-        with spec.file.open("rb") as file:
-            for start, count in spans(place.nbytes):
-                first, last = start // stored.itemsize, (start + count) // stored.itemsize
-                part = flat[first:last]
-                if stored != spec.dtype:
-                    part = torch.empty(last - first, dtype=stored)
-                read_into(file, place.start + start, part.view(torch.uint8).numpy().data)
-                if stored != spec.dtype:
-                    flat[first:last].copy_(part)
-    except OSError as e:
-        raise BadCheckpoint(f"{spec.file}: {e}", _HINT) from None
+    for piece in spec.pieces:
+        place = places[piece.file].get(piece.key)
+        if place is None or place.dtype != DTYPES[piece.dtype] or place.shape != piece.shape:
+            raise BadCheckpoint(f"{piece.file}: tensor {piece.key} has changed since it was checked", _HINT)
+        try:
+            with piece.file.open("rb") as file:
+                _read_piece(file, place, piece.dtype, piece.of(tensor))
+        except OSError as e:
+            raise BadCheckpoint(f"{piece.file}: {e}", _HINT) from None
     return tensor
+
+
+def _read_piece(file: BinaryIO, place: Place, stored: torch.dtype, target: torch.Tensor) -> None:
+    """A tensor of a file into a view of its shape: where it can, straight; else converted, block by block."""
+    if not target.is_contiguous():
+        whole = torch.empty(place.shape, dtype=stored)
+        read_into(file, place.start, whole.view(-1).view(torch.uint8).numpy().data)
+        target.copy_(whole)
+        return
+    flat = target.view(-1)
+    for start, count in spans(place.nbytes):
+        first, last = start // stored.itemsize, (start + count) // stored.itemsize
+        part = flat[first:last]
+        if stored != target.dtype:
+            part = torch.empty(last - first, dtype=stored)
+        read_into(file, place.start + start, part.view(torch.uint8).numpy().data)
+        if stored != target.dtype:
+            flat[first:last].copy_(part)
 
 
 def read(directory: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, torch.Tensor]:
@@ -184,14 +194,18 @@ def _copy_side_files(source: Path, target: Path) -> None:
 
     Copied are regular files of at most 100 MB that are text or a tokenizer's (by suffix; `_SIDE_SUFFIXES`), and
     licenses; in the folder itself and in that of additional chat templates. Never weights, indexes of weights,
-    code, hidden files, or whatever begins like a pickle; and no link that leads elsewhere than into the folder
-    itself or to the blobs of the cache of hubs that it lies in.
+    adapters, code, hidden files, or whatever begins like a pickle; and no link that leads elsewhere than into the
+    folder itself or to the blobs of the cache of hubs that it lies in.
     """
     for folder in _SIDE_FOLDERS:
         for path in sorted((source / folder).iterdir()) if (source / folder).is_dir() else []:
             name = path.name
             known = path.suffix in _SIDE_SUFFIXES or name.split(".")[0] in _SIDE_NAMES
-            ours = name in (STATE_FILE, "config.json") or name.endswith(".index.json") or name.startswith(".")
+            ours = (
+                name in (STATE_FILE, "config.json", "adapter_config.json")
+                or name.endswith(".index.json")
+                or name.startswith(".")
+            )
             if not known or ours or not _stays_inside(source, path) or not path.is_file():
                 continue
             with path.open("rb") as file:
@@ -212,7 +226,8 @@ def _stays_inside(source: Path, path: Path) -> bool:
 def _write_config(source: Path, target: Path, wanted: Mapping[str, TensorSpec]) -> None:
     """The source's, with the dtype of the matrices: what a loader has to be told."""
     config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
+    for told in ("torch_dtype", "quantization_config", "quantization", "auto_map"):
+        config.pop(told, None)  # what is written is not quantised, and comes without code
     largest = max(wanted.values(), key=lambda spec: torch.Size(spec.shape).numel())
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
     if isinstance(config.get("text_config"), dict):
@@ -240,8 +255,9 @@ def _write_ends(source: Path, target: Path) -> None:
 def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], tensors: Weights) -> None:
     """The weights under the keys that `source` has for them, and what `source` holds beside them."""
     entries = {
-        spec.key: (DTYPES[spec.dtype], spec.shape, torch.Size(spec.shape).numel() * spec.dtype.itemsize)
+        piece.key: (DTYPES[spec.dtype], piece.shape, torch.Size(piece.shape).numel() * spec.dtype.itemsize)
         for spec in wanted.values()
+        for piece in spec.pieces
     }
     beside: dict[str, tuple[Path, Place]] = {}
     for key, file in bystanders(source).items():
@@ -266,8 +282,9 @@ def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], t
                     f"tensor {name}, {tensor.dtype} {tuple(tensor.shape)}, is not one of {source}, or came twice",
                     "are these weights of another model?",
                 )
-            file.seek(starts[spec.key])
-            file.writelines(block.data for block in blocks(tensor))
+            for piece in spec.pieces:
+                file.seek(starts[piece.key])
+                file.writelines(block.data for block in blocks(piece.of(tensor).contiguous()))
             del tensor  # before the next one is made
         if missing:
             raise BadCheckpoint(f"tensor {next(iter(missing))} was not given", "are the weights complete?")

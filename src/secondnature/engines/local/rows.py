@@ -4,6 +4,9 @@ The rows of a batch lie right-aligned ("left-padded") in buffers that grow by do
 in the same column, so one step writes one column and copies nothing. A row that joins is copied in once; a row that
 leaves is overwritten by the last one. GatedDeltaNet's states have no columns and are stacked by row.
 
+Sliding and chunked layers keep all keys, as full ones do: which of them a token may look at is decided by
+transformers' masks, and a row can join or leave without anybody counting windows.
+
 The layers implement the cache interface of transformers 5.23 (`cache_utils`); transformers zeroes the padded
 positions in front of GatedDeltaNet itself (`create_recurrent_attention_mask`), which is checked by the tests.
 Padding has to be *finite*, not only masked: 0 * NaN is NaN in attention, so columns that a row does not own are
@@ -22,8 +25,10 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
 
@@ -177,14 +182,16 @@ class BatchRows:
         self.layers = [self._layer(i, kind) for i, kind in enumerate(layer_kinds(model.config))]
         self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
 
-    def _layer(self, index: int, kind: type) -> AttentionRows | LinearRows:
-        if kind is DynamicLayer:
+    def _layer(self, index: int, kind: type) -> AttentionRows | LinearRows | DummyLayer:
+        if kind in (DynamicLayer, DynamicSlidingWindowLayer):
             return AttentionRows(self.window)
         if kind is LinearAttentionLayer:
             return LinearRows()
+        if kind is DummyLayer:
+            return DummyLayer()
         raise UnsupportedModel(
-            f"layer {index} keeps its state as {kind.__name__}; expected full attention or GatedDeltaNet",
-            "serve this model with vLLM",
+            f"layer {index} keeps its state as {kind.__name__}; expected attention or GatedDeltaNet",
+            "models of this kind cannot be served yet",
         )
 
     def __len__(self) -> int:
@@ -252,7 +259,7 @@ class BatchRows:
             if isinstance(mine, LinearRows):
                 assert isinstance(theirs, LinearRows)
                 mine.append(theirs, rows)
-            else:
+            elif isinstance(mine, AttentionRows):
                 assert isinstance(theirs, AttentionRows)
                 for k, row in enumerate(rows):
                     mine.put(first + k, theirs, row, new[k])
@@ -268,7 +275,7 @@ class BatchRows:
         for layer in self.layers:
             if isinstance(layer, LinearRows):
                 layer.select(order)
-            else:
+            elif isinstance(layer, AttentionRows):
                 for target, source in enumerate(order):
                     if source != target:
                         layer.copy_row(source, target)
@@ -284,7 +291,7 @@ class BatchRows:
         self.lengths.clear()
         self.window.start = self.window.end = 0
         self.layers[:] = [
-            AttentionRows(self.window) if isinstance(layer, AttentionRows) else LinearRows()
+            AttentionRows(self.window) if isinstance(layer, AttentionRows) else type(layer)()
             for layer in self.layers
         ]
 

@@ -149,6 +149,7 @@ def _teach(
         model_name=model_name,
         wiring=lambda: _wiring(client, loop),
     )
+    home.bind(directory, load.fingerprint(directory), log.base_version, "vllm")
     return teaching, engine
 
 
@@ -193,7 +194,7 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
                 "it changes weights while loading them, and a lesson's undo would not know how",
             )
     version = hasher.id()
-    home.bind(directory, load.fingerprint(directory), version, "vllm")
+    home.check(directory, load.fingerprint(directory), version, "vllm")
     log = Log(home, directory, version, dtypes)
     fill_kept(arena, log)
     return Clock(arena, log.kept_version()), log
