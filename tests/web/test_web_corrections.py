@@ -1,4 +1,4 @@
-"""Feedback as clients give it: amended, taken back, by conversation, from the first chunk on, with a key of its own."""
+"""Feedback as clients give it: amended, taken back, by conversation, from the first chunk on, with its own key."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_commands_in_a_conversation(server: Running) -> None:
         assert server.client.health().weights_version == steps
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none-of-ours", max_retries=0) as stranger:
         messages: Any = history
-        with pytest.raises(openai.PermissionDeniedError, match="correction_key"):
+        with pytest.raises(openai.PermissionDeniedError, match="the key that was sent may not"):
             stranger.chat.completions.create(model="m", messages=messages)
 
 
