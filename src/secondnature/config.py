@@ -36,6 +36,7 @@ FROM_ANY_FOLDER = frozenset(
             "checkpoint_after_s",
             "max_chain",
             "keep_states",
+            "in_band",
         ),
     }
 )
@@ -62,6 +63,12 @@ class Settings(BaseModel):
     """0 asks the system for a free port."""
     api_key: SecretStr | None = None
     """Key for the routes that change state or reveal corrections. None: generated once, kept in the home."""
+    correction_key: SecretStr | None = None
+    """A key for clients: completions, feedback, corrections of their own; it neither teaches nor reads the ledger.
+    None: generated once, kept in the home."""
+    in_band: bool = False
+    """A user's message `/no WHAT I WANTED`, `/why WHAT WAS WRONG` or `/good` is no question but a correction of the
+    answer before it, from any client whose key may correct."""
     inference_key: SecretStr | None = None
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -106,7 +113,7 @@ class Settings(BaseModel):
             )
         return found
 
-    @field_validator("api_key", "inference_key")
+    @field_validator("api_key", "correction_key", "inference_key")
     @classmethod
     def _is_long_enough(cls, key: SecretStr | None) -> SecretStr | None:
         found = None if key is None else len(key.get_secret_value().strip())

@@ -32,7 +32,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["api_key", "inference_key"])
+@pytest.mark.parametrize("name", ["api_key", "correction_key", "inference_key"])
 @pytest.mark.parametrize("key", ["", " " * 20, SHORT])
 def test_a_short_key_is_refused_and_not_shown(name: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"`{name}`.*expected 16 or more") as refused:
@@ -81,6 +81,7 @@ def test_the_keys_are_among_what_a_folder_may_not_set() -> None:
         "home",
         "host",
         "api_key",
+        "correction_key",
         "inference_key",
         "allowed_origins",
     } == Settings.model_fields.keys() - FROM_ANY_FOLDER

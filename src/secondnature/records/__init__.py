@@ -16,12 +16,12 @@ from secondnature.records.base import (
 )
 from secondnature.records.conversation import (
     Conversation,
-    Correction,
     Message,
     Prompt,
     Role,
     SampleAnswer,
 )
+from secondnature.records.corrections import CUT_SHORT, Correction, Provenance
 from secondnature.records.evidence import (
     EVIDENCE_VERSION,
     Comparison,
@@ -65,6 +65,7 @@ from secondnature.records.probes import (
 )
 
 __all__ = [
+    "CUT_SHORT",
     "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
@@ -94,6 +95,7 @@ __all__ = [
     "Outcome",
     "Probe",
     "Prompt",
+    "Provenance",
     "Record",
     "Role",
     "SampleAnswer",

@@ -31,7 +31,17 @@ def _home_1_to_2(raw: dict[str, Any]) -> dict[str, Any]:
     return {"engine": "local", **raw}
 
 
-STEPS: dict[tuple[Kind, int], Step] = {("home", 1): _home_1_to_2}
+def _correction_1_to_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """What was said gets a field of its own. A thumbs-down that was imported with one answer had it as `chosen`: it
+    is what was said. (Of praise, whose answer was called `rejected`, the record itself takes care.)"""
+    rating = raw.get("rating")
+    rated_down = isinstance(rating, int) and rating < 0
+    if rated_down and raw.get("chosen") and not raw.get("rejected") and not raw.get("completion_id"):
+        return {**raw, "said": raw["chosen"], "chosen": None}
+    return raw
+
+
+STEPS: dict[tuple[Kind, int], Step] = {("home", 1): _home_1_to_2, ("correction", 1): _correction_1_to_2}
 """(kind, the form that the step starts from)."""
 
 

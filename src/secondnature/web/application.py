@@ -22,7 +22,8 @@ from secondnature.lessons.teaching import Teaching
 from secondnature.model.defaults import SamplingDefaults
 from secondnature.web import completions
 from secondnature.web import teaching as routes
-from secondnature.web.guards import INFERENCE_PATHS, LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards
+from secondnature.web.guards import INFERENCE_PATHS, LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, Keys
+from secondnature.web.in_band import InBand, Layer
 from secondnature.web.metrics import exposition
 from secondnature.web.refusals import error_body, invalid, no_route
 from secondnature.web.stamps import WEIGHTS_HEADERS
@@ -40,7 +41,7 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
         engine: whose trouble `/v1/health` tells, too; None: another server's, which tells of it itself.
     """
     app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(routes.router(teaching.runner, teaching.ledger, teaching.memory, teaching.clock))
+    app.include_router(routes.router(teaching.runner, teaching.feedback, teaching.clock))
 
     # on the loop, for it only looks: it answers also while every thread of the pool waits for a lesson
     @app.get("/v1/health", responses=routes.ERRORS | UNWELL)
@@ -55,10 +56,11 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
 
     settings = teaching.settings
     inference = settings.inference_key.get_secret_value() if settings.inference_key else None
+    if settings.in_band and engine is not None:  # added before the guards, it stands behind them
+        app.add_middleware(Layer, in_band=InBand(teaching.feedback, teaching.model_name))
     app.add_middleware(
         Guards,
-        key=teaching.key,
-        inference_key=inference,
+        keys=Keys(talk=inference, correct=teaching.correction_key, teach=teaching.key),
         hosts=LOOPBACK_NAMES if settings.host in LOOPBACK_HOSTS else None,
         max_body_bytes=settings.max_body_bytes,
         requests_per_minute=settings.requests_per_minute,

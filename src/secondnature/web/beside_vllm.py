@@ -24,13 +24,16 @@ from secondnature.lessons.memory import Memory, Said, Unread
 from secondnature.records import Message
 from secondnature.web.guards import (
     INFERENCE_PATHS,
+    KEY_SCOPE,
     App,
+    Keys,
     Receive,
     Scope,
     Send,
     refuse_socket,
     same_key,
 )
+from secondnature.web.in_band import CHAT, InBand
 from secondnature.web.refusals import error_body
 from secondnature.web.stamps import headers_of, stamps
 
@@ -38,6 +41,7 @@ __all__ = ["Door", "OwnThread"]
 
 OURS = re.compile(
     r"/(v1/)?(train|checkpoint)(/.*)?|/v1/(lessons|feedback|corrections|steering)(/.*)?|/v1/(health|wiring)"
+    r"|/v1/chat/completions/[^/]+"
 )
 """Paths that we answer; everything else is vLLM's."""
 CHANGES_THE_ENGINE = frozenset({"/scale_elastic_ep"})
@@ -120,7 +124,8 @@ class Door:
         ours: answers our routes.
         clock: tells which weights there are.
         memory: where completions are remembered, for feedback.
-        key: ours.
+        keys: ours; all of them open completions, the one that teaches opens all of vLLM's routes.
+        in_band: takes corrections out of conversations; None: they are messages like others.
         engine_keys: vLLM's own (`--api-key`); none: its routes are open.
         on_load: told how many of vLLM's requests are being answered, whenever that changes.
         on_startup: called once, when vLLM's application has started.
@@ -134,7 +139,8 @@ class Door:
         ours: OwnThread,
         clock: Clock,
         memory: Memory,
-        key: str,
+        keys: Keys,
+        in_band: InBand | None,
         engine_keys: Sequence[str],
         on_load: Callable[[int], None],
         on_startup: Callable[[], None],
@@ -144,7 +150,8 @@ class Door:
         self._ours = ours
         self._clock = clock
         self._memory = memory
-        self._key = key.encode()
+        self._keys = keys
+        self._in_band = in_band
         self._engine_keys = [key.encode() for key in engine_keys]
         self._on_load = on_load
         self._on_startup = on_startup
@@ -168,7 +175,8 @@ class Door:
             return
         given = next((v for k, v in scope["headers"] if k.lower() == b"authorization"), b"")
         given = given.removeprefix(b"Bearer ").strip()
-        is_ours = same_key(given, self._key)
+        found = self._keys.scope(given)
+        is_ours = found == "teach" or (found is not None and path in INFERENCE_PATHS | {"/v1/models"})
         refused = scope["method"] == "POST" and not is_ours and self._refuses(path, given)
         if refused:
             what = "a wrong key" if given else "no key"
@@ -180,6 +188,11 @@ class Door:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if self._in_band is not None and path == CHAT:
+            left = await self._in_band.take({**scope, KEY_SCOPE: found}, receive, send)
+            if left is None:
+                return
+            scope, receive = left
         self._change_load(1)
         try:
             await self._stamped(path, scope, receive, send)
@@ -229,6 +242,7 @@ class Door:
         flows = False
         """The body is a stream of events; `rest` is the one that has not ended yet."""
         rest = b""
+        known = False
 
         async def listened() -> MutableMapping[str, Any]:
             message = await receive()
@@ -237,7 +251,7 @@ class Door:
             return message
 
         async def stamped(message: MutableMapping[str, Any]) -> None:
-            nonlocal start, whole, flows, rest
+            nonlocal start, whole, flows, rest, known
             if message["type"] == "http.response.start":
                 start = message
                 kind = next((v for k, v in message["headers"] if k.lower() == b"content-type"), b"")
@@ -254,6 +268,10 @@ class Door:
             if not whole:
                 if speaks and len(said) <= MAX_REMEMBERED_BYTES:
                     said.extend(body)
+                    if (
+                        flows and not known and start is not None and start["status"] == 200
+                    ):  # from the first chunk on, with the text so far
+                        known = self._remember(path, asked, said)
                 if flows:
                     body = rest + body
                     end = body.rfind(b"\n\n") + 2 if message.get("more_body", False) else len(body)
@@ -270,22 +288,32 @@ class Door:
                 await send(_with_headers(start, span, length=len(answer)))
                 await send({"type": "http.response.body", "body": answer})
 
-        await self._app(scope, listened, stamped)
-        if speaks and start is not None and start["status"] == 200:
-            self._remember(path, bytes(asked), bytes(said))
+        try:
+            await self._app(scope, listened, stamped)
+        finally:  # also of an answer that its client did not wait for
+            if speaks and start is not None and start["status"] == 200:
+                self._remember(path, bytes(asked), bytes(said))
 
-    def _remember(self, path: str, asked: bytes, said: bytes) -> None:
-        """What is needed to correct this answer; it is taken apart only when somebody does."""
+    def _remember(self, path: str, asked: bytes | bytearray, said: bytes | bytearray) -> bool:
+        """What is needed to correct this answer; it is taken apart only when somebody does.
+
+        Args:
+            said: the bytes so far; they may grow until they are remembered anew.
+        """
         found = _ID.search(said)
-        if found is None or len(asked) + len(said) > MAX_REMEMBERED_BYTES:
-            return
+        if found is None:
+            return False
+        if len(asked) + len(said) > MAX_REMEMBERED_BYTES:
+            self._memory.forget(found[1].decode())
+            return True
         version = self._clock.read().version
-        chat = path == "/v1/chat/completions"
+        chat = path == CHAT
 
-        def read(asked: bytes, said: bytes) -> Said:
-            return _said(asked, said, version, chat=chat)
+        def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
+            return _said(bytes(asked), bytes(said), version, chat=chat)
 
         self._memory.remember(found[1].decode(), Unread(asked, said, read))
+        return True
 
 
 def _with_headers(
@@ -324,14 +352,16 @@ def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
         if said.lstrip().startswith(b"{"):
             choice = json.loads(said)["choices"][0]
             text = str(choice["message"]["content"] or "") if chat else str(choice["text"])
+            finish = choice.get("finish_reason")
         else:
-            text = "".join(_pieces(said, chat=chat))
+            pieces, finish = _pieces(said, chat=chat)
+            text = "".join(pieces)
     except (ValueError, KeyError, TypeError, IndexError):
         raise BadInput(
             "this completion cannot be corrected: its request or its answer is not plain text",
             "POST /v1/corrections takes the whole conversation",
         ) from None
-    return Said(prompt, text, version)
+    return Said(prompt, text, version, finish)
 
 
 def _message(given: dict[str, Any]) -> Message:
@@ -341,13 +371,15 @@ def _message(given: dict[str, Any]) -> Message:
     return Message(role=given["role"], content=content)
 
 
-def _pieces(stream: bytes, *, chat: bool) -> list[str]:
-    """The texts of the first choice in a stream of server-sent events."""
+def _pieces(stream: bytes, *, chat: bool) -> tuple[list[str], str]:
+    """(texts of the first choice in a stream of server-sent events, why it ended); the last one may be torn."""
     found: list[str] = []
-    for line in stream.splitlines():
+    finish = "unfinished"
+    for line in stream[: stream.rfind(b"\n\n") + 1].splitlines():
         if not line.startswith(b"data: {"):
             continue
         for choice in json.loads(line.removeprefix(b"data: ")).get("choices", []):
             if choice.get("index", 0) == 0:
                 found.append((choice["delta"].get("content") if chat else choice["text"]) or "")
-    return found
+                finish = choice.get("finish_reason") or finish
+    return found, finish

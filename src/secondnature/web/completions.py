@@ -158,7 +158,7 @@ def router(
 
     def _remember(asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        memory.remember(asked.id, Said(asked.prompt, result.text, version))
+        memory.remember(asked.id, Said(asked.prompt, result.text, version, result.finish_reason))
 
     def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
         choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
@@ -169,7 +169,9 @@ def router(
     async def _events(
         handles: list[GenerationHandle], asked: Asked, body: AnyRequest
     ) -> AsyncGenerator[bytes]:
-        fingerprint = {"system_fingerprint": clock.read().version}
+        begun = clock.read().version
+        telling = memory.tell(asked.id, asked.prompt, begun)
+        fingerprint = {"system_fingerprint": begun}
         head = asked.head(stream=True)
         results: dict[int, GenerationResult] = {}
 
@@ -186,6 +188,8 @@ def router(
                     yield chunk(piece)
                 continue
             if isinstance(event, Delta):
+                if i == 0:
+                    telling.add(event.text)
                 yield chunk(choice.piece(event.text, event.tokens))
                 continue
             results[i] = event.result
