@@ -1,7 +1,7 @@
 """`secondnature import`: people's files into the ledger, or into a JSONL of corrections (process D).
 
-Everything is read, counted and shown before a byte is written or sent. The same file again adds nothing: a record that
-is there already is known by what it says.
+Everything is read, counted and shown before a byte is written or sent. The same file again adds nothing: a
+record that is there already is known by what it says.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`secondnature review`: candidates in quarantine, kept, dropped or edited by a person (process D).
 
-A candidate lies in the ledger and is not taught. Each decision is sent when it is made, so that one can stop at any
-time and go on later. Without a terminal: `--keep` and `--drop` with ids.
+A candidate lies in the ledger and is not taught. Each decision is sent when it is made, so that one can stop at
+any time and go on later. Without a terminal: `--keep` and `--drop` with ids.
 """
 
 from __future__ import annotations

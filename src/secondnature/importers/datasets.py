@@ -249,8 +249,8 @@ ANSWER_NAMES = (
     "reply",
     "completion",
 )
-WANTED_NAMES = ("correction", "corrected", "correct answer", "correct_answer", "expected", "wanted", "chosen", "ideal",
-                "better answer", "better_answer", "edited", "corrected answer")  # fmt: skip
+WANTED_NAMES = ("correction", "corrected", "correct answer", "correct_answer", "expected", "wanted", "chosen",
+                "ideal", "better answer", "better_answer", "edited", "corrected answer")  # fmt: skip
 NOTE_NAMES = ("comment", "comments", "feedback", "note", "notes", "reason", "why")
 RATE_NAMES = ("rating", "label", "thumb", "thumbs", "vote", "kto_tag")
 MEANINGS = {

@@ -1,8 +1,9 @@
 """What tools of observability and evaluation keep: traces with judgements, failed tests (client).
 
-Langfuse, LangSmith, Phoenix, Helicone, OpenTelemetry; promptfoo, lm-eval. Langfuse's corrected output and LangSmith's
-`feedback.correction` are this project's record in other words: the output is what was said, the correction what was
-wanted, the comment what was said about it. A trace that nobody judged is passed over and counted.
+Langfuse, LangSmith, Phoenix, Helicone, OpenTelemetry; promptfoo, lm-eval. Langfuse's corrected output and
+LangSmith's `feedback.correction` are this project's record in other words: the output is what was said, the
+correction what was wanted, the comment what was said about it. A trace that nobody judged is passed over and
+counted.
 """
 
 from __future__ import annotations
