@@ -59,6 +59,9 @@ class Settings(BaseModel):
     """0 asks the system for a free port."""
     api_key: SecretStr | None = None
     """Key for the routes that change state or reveal corrections. None: generated once, kept in the home."""
+    correction_key: SecretStr | None = None
+    """A key for clients: completions, feedback, corrections of their own; it neither teaches nor reads the ledger.
+    None: generated once, kept in the home."""
     inference_key: SecretStr | None = None
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -84,7 +87,7 @@ class Settings(BaseModel):
     """So many of the newest kept lessons can be taken back with the optimizer's state of then; older states are
     removed, and a lesson after such an undo starts with a fresh one."""
 
-    @field_validator("api_key", "inference_key")
+    @field_validator("api_key", "correction_key", "inference_key")
     @classmethod
     def _is_long_enough(cls, key: SecretStr | None) -> SecretStr | None:
         found = None if key is None else len(key.get_secret_value().strip())

@@ -11,6 +11,7 @@ the wire (`to_wire` / `from_wire`), so that the trainer's error reaches the user
     │   ├── BadExample                      token ids outside the vocabulary, empty continuation
     │   └── ContextOverflow                 more tokens than the model can read
     ├── Unauthorized(PermissionError)  401  no key, or the wrong one
+    ├── Forbidden(PermissionError)     403  the key is right, and does not open this
     ├── NotFound(LookupError)          404  unknown completion, job, lesson, model
     ├── Conflict(RuntimeError)         409  not now: the state of things forbids it
     │   ├── HomeInUse                       another server owns this home
@@ -52,6 +53,7 @@ __all__ = [
     "ContextOverflow",
     "DamagedFile",
     "Exploded",
+    "Forbidden",
     "HomeInUse",
     "NonFinite",
     "NotDurable",
@@ -127,6 +129,12 @@ class Unauthorized(SecondnatureError, PermissionError):
     """No key was sent, or the wrong one."""
 
     status = 401
+
+
+class Forbidden(SecondnatureError, PermissionError):
+    """The key that was sent is right, and does not open this."""
+
+    status = 403
 
 
 class NotFound(SecondnatureError, LookupError):

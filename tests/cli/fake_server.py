@@ -30,6 +30,7 @@ from secondnature.records import (
 from secondnature.wire import (
     CheckpointReply,
     CorrectionsReply,
+    CorrectionState,
     FeedbackReply,
     FeedbackRequest,
     Health,
@@ -245,7 +246,9 @@ def feedback(fake: Fake, body: dict[str, Any]) -> FeedbackReply:
     data |= {"completion": request.corrected, "completion_id": request.completion_id}
     correction = Correction.model_validate({k: v for k, v in data.items() if v is not None})
     fake.ledger.append(correction)
-    return FeedbackReply(id=f"c{len(fake.ledger)}", correction=correction)
+    identifier = f"c{len(fake.ledger)}"
+    state = CorrectionState(id=identifier, state="waiting")
+    return FeedbackReply(id=identifier, correction=correction, outcome="added", state=state)
 
 
 def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body: Any) -> BaseModel:

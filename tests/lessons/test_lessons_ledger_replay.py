@@ -26,8 +26,9 @@ def correction(text: str) -> Correction:
 def test_what_was_added_is_there_after_a_restart(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     added = ledger.add([correction("one"), correction("two\nlines")])
-    assert Ledger(tmp_path / "ledger.jsonl").all() == added
-    assert len({c.id for c in added}) == 2
+    found = [x.correction for x in added]
+    assert Ledger(tmp_path / "ledger.jsonl").all() == found
+    assert len({c.id for c in found}) == 2
 
 
 def test_a_torn_line_spoils_nothing_else(tmp_path: Path) -> None:
@@ -47,7 +48,8 @@ UNREADABLE = {
     "not JSON": '{"prompt": [{"role"',
     "prompt": '{"prompt": [], "rating": 1}',
     "not a JSON object": "[1, 2]",
-    "reads up to 1": '{"prompt": "a", "chosen": "b", "schema_version": 2}',
+    "reads up to 2": '{"prompt": "a", "chosen": "b", "schema_version": 3}',
+    "does not say which": '{"schema_version": 2, "deleted_at": "2026-01-02"}',
 }
 
 
@@ -80,7 +82,7 @@ def test_a_field_of_a_newer_version_is_no_obstacle(tmp_path: Path) -> None:
     told = path.read_text()
     ledger = Ledger(path)
     assert (ledger.num_torn, ledger.unreadable) == (0, [])
-    assert [c.digest() for c in ledger.all()] == [added.digest()]
+    assert [c.digest() for c in ledger.all()] == [added.correction.digest()]
     ledger.add([correction("two"), correction("three")])
     assert path.read_text().startswith(told)
 

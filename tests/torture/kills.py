@@ -194,7 +194,7 @@ class Driver:
                     )
                 except (SecondnatureError, OSError):
                     continue
-                self.corrections += [str(c.id) for c in given]
+                self.corrections += [str(c.id) for c in given.corrections]
                 self._killed.wait(0.02)
 
     def _words(self, count: int) -> list[str]:

@@ -31,7 +31,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["api_key", "inference_key"])
+@pytest.mark.parametrize("name", ["api_key", "correction_key", "inference_key"])
 @pytest.mark.parametrize("key", ["", " " * 20, SHORT])
 def test_a_short_key_is_refused_and_not_shown(name: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"`{name}`.*expected 16 or more") as refused:
@@ -74,7 +74,13 @@ def test_a_folder_does_not_say_where_keys_are_read_or_sent(nowhere: Path, name: 
 
 
 def test_the_keys_are_among_what_a_folder_may_not_set() -> None:
-    assert {"home", "host", "api_key", "inference_key"} == Settings.model_fields.keys() - FROM_ANY_FOLDER
+    assert {
+        "home",
+        "host",
+        "api_key",
+        "correction_key",
+        "inference_key",
+    } == Settings.model_fields.keys() - FROM_ANY_FOLDER
 
 
 def test_the_order_of_the_sources(nowhere: Path, tmp_path: Path) -> None:

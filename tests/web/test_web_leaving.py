@@ -21,7 +21,7 @@ from secondnature.engines.local.engine import Engine
 from secondnature.errors import SecondnatureError, Unreachable
 from secondnature.web.application import _speak_errors  # pyright: ignore[reportPrivateUsage]
 from secondnature.web.beside_vllm import OwnThread
-from secondnature.web.guards import Guards
+from secondnature.web.guards import Guards, Keys
 from secondnature.web.lanes import while_connected
 
 CHAT = {"messages": [{"role": "user", "content": "Say tea."}], "max_tokens": 100, "temperature": 1.0}
@@ -160,9 +160,7 @@ def test_websockets_are_closed_before_they_open() -> None:
         await socket.accept()
         await socket.send_text("a secret")
 
-    guards = Guards(
-        app, key=KEY, inference_key=None, hosts=None, max_body_bytes=1024, requests_per_minute=1000
-    )
+    guards = Guards(app, keys=Keys(None, "-", KEY), hosts=None, max_body_bytes=1024, requests_per_minute=1000)
     sent: list[Any] = []
 
     async def call() -> None:

@@ -18,7 +18,7 @@ from secondnature.engines.base import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.errors import Busy
 from secondnature.model import chat
-from secondnature.web.guards import Guards
+from secondnature.web.guards import Guards, Keys
 from secondnature.wire import Client
 
 LIMIT_S = 2.0
@@ -149,8 +149,7 @@ def test_small_requests_are_taken_while_large_ones_fill_the_room(server: Running
 
     app = Guards(
         behind,
-        key=KEY,
-        inference_key=None,
+        keys=Keys(None, "-", KEY),
         hosts=None,
         max_body_bytes=64_000,
         requests_per_minute=10_000,

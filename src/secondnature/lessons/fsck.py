@@ -21,6 +21,7 @@ from secondnature.config import MIN_KEY_CHARACTERS
 from secondnature.errors import SecondnatureError
 from secondnature.evidence.certificate import verify
 from secondnature.lessons.job import Phase
+from secondnature.lessons.ledger import read_line
 from secondnature.lessons.log import DELTA_FILE, MOVED_FILE, OPTIMIZER_FILE
 from secondnature.records import (
     OPEN_STATES,
@@ -86,7 +87,7 @@ class _Reader:
 
     def read(self) -> Found:
         self._each(
-            "reading the home", [self._read_home, self._read_key, self._read_settings, self._read_ledger]
+            "reading the home", [self._read_home, self._read_keys, self._read_settings, self._read_ledger]
         )
         lessons = self._home / "lessons"
         directories = sorted(p for p in lessons.iterdir() if p.is_dir()) if lessons.is_dir() else []
@@ -149,8 +150,11 @@ class _Reader:
             if not isinstance(self._known.get(name), str):
                 self._wrong(path, f"`{name}` is {self._known.get(name)!r}; expected text")
 
-    def _read_key(self) -> None:
-        path = self._home / "key"
+    def _read_keys(self) -> None:
+        for name in ("key", "correction_key"):
+            self._read_key(self._home / name)
+
+    def _read_key(self, path: Path) -> None:
         if not path.is_file():
             return
         self._found.num_files += 1
@@ -180,7 +184,7 @@ class _Reader:
                 self._wrong(path, f"line {line.number}: {line.reason}", "mend that line, or restore the file")
         for number, raw in lines.values:
             try:
-                Correction.from_disk(migrate("correction", raw, "this line"))
+                read_line(raw)
             except ValidationError as e:
                 self._wrong(path, f"line {number}: {describe(e)}", "mend that line, or restore the file")
             except SecondnatureError as e:

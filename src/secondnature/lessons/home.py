@@ -3,6 +3,7 @@
     <home>/
       home.json        which model this home belongs to, and the home's form (home.json.1: as it was in form 1)
       key              the key of the routes that change state (owner-only)
+      correction_key   the key that may only talk and correct (owner-only)
       settings.json    what was in force when the server started, keys masked
       ledger.jsonl     corrections
       lessons/         one directory per lesson: the log
@@ -71,15 +72,18 @@ class Home:
         """Tell other programs of this user where the server is."""
         storage.write_text(self.path / "server.json", json.dumps({"pid": os.getpid(), "url": url}) + "\n")
 
-    def key(self, given: str | None) -> str:
+    def key(self, given: str | None, name: str = "key") -> str:
         """The key of the admin routes: the given one, else the home's own, made at first use.
+
+        Args:
+            name: of the file. `correction_key`: the key that opens corrections and completions only.
 
         Raises:
             ConfigError: the file's key is too short to be one.
         """
         if given:
             return given
-        path = self.path / "key"
+        path = self.path / name
         if not path.is_file():
             storage.write_text(path, secrets.token_urlsafe(32) + "\n")
         with storage.storage_errors(path):

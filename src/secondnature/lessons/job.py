@@ -9,7 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from secondnature.lessons.planner import Plan
+from secondnature.lessons.planner import MAX_NAMED, Plan
 from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState
 from secondnature.wire import JobStatus, PhaseProgress, TrainRequest
 
@@ -106,4 +106,6 @@ class Job:
             weights_version=weights_version,
             evidence=self.evidence,
             error=self.lesson.error,
+            num_passed_over=len(self.plan.passed_over),
+            passed_over=self.plan.passed_over[:MAX_NAMED],
         )

@@ -2,24 +2,27 @@
 
 Bounded by bytes as well as by their number: a conversation may be one word or a book. What is counted is an upper
 estimate of what the strings take in memory, for both engines.
+
+A completion is known from its first chunk on, with the text so far: who stops a bad answer says so next.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 
-from secondnature.errors import NotFound
+from secondnature.errors import BadInput, NotFound
 from secondnature.records import Message
 
-__all__ = ["MAX_REMEMBERED", "MAX_REMEMBERED_BYTES", "Memory", "Said", "Unread"]
+__all__ = ["MAX_REMEMBERED", "MAX_REMEMBERED_BYTES", "Memory", "Said", "Telling", "Unread"]
 
 MAX_REMEMBERED = 10_000
 MAX_REMEMBERED_BYTES = 64_000_000
 OVERHEAD_BYTES = 1000
 """Of an entry, and of each message: the objects around the text."""
+OVERHEAD_BYTES_OF_A_PIECE = 100
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Said:
     """None: it was no chat."""
     answer: str
     weights_version: str
+    finish_reason: str | None = None
+    """Why it ended; `unfinished`: it has not, or nobody waited for it."""
 
     @property
     def nbytes(self) -> int:
@@ -38,13 +43,38 @@ class Said:
         return _bytes_of(self.answer) + sum(_bytes_of(text) + OVERHEAD_BYTES for text in texts)
 
 
+class Telling:
+    """A completion that is being told: what of it went out so far. `Memory.tell` makes it."""
+
+    def __init__(
+        self, prompt: list[Message] | None, weights_version: str, grown: Callable[[int], None]
+    ) -> None:
+        self._first = Said(prompt, "", weights_version, "unfinished")
+        self._pieces: list[str] = []
+        self._grown = grown
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, at most."""
+        return self._first.nbytes + sum(_bytes_of(x) + OVERHEAD_BYTES_OF_A_PIECE for x in self._pieces)
+
+    def add(self, text: str) -> None:
+        """The next piece went out."""
+        self._pieces.append(text)
+        self._grown(_bytes_of(text) + OVERHEAD_BYTES_OF_A_PIECE)
+
+    def so_far(self) -> Said:
+        """What was said until now."""
+        return replace(self._first, answer="".join(self._pieces))
+
+
 @dataclass(frozen=True)
 class Unread:
     """A completion as it went over the wire: taken apart only when somebody asks for it."""
 
-    asked: bytes
-    said: bytes
-    read: Callable[[bytes, bytes], Said]
+    asked: bytes | bytearray
+    said: bytes | bytearray
+    read: Callable[[bytes | bytearray, bytes | bytearray], Said]
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +92,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._said: OrderedDict[str, tuple[Said | Unread, int]] = OrderedDict()
+        self._said: OrderedDict[str, tuple[Said | Telling | Unread, int]] = OrderedDict()
         self._nbytes = 0
 
     @property
@@ -70,19 +100,42 @@ class Memory:
         """What all of it takes, at most; never more than `MAX_REMEMBERED_BYTES`."""
         return self._nbytes
 
-    def remember(self, completion_id: str, said: Said | Unread) -> None:
+    def remember(self, completion_id: str, said: Said | Telling | Unread) -> None:
         """Add one; the oldest make room for it. One that is larger than all the room is not remembered."""
         nbytes = said.nbytes + OVERHEAD_BYTES
         with self._lock:
             self._forget(completion_id)
             self._said[completion_id] = (said, nbytes)
             self._nbytes += nbytes
-            while len(self._said) > MAX_REMEMBERED or self._nbytes > MAX_REMEMBERED_BYTES:
-                self._forget(next(iter(self._said)))
+            self._make_room()
+
+    def tell(self, completion_id: str, prompt: list[Message] | None, weights_version: str) -> Telling:
+        """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
+
+        def grown(nbytes: int) -> None:
+            with self._lock:
+                it, before = self._said.get(completion_id, (None, 0))
+                if it is telling:
+                    self._said[completion_id] = (telling, before + nbytes)
+                    self._nbytes += nbytes
+                    self._make_room()
+
+        telling = Telling(prompt, weights_version, grown)
+        self.remember(completion_id, telling)
+        return telling
+
+    def _make_room(self) -> None:
+        while len(self._said) > MAX_REMEMBERED or self._nbytes > MAX_REMEMBERED_BYTES:
+            self._forget(next(iter(self._said)))
 
     def _forget(self, completion_id: str) -> None:
         _, nbytes = self._said.pop(completion_id, (None, 0))
         self._nbytes -= nbytes
+
+    def forget(self, completion_id: str) -> None:
+        """Remember one no longer; there may be none."""
+        with self._lock:
+            self._forget(completion_id)
 
     def recall(self, completion_id: str) -> Said:
         """One of them. Raises NotFound."""
@@ -94,4 +147,32 @@ class Memory:
                 f"start are, and of those no more than {MAX_REMEMBERED_BYTES // 1_000_000} MB",
                 "POST /v1/corrections takes the whole conversation",
             )
-        return said if isinstance(said, Said) else said.read(said.asked, said.said)
+        return _read(said)
+
+    def answers_to(self, prompt: Sequence[Message]) -> list[tuple[str, Said]]:
+        """(id, completion) of what was answered to a conversation, newest first.
+
+        Those with the very same turns come first, then those that differ in system turns and in space around texts:
+        clients add the one and lose the other.
+        """
+        with self._lock:
+            known = [(key, said) for key, (said, _) in reversed(self._said.items())]
+        asked, found = _turns(prompt), list[tuple[str, Said]]()
+        for key, it in known:
+            try:
+                said = _read(it)
+            except BadInput:  # it is none that can be corrected
+                continue
+            if said.prompt is not None and _turns(said.prompt) == asked:
+                found.append((key, said))
+        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+
+
+def _read(said: Said | Telling | Unread) -> Said:
+    if isinstance(said, Telling):
+        return said.so_far()
+    return said if isinstance(said, Said) else said.read(said.asked, said.said)
+
+
+def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(m.role, m.content.strip()) for m in messages if m.role != "system"]

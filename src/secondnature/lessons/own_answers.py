@@ -44,7 +44,9 @@ class Distilled:
 
 
 def comment(correction: Correction) -> str | None:
-    """What the teacher is told about the wrong answer; None: nothing is known."""
+    """What the teacher is told about the wrong answer; None: nothing is known, or it was praised."""
+    if correction.is_praise:
+        return None
     if correction.feedback:
         return correction.feedback
     return f"I wanted this answer: {correction.chosen[0].content}" if correction.chosen else None
@@ -52,7 +54,7 @@ def comment(correction: Correction) -> str | None:
 
 def teacher_messages(correction: Correction, said: str) -> list[Message]:
     """The conversation that the teacher answers: prompt, wrong answer (`said` if it is not recorded), comment."""
-    wrong = correction.rejected or [Message(role="assistant", content=said)]
+    wrong = correction.answered or [Message(role="assistant", content=said)]
     told = comment(correction)
     assert told is not None, "only corrections that say something are distilled"
     return [*correction.prompt, *wrong, Message(role="user", content=told)]

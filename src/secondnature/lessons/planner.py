@@ -56,6 +56,12 @@ class Replay:
         self.left_out[why] = self.left_out.get(why, 0) + 1
 
 
+MAX_NAMED = 100
+"""Corrections that are passed over and named, of any number."""
+MIN_TOKENS_OF_A_TURN = 16
+"""Of what a template writes around a turn; guessed high, for what fits by it is not looked at more closely."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A training job with every default resolved."""
@@ -88,7 +94,9 @@ class Plan:
     samples: list[Sample]
     """Prompts that are answered before and after the lesson."""
     skipped: int
-    """Corrections from which this objective learns nothing."""
+    """Corrections from which this objective learns nothing, those that are passed over among them."""
+    passed_over: list[wire.PassedOver]
+    """Corrections of the ledger that cannot be taught to this model, and why."""
     digests: list[str]
     """Of the tokens of every example, or of the comment it is taught by: what counts as the same lesson again."""
     left_out: dict[str, int]
@@ -108,6 +116,8 @@ class Plan:
             num_replay=len(self.replay) + len(self.own),
             num_replay_left_out=sum(self.left_out.values()),
             num_retries=num_retries,
+            num_passed_over=len(self.passed_over),
+            passed_over={x.id: x.reason for x in self.passed_over[:MAX_NAMED]},
         )
 
     def settings(self) -> dict[str, Any]:
@@ -145,6 +155,8 @@ class Plan:
             "replay_left_out": self.left_out,
             "num_development": len(self.development),
             "num_skipped": self.skipped,
+            "num_passed_over": len(self.passed_over),
+            "passed_over": [x.model_dump() for x in self.passed_over[:MAX_NAMED]],
             "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
             "longest_example_tokens": max(
                 [len(e.context) + len(e.continuation) for e in self.examples]
@@ -172,6 +184,8 @@ class Planner:
         self._default_lr = default_lr or DEFAULT_LR
         self._encoded: dict[str, _TokenIds] = {}
         """Of what the kept lessons taught, by digest: every plan asks for all of it."""
+        self._rendered: set[tuple[str, ...]] = set()
+        """Orders of turns that the model's template is known to take."""
 
     def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
         """The job that a request asks for, as things stand now; made again when the lesson begins.
@@ -193,7 +207,11 @@ class Planner:
                 f"{self._highest_rank}",
                 f"set `optimizer.rank` to 1 to {self._highest_rank}",
             )
-        corrections, skipped = self._corrections(request, ledger)
+        given, corrections = self._corrections(request, ledger)
+        passed_over: list[wire.PassedOver] = []
+        if request.ledger:  # what lies there cannot be mended by the caller: it is passed over, and named
+            corrections = self._teachable(corrections, request.objective == "sdft", passed_over)
+        skipped = given - len(corrections)
         distilled: list[Distilled] = []
         if request.examples is not None:
             examples = [
@@ -222,11 +240,7 @@ class Planner:
         )
         for work in examples:
             self._check(work)
-            if work.rejected == work.continuation:
-                raise BadExample(
-                    f"{work.label}: the rejected answer is the wanted one; expected two different answers",
-                    "correct one of them, or leave `rejected` out",
-                )
+            _refuse_equal(work)
         objective = request.objective or ("orpo" if all(e.rejected for e in examples) else "sft")
         num_examples = len(examples) + len(distilled) * request.sdft.samples
         if objective not in ("sft", "sdft"):
@@ -271,6 +285,7 @@ class Planner:
             corrections=corrections,
             samples=self._taught(corrections, examples) + _spread(replay.samples, MAX_KL_PROMPTS),
             skipped=skipped,
+            passed_over=passed_over,
             digests=[digest([w.context, w.continuation, w.rejected]) for w in examples]
             + [d.correction.digest() for d in distilled],
             left_out=replay.left_out,
@@ -317,10 +332,10 @@ class Planner:
                 else:  # with room for an answer of one token
                     work = wire.TokenExample(self._context(item.prompt, label), [0], label=label)
                 self._check(work)
-            except ContextOverflow:
+            except BadInput as e:
                 if i < num_own:
                     raise
-                found.leave_out("too long")
+                found.leave_out("too long" if isinstance(e, ContextOverflow) else "cannot be taught")
                 continue
             if tuple(work.context) in asked:
                 found.leave_out("asked by a probe")
@@ -347,10 +362,12 @@ class Planner:
 
     def _corrections(
         self, request: wire.TrainRequest, ledger: list[Correction]
-    ) -> tuple[list[Correction], int]:
+    ) -> tuple[int, list[Correction]]:
+        """(how many were given, those of them from which the objective can learn)."""
         if request.examples is not None:
-            return [], 0
+            return 0, []
         given = ledger if request.ledger else list(request.corrections or [])
+        given = [c for c in given if c.state is None]
         if not given:
             raise BadInput(
                 "the ledger is empty", "record corrections first: POST /v1/feedback, or `/no` in the chat"
@@ -365,23 +382,69 @@ class Planner:
                     f"none of {len(given)} corrections says what was wrong; `sdft` learns from `feedback`",
                     "say it: `/why` in the chat, `text` in POST /v1/feedback, `feedback` in a file",
                 )
-            return teachable, len(given) - len(teachable)
+            return len(given), teachable
         teachable = [c for c in given if c.chosen is not None]
-        if request.ledger:  # what lies there cannot be mended by the caller: it is passed over, and counted
-            teachable = [c for c in teachable if not self._says_nothing_new(c)]
         if not teachable:
-            told = any(c.feedback for c in given)
+            told = any(comment(c) for c in given)
             raise BadInput(
                 f"none of {len(given)} corrections says what was wanted",
                 "add the corrected answer: `corrected` in feedback, `chosen` or `completion` in a file"
                 + ("; or learn from what was said about it: `objective: sdft`" if told else ""),
             )
-        return teachable, len(given) - len(teachable)
+        return len(given), teachable
 
-    def _says_nothing_new(self, correction: Correction) -> bool:
-        """Both answers are the same to the model."""
-        work = self._work(correction, "")
-        return work.rejected == work.continuation
+    def _teachable(
+        self, corrections: list[Correction], distil: bool, passed_over: list[wire.PassedOver]
+    ) -> list[Correction]:
+        """Those that can be taught to this model; the others are named. Raises BadInput: there are none."""
+        found: list[Correction] = []
+        for c in corrections:
+            reason = self._why_not(c, distil)
+            if reason is None:
+                found.append(c)
+            else:
+                passed_over.append(wire.PassedOver(id=str(c.id), reason=reason))
+        if not found:
+            first = passed_over[0]
+            raise BadInput(
+                f"none of {len(corrections)} corrections can be taught; {first.id}: {first.reason}",
+                "amend them, or record others; GET /v1/corrections?states=true has the reason of each",
+            )
+        return found
+
+    def _why_not(self, correction: Correction, distil: bool) -> str | None:
+        """Why a correction cannot be taught to this model; None: it can."""
+        try:
+            if distil:
+                self._distilled(correction, "it")
+            else:
+                work = self._work(correction, "it")
+                self._check(work)
+                _refuse_equal(work)
+        except BadInput as e:
+            return e.message
+        return None
+
+    def obstacle(self, correction: Correction) -> str | None:
+        """Why a correction cannot be taught to this model, by whatever objective suits it; None: nothing is known.
+
+        What is short, of a shape that was rendered before, is not encoded: an import may bring thousands.
+        """
+        if correction.chosen is None and comment(correction) is None:
+            return None  # a rating alone: there is nothing that could fail
+        chosen = correction.chosen[0].content if correction.chosen else None
+        roles = tuple(m.role for m in correction.prompt)
+        texts = [m.content for m in correction.prompt]
+        texts += [m[0].content for m in (correction.chosen, correction.answered) if m]
+        most = sum(len(x.encode()) for x in (*texts, correction.feedback or ""))
+        most += MIN_TOKENS_OF_A_TURN * (len(texts) + 1)
+        differs = correction.chosen != correction.rejected
+        if roles in self._rendered and most < self._limit and differs and (chosen is None or chosen.strip()):
+            return None
+        reason = self._why_not(correction, distil=chosen is None)
+        if reason is None:
+            self._rendered.add(roles)
+        return reason
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
@@ -411,10 +474,14 @@ class Planner:
 
     def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
+        if not correction.chosen[0].content.strip():
+            raise BadExample(f"{label}: the wanted answer is blank", "write it, or leave the record out")
         context, continuation = self._answer(correction.prompt, correction.chosen[0], label)
         rejected = None
         if correction.rejected is not None:
             _, rejected = self._answer(correction.prompt, correction.rejected[0], label)
+            if correction.is_cut:  # the model did not end it, and is not to be taught that it had
+                rejected = rejected[:-1] if rejected[-1] == self._tokenizer.eos_token_id else rejected
         return context, continuation, rejected
 
     def _look(self, probe: Probe, index: int) -> wire.MarginProbe:
@@ -451,6 +518,15 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _refuse_equal(work: wire.TokenExample) -> None:
+    """Raises BadExample: nothing can be learned from two answers that are one."""
+    if work.rejected == work.continuation:
+        raise BadExample(
+            f"{work.label}: the rejected answer is the wanted one; expected two different answers",
+            "correct one of them, or leave `rejected` out",
+        )
 
 
 def _refuse_read(asked: list[list[int]], read: dict[ReadAs, list[list[int]]]) -> None:

@@ -48,6 +48,7 @@ from secondnature.weights.arena import Arena
 from secondnature.wire import (
     CheckpointReply,
     JobStatus,
+    PassedOver,
     PruneReply,
     PruneRequest,
     TrainReply,
@@ -157,7 +158,7 @@ class Runner:
         known = None if request.dry_run else self._known(request, asked)
         if known is not None:  # before it is planned: since then the ledger may have changed
             return known
-        plan = self._planner.plan(request, self.ledger.all(), self.log.earlier()[0])
+        plan = self._planner.plan(request, self.ledger.confirmed(), self.log.earlier()[0])
         self._prober.check(request.probes)
         if request.dry_run:
             return TrainReply(job="dry-run", lesson=None, state="planned", plan=plan.summary())
@@ -197,6 +198,8 @@ class Runner:
             weights_version=self._clock.read().version,
             evidence=self.log.evidence(lesson) if whole else None,
             error=lesson.error,
+            num_passed_over=lesson.cause.num_passed_over,
+            passed_over=[PassedOver(id=k, reason=v) for k, v in lesson.cause.passed_over.items()],
         )
 
     def cancel(self, job: str) -> JobStatus:

@@ -13,6 +13,7 @@ from torch import nn
 from secondnature.config import Settings
 from secondnature.engines.base import Engine
 from secondnature.engines.stamps import Clock
+from secondnature.lessons.feedback import Feedback
 from secondnature.lessons.home import Home
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.log import Log
@@ -41,7 +42,9 @@ class Teaching:
     runner: Runner
     ledger: Ledger
     memory: Memory
+    feedback: Feedback
     key: str
+    correction_key: str
     model_name: str
     wiring: Callable[[], Wiring]
     """Looks at the running engine: does it compute with the arena's memory?"""
@@ -91,8 +94,15 @@ def put_together(
         model: of that architecture; only names and shapes of its parameters are read.
         context_limit: tokens, prompt and answer together.
     """
-    ledger = Ledger(home.ledger_path)
+    ledger, memory = Ledger(home.ledger_path), Memory()
     prober = Prober(engine, tokenizer, context_limit=context_limit)
+    planner = Planner(
+        tokenizer,
+        vocab_size=load.read_config(directory).get_text_config(decoder=True).vocab_size,
+        context_limit=context_limit,
+        highest_rank=highest_rank(model),
+        default_lr=_card(directory).get("teaching", {}).get("lr"),
+    )
     runner = Runner(
         settings=settings,
         log=log,
@@ -108,16 +118,13 @@ def put_together(
             layout=layout,
         ),
         prober=prober,
-        planner=Planner(
-            tokenizer,
-            vocab_size=load.read_config(directory).get_text_config(decoder=True).vocab_size,
-            context_limit=context_limit,
-            highest_rank=highest_rank(model),
-            default_lr=_card(directory).get("teaching", {}).get("lr"),
-        ),
+        planner=planner,
         own_answers=OwnAnswers(prober, tokenizer, context_limit=context_limit),
     )
-    given = settings.api_key.get_secret_value() if settings.api_key else None
+    given, correcting = (
+        key.get_secret_value() if key is not None else None
+        for key in (settings.api_key, settings.correction_key)
+    )
     return Teaching(
         settings,
         home,
@@ -125,8 +132,10 @@ def put_together(
         clock,
         runner,
         ledger,
-        Memory(),
+        memory,
+        Feedback(ledger, memory, planner, log),
         home.key(given),
+        home.key(correcting, "correction_key"),
         model_name,
         wiring,
     )

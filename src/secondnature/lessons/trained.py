@@ -70,7 +70,8 @@ class Trained:
         earlier, unreadable = self._log.earlier()
         plan = self._planner.plan(job.request, job.plan.corrections, earlier)
         left_out = {**plan.left_out, **({"unreadable lessons": len(unreadable)} if unreadable else {})}
-        job.plan = replace(plan, skipped=job.plan.skipped, left_out=left_out)
+        known = {"skipped": job.plan.skipped, "passed_over": job.plan.passed_over}
+        job.plan = replace(plan, left_out=left_out, **known)
 
     def prepare(self, check_in: CheckIn) -> None:
         """Ask the model for what only it can say: answers to compare, to distil, to replay."""

@@ -78,6 +78,8 @@ class Correction(Record):
     weights_version: str | None = None
     """That gave `said`."""
     created_at: datetime | None = None
+    amended_at: datetime | None = None
+    """When it became what it is, where that was later."""
 
     @model_validator(mode="before")
     @classmethod

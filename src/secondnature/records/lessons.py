@@ -66,6 +66,10 @@ class Cause(Record):
     num_examples: int = 0
     num_replay: int = 0
     num_replay_left_out: int = 0
+    num_passed_over: int = 0
+    """Corrections of the ledger that could not be taught to the model."""
+    passed_over: dict[str, str] = {}
+    """The first of them, by id, with the reason."""
     """Examples that were not replayed: a probe asks just that, or they do not fit the model."""
     num_retries: int = 0
     """How often the same set of examples was judged before this lesson began: each halves the gate's alpha."""

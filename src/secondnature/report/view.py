@@ -330,8 +330,8 @@ def _corrected(c: Correction, sample: SampleAnswer | None) -> Answer:
     columns: list[tuple[str, str, str]] = []
     if sample is not None:
         columns.append(("before", shorten(sample.before), "before"))
-    elif c.rejected is not None:
-        columns.append(("what it said", shorten(c.rejected[0].content), "before"))
+    elif c.answered is not None:
+        columns.append(("what it said", shorten(c.answered[0].content), "before"))
     if c.chosen is not None:
         columns.append(("what was wanted", shorten(c.chosen[0].content), "wanted"))
     elif c.feedback is not None:

@@ -20,7 +20,7 @@ from secondnature.lessons.teaching import Teaching
 from secondnature.records import describe_errors
 from secondnature.web import completions
 from secondnature.web import teaching as routes
-from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, error_body
+from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, Keys, error_body
 from secondnature.web.metrics import exposition
 from secondnature.wire import Health, Wiring
 
@@ -36,7 +36,7 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
         engine: whose trouble `/v1/health` tells, too; None: another server's, which tells of it itself.
     """
     app = FastAPI(title="secondnature", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(routes.router(teaching.runner, teaching.ledger, teaching.memory, teaching.clock))
+    app.include_router(routes.router(teaching.runner, teaching.feedback, teaching.clock))
 
     # on the loop, for it only looks: it answers also while every thread of the pool waits for a lesson
     @app.get("/v1/health", responses=routes.ERRORS | UNWELL)
@@ -53,8 +53,7 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
     inference = settings.inference_key.get_secret_value() if settings.inference_key else None
     app.add_middleware(
         Guards,
-        key=teaching.key,
-        inference_key=inference,
+        keys=Keys(talk=inference, correct=teaching.correction_key, teach=teaching.key),
         hosts=LOOPBACK_NAMES if settings.host in LOOPBACK_HOSTS else None,
         max_body_bytes=settings.max_body_bytes,
         requests_per_minute=settings.requests_per_minute,

@@ -38,6 +38,7 @@ __all__ = ["Door", "OwnThread"]
 
 OURS = re.compile(
     r"/(v1/)?(train|checkpoint)(/.*)?|/v1/(lessons|feedback|corrections|steering)(/.*)?|/v1/(health|wiring)"
+    r"|/v1/chat/completions/[^/]+"
 )
 """Paths that we answer; everything else is vLLM's."""
 CHANGES_THE_ENGINE = frozenset({"/scale_elastic_ep"})
@@ -229,6 +230,7 @@ class Door:
         flows = False
         """The body is a stream of events; `rest` is the one that has not ended yet."""
         rest = b""
+        known = False
 
         async def listened() -> MutableMapping[str, Any]:
             message = await receive()
@@ -237,7 +239,7 @@ class Door:
             return message
 
         async def stamped(message: MutableMapping[str, Any]) -> None:
-            nonlocal start, whole, flows, rest
+            nonlocal start, whole, flows, rest, known
             if message["type"] == "http.response.start":
                 start = message
                 kind = next((v for k, v in message["headers"] if k.lower() == b"content-type"), b"")
@@ -254,6 +256,8 @@ class Door:
             if not whole:
                 if speaks and len(said) <= MAX_REMEMBERED_BYTES:
                     said.extend(body)
+                    if not known:  # from the first chunk on, with the text so far
+                        known = self._remember(path, asked, said)
                 if flows:
                     body = rest + body
                     end = body.rfind(b"\n\n") + 2 if message.get("more_body", False) else len(body)
@@ -270,22 +274,32 @@ class Door:
                 await send(_with_headers(start, span, length=len(answer)))
                 await send({"type": "http.response.body", "body": answer})
 
-        await self._app(scope, listened, stamped)
-        if speaks and start is not None and start["status"] == 200:
-            self._remember(path, bytes(asked), bytes(said))
+        try:
+            await self._app(scope, listened, stamped)
+        finally:  # also of an answer that its client did not wait for
+            if speaks and start is not None and start["status"] == 200:
+                self._remember(path, bytes(asked), bytes(said))
 
-    def _remember(self, path: str, asked: bytes, said: bytes) -> None:
-        """What is needed to correct this answer; it is taken apart only when somebody does."""
+    def _remember(self, path: str, asked: bytes | bytearray, said: bytes | bytearray) -> bool:
+        """What is needed to correct this answer; it is taken apart only when somebody does.
+
+        Args:
+            said: the bytes so far; they may grow until they are remembered anew.
+        """
         found = _ID.search(said)
-        if found is None or len(asked) + len(said) > MAX_REMEMBERED_BYTES:
-            return
+        if found is None:
+            return False
+        if len(asked) + len(said) > MAX_REMEMBERED_BYTES:
+            self._memory.forget(found[1].decode())
+            return True
         version = self._clock.read().version
         chat = path == "/v1/chat/completions"
 
-        def read(asked: bytes, said: bytes) -> Said:
-            return _said(asked, said, version, chat=chat)
+        def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
+            return _said(bytes(asked), bytes(said), version, chat=chat)
 
         self._memory.remember(found[1].decode(), Unread(asked, said, read))
+        return True
 
 
 def _with_headers(
@@ -324,14 +338,16 @@ def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
         if said.lstrip().startswith(b"{"):
             choice = json.loads(said)["choices"][0]
             text = str(choice["message"]["content"] or "") if chat else str(choice["text"])
+            finish = choice.get("finish_reason")
         else:
-            text = "".join(_pieces(said, chat=chat))
+            pieces, finish = _pieces(said, chat=chat)
+            text = "".join(pieces)
     except (ValueError, KeyError, TypeError, IndexError):
         raise BadInput(
             "this completion cannot be corrected: its request or its answer is not plain text",
             "POST /v1/corrections takes the whole conversation",
         ) from None
-    return Said(prompt, text, version)
+    return Said(prompt, text, version, finish)
 
 
 def _message(given: dict[str, Any]) -> Message:
@@ -341,13 +357,15 @@ def _message(given: dict[str, Any]) -> Message:
     return Message(role=given["role"], content=content)
 
 
-def _pieces(stream: bytes, *, chat: bool) -> list[str]:
-    """The texts of the first choice in a stream of server-sent events."""
+def _pieces(stream: bytes, *, chat: bool) -> tuple[list[str], str]:
+    """(texts of the first choice in a stream of server-sent events, why it ended); the last one may be torn."""
     found: list[str] = []
-    for line in stream.splitlines():
+    finish = "unfinished"
+    for line in stream[: stream.rfind(b"\n\n") + 1].splitlines():
         if not line.startswith(b"data: {"):
             continue
         for choice in json.loads(line.removeprefix(b"data: ")).get("choices", []):
             if choice.get("index", 0) == 0:
                 found.append((choice["delta"].get("content") if chat else choice["text"]) or "")
-    return found
+                finish = choice.get("finish_reason") or finish
+    return found, finish

@@ -202,7 +202,7 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
 
     def _remember(asked: _Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        memory.remember(asked.id, Said(asked.prompt, result.text, version))
+        memory.remember(asked.id, Said(asked.prompt, result.text, version, result.finish_reason))
 
     def _whole(asked: _Asked, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "finish_reason": _finish(result), "logprobs": None}
@@ -230,6 +230,7 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
     async def _events(
         stream: AsyncIterator[Any], asked: _Asked, request: GenerationRequest, *, usage: bool
     ) -> AsyncIterator[bytes]:
+        telling = memory.tell(asked.id, asked.prompt, clock.read().version)
         kind = "chat.completion.chunk" if asked.chat else "text_completion"
         head = {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
 
@@ -257,6 +258,7 @@ def router(engine: Engine, tokenizer: Any, memory: Memory, clock: Clock, model_n
             yield chunk(asked.prefix, None)
         async for event in stream:
             if isinstance(event, Delta):
+                telling.add(event.text)
                 yield chunk(event.text, None, event.tokens)
                 continue
             result: GenerationResult = event.result

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from secondnature.errors import BadInput, Busy, SecondnatureError, TooLarge, Unauthorized
+from secondnature.errors import BadInput, Busy, Forbidden, SecondnatureError, TooLarge, Unauthorized
 
 LOG = logging.getLogger("secondnature")
 Scope = MutableMapping[str, Any]
@@ -27,6 +28,15 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"})
 INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+CORRECTING = re.compile(
+    r"POST /v1/(feedback|corrections|chat/completions/[^/]+)|DELETE /v1/corrections/.+", re.DOTALL
+)
+"""What the key for corrections opens besides; whatever stands nowhere here takes the key that teaches."""
+KeyScope = Literal["talk", "correct", "teach"]
+SCOPES: tuple[KeyScope, ...] = ("talk", "correct", "teach")
+"""Each opens what those before it do."""
+KEY_SCOPE = "secondnature.scope"
+"""Where a request says what its key opens."""
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 """What a server that only this machine reaches listens on."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -45,6 +55,29 @@ def same_key(given: bytes, key: bytes) -> bool:
     return bool(given) and bool(key) and hmac.compare_digest(given, key)
 
 
+def needs(method: str, path: str) -> KeyScope | None:
+    """The scope that a route takes; None: it is open."""
+    if path in OPEN_PATHS:
+        return "talk" if path == "/v1/models" else None
+    if path in INFERENCE_PATHS:
+        return "talk"
+    return "correct" if CORRECTING.fullmatch(f"{method} {path}") else "teach"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a server, by scope; one that is None is not asked for."""
+
+    talk: str | None
+    correct: str
+    teach: str
+
+    def scope(self, given: bytes) -> KeyScope | None:
+        """What a key opens at most; None: it is none of ours."""
+        keys: dict[KeyScope, str | None] = {"teach": self.teach, "correct": self.correct, "talk": self.talk}
+        return next((scope for scope, key in keys.items() if same_key(given, (key or "").encode())), None)
+
+
 def error_body(error: SecondnatureError) -> dict[str, Any]:
     """The body of every error answer."""
     return {"error": error.to_wire()}
@@ -55,8 +88,7 @@ class Guards:
 
     Args:
         app: what lies behind.
-        key: for every route that is not open.
-        inference_key: for completions and the list of models; None leaves them open. The admin key opens them too.
+        keys: for every route that is not open; without one to talk, completions and the list of models are open.
         hosts: names under which the server may be addressed (without port); None: any.
         max_body_bytes: a larger body is refused, also when its length was not announced.
         requests_per_minute: per client address; a bucket of that size refills evenly.
@@ -66,15 +98,13 @@ class Guards:
         self,
         app: App,
         *,
-        key: str,
-        inference_key: str | None,
+        keys: Keys,
         hosts: frozenset[str] | None,
         max_body_bytes: int,
         requests_per_minute: int,
     ) -> None:
         self._app = app
-        self._key = key.encode()
-        self._inference_key = inference_key.encode() if inference_key else None
+        self._keys = keys
         self._hosts = hosts
         self._max_body_bytes = max_body_bytes
         self._rate = requests_per_minute
@@ -101,7 +131,7 @@ class Guards:
         try:
             self._check_host(headers)
             self._check_rate(scope)
-            self._check_key(scope["path"], headers)
+            self._check_key(scope, headers)
             self._check_length(headers)
             body = (
                 await self._read(receive, held)
@@ -130,15 +160,22 @@ class Guards:
         if left < 1.0:
             raise Busy(f"more than {self._rate} requests a minute", "slow down, or raise requests_per_minute")
 
-    def _check_key(self, path: str, headers: dict[str, str]) -> None:
+    def _check_key(self, scope: Scope, headers: dict[str, str]) -> None:
+        path = str(scope["path"])
         given = headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
-        if same_key(given, self._key):
+        wanted, found = needs(scope["method"], path), self._keys.scope(given)
+        scope[KEY_SCOPE] = found or "talk"
+        if wanted is None or (wanted == "talk" and self._keys.talk is None):
             return
-        if path in OPEN_PATHS and (path != "/v1/models" or self._inference_key is None):
+        if found is not None and SCOPES.index(found) >= SCOPES.index(wanted):
             return
-        if path in INFERENCE_PATHS | {"/v1/models"}:
-            if self._inference_key is None or same_key(given, self._inference_key):
-                return
+        if found is not None:
+            raise Forbidden(
+                f"the key that was sent may {' and '.join(SCOPES[: SCOPES.index(found) + 1])}; {path[:100]} takes "
+                f"one that may {wanted}",
+                "send the server's own key: SECONDNATURE_API_KEY, or the file `key` in the home",
+            )
+        if wanted == "talk":
             raise Unauthorized("this server's completions need a key", "send `Authorization: Bearer KEY`")
         what = "a wrong key" if given else "no key"
         raise Unauthorized(

@@ -25,7 +25,9 @@ def document() -> dict[str, Any]:
         runner=none,
         ledger=none,
         memory=none,
+        feedback=none,
         key="",
+        correction_key="",
         model_name="",
         wiring=none,
     )

@@ -6,23 +6,24 @@ thread pool, never on the event loop: completions keep streaming whatever a less
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from secondnature import wire
 from secondnature.engines.stamps import Clock
-from secondnature.errors import BadInput
-from secondnature.lessons.ledger import Ledger
-from secondnature.lessons.memory import Memory, Said
+from secondnature.lessons.feedback import Feedback, Scope
 from secondnature.lessons.runner import Runner
-from secondnature.records import Correction, Lesson, Message
+from secondnature.records import Lesson
+from secondnature.web.guards import KEY_SCOPE
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "model": wire.ErrorReply}
     for code, text in (
         (400, "What was sent is wrong; nothing was written"),
         (401, "No key, or the wrong one"),
+        (403, "The key does not open this"),
         (404, "No such thing"),
         (409, "Not now"),
         (413, "Too large"),
@@ -34,46 +35,53 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _correction(body: wire.FeedbackRequest, said: Said) -> Correction:
-    if said.prompt is None:
-        raise BadInput(f"completion {body.completion_id} was no chat", "give feedback on chat completions")
-    answer = [Message(role="assistant", content=said.answer)] if said.answer else None
-    wanted = [Message(role="assistant", content=body.corrected)] if body.corrected is not None else None
-    return Correction(
-        prompt=said.prompt,
-        chosen=wanted,
-        rejected=answer if wanted is None or wanted != answer else None,
-        behaviour=body.behaviour,
-        feedback=body.text,
-        rating=body.rating,
-        completion_id=body.completion_id,
-        weights_version=said.weights_version,
-    )
+def scope_of(request: Request) -> Scope:
+    """What the key of a request opens, as the guards have found it."""
+    return request.scope.get(KEY_SCOPE, "correct")
 
 
-def router(runner: Runner, ledger: Ledger, memory: Memory, clock: Clock) -> APIRouter:
+def router(runner: Runner, feedback: Feedback, clock: Clock) -> APIRouter:
     """All routes that teach, for any FastAPI application."""
     routes = APIRouter(responses=ERRORS)
 
     @routes.post("/v1/feedback", response_model_exclude_none=True)
-    def feedback(body: wire.FeedbackRequest) -> wire.FeedbackReply:  # pyright: ignore[reportUnusedFunction]
-        """Say what was wrong with a completion; durable when it answers."""
-        (added,) = ledger.add([_correction(body, memory.recall(body.completion_id))])
-        return wire.FeedbackReply(id=str(added.id), correction=added)
+    def give(body: wire.FeedbackRequest, request: Request) -> wire.FeedbackReply:  # pyright: ignore[reportUnusedFunction]
+        """Say what was wrong with an answer; durable when it answers. Sent again, it amends."""
+        return feedback.give(body, scope_of(request))
+
+    @routes.post("/v1/chat/completions/{completion_id}")
+    def update(  # pyright: ignore[reportUnusedFunction]
+        completion_id: str, body: wire.MetadataRequest, request: Request
+    ) -> dict[str, Any]:
+        """OpenAI's call that updates a stored completion: its metadata is taken as feedback."""
+        reply = feedback.give(body.feedback(completion_id), scope_of(request))
+        said = reply.correction.said
+        message = {"role": "assistant", "content": said[0].content if said else None, "refusal": None}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        head = {"id": completion_id, "object": "chat.completion", "created": int(time.time()), "model": ""}
+        return {**head, "choices": [choice], "metadata": {**body.metadata, "correction": reply.id}}
 
     @routes.get("/v1/corrections", response_model_exclude_none=True)
-    def corrections() -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
-        """The ledger, oldest first."""
+    def corrections(states: bool = False) -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
+        """The ledger as it is now, oldest first; with `states`, what has become of each."""
+        ledger = feedback.ledger
+        found = ledger.all()
         return wire.CorrectionsReply(
-            corrections=ledger.all(),
+            corrections=found,
+            states=feedback.states(found) if states else None,
             num_torn=ledger.num_torn or None,
             unreadable=[wire.UnreadableLine(line=n, reason=why) for n, why in ledger.unreadable] or None,
         )
 
     @routes.post("/v1/corrections", response_model_exclude_none=True)
-    def import_corrections(body: wire.ImportRequest) -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
-        """Add corrections, all or none; durable when it answers."""
-        return wire.CorrectionsReply(corrections=ledger.add(body.corrections))
+    def import_corrections(body: wire.ImportRequest, request: Request) -> wire.CorrectionsReply:  # pyright: ignore[reportUnusedFunction]
+        """Add or amend corrections, all or none; durable when it answers. The same record again adds nothing."""
+        return feedback.take(body.corrections, scope_of(request))
+
+    @routes.delete("/v1/corrections/{correction_id:path}", response_model_exclude_none=True)
+    def delete(correction_id: str, request: Request) -> wire.DeleteReply:  # pyright: ignore[reportUnusedFunction]
+        """Take a correction back: it is taught no more; durable when it answers."""
+        return feedback.delete(correction_id, scope_of(request))
 
     @routes.post("/train", status_code=202, include_in_schema=False, response_model_exclude_none=True)
     @routes.post("/v1/train", status_code=202, response_model_exclude_none=True)

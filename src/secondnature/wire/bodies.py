@@ -158,21 +158,77 @@ class CompletionRequest(_Sampling):
     echo: bool = False
 
 
-class FeedbackRequest(Body):
-    """`POST /v1/feedback`: what the user thinks of a completion."""
+Identifier = Annotated[Unicode, Field(min_length=1, max_length=200)]
 
-    completion_id: Annotated[Unicode, Field(min_length=1, max_length=200)]
+
+class FeedbackRequest(Body):
+    """`POST /v1/feedback`: what the user thinks of an answer. Sent again, it amends: what is sent replaces, what is
+    not sent stays, null takes back; where the rating turns round, what was said before it no longer counts."""
+
+    completion_id: Identifier | None = None
+    """Of the answer; known from its first chunk on."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
+    """Instead: the conversation, with or without the answer at its end. The server knows what it answered; an
+    answer that is not the one it gave was edited, and is what was wanted."""
+    id: Identifier | None = None
+    """Of the correction: the client's own name for it, or that of one to amend, which needs no more."""
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
     corrected: Annotated[Text, Field(min_length=1)] | None = None
     text: Annotated[Text, Field(min_length=1)] | None = None
     """What the user said about the answer."""
     behaviour: Name | None = None
+    source: Annotated[Unicode, Field(min_length=1, max_length=1000)] | None = None
+    """The application in which it was said."""
+    conversation_id: Identifier | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.rating is None and self.corrected is None and self.text is None:
+        sayings = ("rating", "corrected", "text")
+        takes_back = self.id is not None and bool({*sayings} & self.model_fields_set)
+        if not takes_back and all(getattr(self, x) is None for x in sayings):
             raise ValueError("nothing said: expected at least one of rating, corrected, text")
+        if self.completion_id is not None and self.messages is not None:
+            raise ValueError("found both `completion_id` and `messages`; expected one of them")
+        if self.completion_id is None and self.messages is None and self.id is None:
+            raise ValueError("about what? expected `completion_id` or `messages`")
         return self
+
+
+class MetadataRequest(BaseModel):
+    """`POST /v1/chat/completions/{id}`, OpenAI's update of a stored completion. `rating`, `corrected`, `text` and
+    `behaviour` are feedback, as in `POST /v1/feedback`; whatever else is there is left alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metadata: dict[Unicode, Unicode]
+
+    def feedback(self, completion_id: str) -> FeedbackRequest:
+        """The feedback in it. Raises ValidationError."""
+        known = {k: v for k, v in self.metadata.items() if k in ("rating", "corrected", "text", "behaviour")}
+        return FeedbackRequest.model_validate({"completion_id": completion_id, **known})
+
+    @model_validator(mode="after")
+    def _is_feedback(self) -> Self:
+        self.feedback("it")
+        return self
+
+
+class CorrectionState(Body):
+    """What has become of a correction of the ledger."""
+
+    id: str
+    state: Literal["waiting", "taught", "candidate", "nothing_to_teach", "cannot_be_taught"]
+    """`waiting` for a lesson. `nothing_to_teach`: praise, or a rating alone."""
+    reason: str | None = None
+    """Why it cannot be taught."""
+    lessons: list[str] = []
+    """Lessons in force that taught it as it is."""
+    lessons_before: list[str] = []
+    """Lessons in force that taught it as it was before it was amended, or that taught what is deleted now."""
+    num_amended: int = 0
+
+
+Outcome = Literal["added", "amended", "known"]
 
 
 class FeedbackReply(Body):
@@ -180,6 +236,17 @@ class FeedbackReply(Body):
 
     id: str
     correction: Correction
+    outcome: Outcome
+    """`known`: it says what is there already, and nothing was written."""
+    state: CorrectionState
+
+
+class DeleteReply(Body):
+    """`DELETE /v1/corrections/{id}`: it is taught no more."""
+
+    id: str
+    lessons: list[str]
+    """Lessons in force that taught it; they stay until they are reverted."""
 
 
 class UnreadableLine(Body):
@@ -194,6 +261,10 @@ class CorrectionsReply(Body):
     """`GET /v1/corrections`, and the answer to an import."""
 
     corrections: list[Correction]
+    outcomes: list[Outcome] | None = None
+    """Of an import: what became of each."""
+    states: list[CorrectionState] | None = None
+    """Of each, where that was asked for; of an import always."""
     num_torn: int | None = None
     """1: the ledger ended with half a line, which a crash tore before it was acknowledged."""
     unreadable: list[UnreadableLine] | None = None
@@ -313,6 +384,13 @@ class TrainRequest(Body):
         return self
 
 
+class PassedOver(Body):
+    """A correction of the ledger that cannot be taught to this model."""
+
+    id: str
+    reason: str
+
+
 class TrainReply(Body):
     """202: accepted; `plan` says what a dry run found."""
 
@@ -359,6 +437,10 @@ class JobStatus(Body):
     weights_version: str
     evidence: Evidence | None = None
     error: ErrorInfo | None = None
+    num_passed_over: int = 0
+    """Corrections of the ledger that cannot be taught to this model."""
+    passed_over: list[PassedOver] = []
+    """The first hundred of them."""
 
 
 class JobList(Body):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any, Self, cast
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from secondnature.records import Correction, Lesson
 from secondnature.wire.bodies import (
     CheckpointReply,
     CorrectionsReply,
+    DeleteReply,
     FeedbackReply,
     FeedbackRequest,
     Health,
@@ -196,18 +198,24 @@ class Client:
         """Record what the user thinks of a completion; durable when this returns."""
         return FeedbackReply.model_validate(self.request("POST", "/v1/feedback", body=body))
 
-    def ledger(self) -> CorrectionsReply:
-        """The ledger, and what of it could not be read."""
-        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections"))
+    def ledger(self, *, states: bool = False) -> CorrectionsReply:
+        """The ledger, and what of it could not be read; with `states`, what has become of each correction."""
+        query = "?states=true" if states else ""
+        return CorrectionsReply.model_validate(self.request("GET", f"/v1/corrections{query}"))
 
     def corrections(self) -> list[Correction]:
         """The corrections of the ledger."""
         return self.ledger().corrections
 
-    def import_corrections(self, corrections: list[Correction]) -> list[Correction]:
-        """Add corrections to the ledger, all or none; durable when this returns."""
+    def import_corrections(self, corrections: list[Correction]) -> CorrectionsReply:
+        """Add corrections to the ledger, all or none; durable when this returns. Says what became of each."""
         body = ImportRequest(corrections=corrections)
-        return CorrectionsReply.model_validate(self.request("POST", "/v1/corrections", body=body)).corrections
+        return CorrectionsReply.model_validate(self.request("POST", "/v1/corrections", body=body))
+
+    def delete_correction(self, identifier: str) -> DeleteReply:
+        """Take a correction back; the lessons that taught it are named."""
+        path = f"/v1/corrections/{quote(identifier, safe='')}"
+        return DeleteReply.model_validate(self.request("DELETE", path))
 
     def train(self, body: TrainRequest) -> TrainReply:
         """Start a lesson (or plan it: `dry_run`); one with an `idempotency_key` can be repeated safely."""
