@@ -86,7 +86,9 @@ def test_a_batch_over_the_servers_limit_is_halved(home: Path, fake: Fake) -> Non
     lines("f.jsonl", *({**PAIR, "prompt": str(i)} for i in range(8)))
     assert main(["import", "f.jsonl", "--home", str(home), "--yes"]) == 0
     assert [c.prompt[0].content for c in fake.ledger] == [str(i) for i in range(8)]
-    assert main(["import", lines("g.jsonl", {**PAIR, "prompt": "x" * 2000}), "--home", str(home), "--yes"]) == 64
+    assert (
+        main(["import", lines("g.jsonl", {**PAIR, "prompt": "x" * 2000}), "--home", str(home), "--yes"]) == 64
+    )
 
 
 @pytest.mark.parametrize("text", ["answer", "answer=reject", "=chosen"])
@@ -194,7 +196,10 @@ def test_the_hook_of_claude_code_is_merged_and_removed(
     assert main(words) == 64
     assert "+" in capsys.readouterr().out
     assert not path.exists()
-    theirs = {"model": "x", "hooks": {"SessionEnd": [{"hooks": [{"type": "command", "command": "say bye"}]}], "Stop": []}}
+    theirs = {
+        "model": "x",
+        "hooks": {"SessionEnd": [{"hooks": [{"type": "command", "command": "say bye"}]}], "Stop": []},
+    }
     path.parent.mkdir()
     path.write_text(json.dumps(theirs))
     path.chmod(0o640)

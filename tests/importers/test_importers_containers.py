@@ -48,12 +48,10 @@ PACKED: dict[str, bytes] = {
     "gzip": gzip.compress(LINES.encode()),
     "gzip of an array": gzip.compress(json.dumps(ROWS).encode()),
     "zip": zipped({"a/b.jsonl": LINES.encode(), "__MACOSX/x": b"1", "readme.txt": b"hello"}),
-    "csv": (
-        "prompt,chosen,rejected\n" + "".join(f'"{r["prompt"]}",{GOOD},{BAD}\n' for r in ROWS)
-    ).encode(),
-    "tsv": (
-        "prompt\tchosen\trejected\n" + "".join(f"{r['prompt']}\t{GOOD}\t{BAD}\n" for r in ROWS)
-    ).encode("utf-16"),
+    "csv": ("prompt,chosen,rejected\n" + "".join(f'"{r["prompt"]}",{GOOD},{BAD}\n' for r in ROWS)).encode(),
+    "tsv": ("prompt\tchosen\trejected\n" + "".join(f"{r['prompt']}\t{GOOD}\t{BAD}\n" for r in ROWS)).encode(
+        "utf-16"
+    ),
     "semicolons": (
         "prompt;chosen;rejected\n" + "".join(f"{r['prompt']};{GOOD};{BAD}\n" for r in ROWS)
     ).encode("utf-8-sig"),
@@ -73,7 +71,10 @@ def test_a_packing_is_known_by_its_content(name: str, tmp_path: Path) -> None:
 
 def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    messages = [{"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": f"{i}"}]} for i in range(2500)]
+    messages = [
+        {"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": f"{i}"}]}
+        for i in range(2500)
+    ]
     parquet.write_table(arrow.Table.from_pylist(messages), tmp_path / "f")
     plan, found = imported([tmp_path / "f"])
     assert len(found) == 2500
@@ -128,9 +129,18 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     [
         (LINES.encode() + b'{"prompt": "x"\n', ["line 4: not JSON"]),
         (b"{oops\n" + LINES.encode(), ["line 1: not JSON"]),
-        (LINES.encode() + b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n', ["line 4: not UTF-8 text"]),
-        (LINES.encode() + b"[1]\n7\n{}\n", ["line 4: not an obj", "line 5: not an obj", "line 6: not an obj"]),
-        (LINES.encode() + b'{"prompt": {"x": 1}, "chosen": 3, "rejected": []}\n', ["line 4: the conversation"]),
+        (
+            LINES.encode() + b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n',
+            ["line 4: not UTF-8 text"],
+        ),
+        (
+            LINES.encode() + b"[1]\n7\n{}\n",
+            ["line 4: not an obj", "line 5: not an obj", "line 6: not an obj"],
+        ),
+        (
+            LINES.encode() + b'{"prompt": {"x": 1}, "chosen": 3, "rejected": []}\n',
+            ["line 4: the conversation"],
+        ),
         (json.dumps(ROWS)[:-1].encode(), ["line 1: the array does not end"]),
         (json.dumps(ROWS, indent=1)[:-20].encode(), ["line 12: not JSON"]),
         (LINES.encode() + b"[" * 100_000 + b"\n", ["line 4: nested too deeply"]),
@@ -169,7 +179,9 @@ def test_what_is_no_data_is_said(data: bytes, word: str, tmp_path: Path) -> None
 
 
 def test_a_cut_gzip_is_said(tmp_path: Path) -> None:
-    data = gzip.compress("".join(json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(50_000)).encode())
+    data = gzip.compress(
+        "".join(json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(50_000)).encode()
+    )
     (tmp_path / "f").write_bytes(data[: len(data) // 2])
     with pytest.raises(BadRecord, match="f: "):
         imported([tmp_path / "f"])
@@ -181,7 +193,10 @@ JSON = st.recursive(
     max_leaves=8,
 )
 CALM = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 
 

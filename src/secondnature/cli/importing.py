@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from secondnature.cli.progress import counting, waiting
 from secondnature.errors import BadInput, BadRecord, SecondnatureError, TooLarge
 from secondnature.importers import Context, Options, Plan, read_into, recognise
 from secondnature.records import Correction, Message, read_jsonl
-from secondnature.wire import Client, PhaseProgress
+from secondnature.wire import Client, CorrectionsReply, ImportRequest, PhaseProgress
 
 __all__ = ["Chosen", "import_files", "parse_map", "show_record"]
 
@@ -253,14 +254,12 @@ def _write(spool: IO[bytes], path: Path) -> tuple[int, int]:
 
 def _send(spool: IO[bytes], total: int, client: Client, out: Output) -> tuple[int, int]:
     """Add to the ledger: (added, known)."""
-    before = {c.id for c in client.corrections()}
-    ids: set[str | None] = set()
+    outcomes: Counter[str] = Counter()
     sent = 0
     try:
         with counting(out, "sending", total, "records") as tick:
             for batch in _batches(spool):
-                for correction in _send_batch(client, batch):
-                    ids.add(correction.id)
+                outcomes.update(_send_batch(client, batch))
                 sent += len(batch)
                 for _ in batch:
                     tick()
@@ -270,8 +269,7 @@ def _send(spool: IO[bytes], total: int, client: Client, out: Output) -> tuple[in
                 f"{sent:,} of {total:,} were added; the same command again adds the rest", style="yellow"
             )
         raise
-    added = len(ids - before)
-    return added, total - added
+    return total - outcomes["known"], outcomes["known"]
 
 
 def _batches(spool: IO[bytes]) -> Iterator[list[Correction]]:
@@ -286,12 +284,13 @@ def _batches(spool: IO[bytes]) -> Iterator[list[Correction]]:
         yield batch
 
 
-def _send_batch(client: Client, batch: list[Correction]) -> list[Correction]:
-    """Raises TooLarge: a single record is over the server's limit."""
+def _send_batch(client: Client, batch: list[Correction]) -> list[str]:
+    """What became of each. Raises TooLarge: a single record is over the server's limit."""
     try:
-        return client.import_corrections(batch)
+        answer = client.request("POST", "/v1/corrections", body=ImportRequest(corrections=batch))
     except TooLarge:
         if len(batch) == 1:
             raise
         half = len(batch) // 2
         return _send_batch(client, batch[:half]) + _send_batch(client, batch[half:])
+    return list(CorrectionsReply.model_validate(answer).outcomes or [])

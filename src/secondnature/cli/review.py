@@ -17,7 +17,6 @@ import tty
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from pydantic import ValidationError
 
@@ -89,7 +88,7 @@ def _keep(client: Client, corrections: list[Correction]) -> None:
 
 
 def _drop(client: Client, correction: Correction) -> None:
-    client.request("DELETE", f"/v1/corrections/{quote(str(correction.id), safe='')}")
+    client.delete_correction(str(correction.id))
 
 
 def _each(
