@@ -252,7 +252,11 @@ def test_spoilt_bytes_give_reasons_and_no_crash(tmp_path: Path, data: st.DataObj
     assert plan.num_bad == len(plan.reasons)
 
 
-SHEET = f"question,answer,correction,comment,thumb\n{Q},{BAD},{GOOD},{WHY},\n{Q} 2,{BAD},,,👎\n{Q} 3,{GOOD},,,👍\n"
+SHEET = f"""question,answer,correction,comment,thumb
+"{Q}",{BAD},{GOOD},{WHY},
+"{Q} 2",{BAD},,,👎
+"{Q} 3",{GOOD},,,👍
+"""
 
 
 def test_a_sheet_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
@@ -265,7 +269,7 @@ def test_a_sheet_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
 
 
 def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
-    (tmp_path / "f").write_text(f"a,b,c\n{Q},{BAD},{GOOD}\n")
+    (tmp_path / "f").write_text(f'a,b,c\n"{Q}",{BAD},{GOOD}\n')
     with pytest.raises(BadRecord, match="no shape that is known") as e:
         imported([tmp_path / "f"])
     assert "--map" in e.value.hint

@@ -129,7 +129,7 @@ def _key(out: Output) -> str:
     file = sys.stdin.fileno()
     before = termios.tcgetattr(file)
     try:
-        tty.setcbreak(file)
+        tty.setcbreak(file, termios.TCSADRAIN)  # a key that was pressed before counts too
         read = os.read(file, 1)
     finally:
         termios.tcsetattr(file, termios.TCSADRAIN, before)
