@@ -15,9 +15,26 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = (
-    "tabs spaces use please the a function in file write read test value list sort order name python".split()
-)
+WORDS = [
+    "tabs",
+    "spaces",
+    "use",
+    "please",
+    "the",
+    "a",
+    "function",
+    "in",
+    "file",
+    "write",
+    "read",
+    "test",
+    "value",
+    "list",
+    "sort",
+    "order",
+    "name",
+    "python",
+]
 
 
 def write(path: Path, rows: int) -> None:

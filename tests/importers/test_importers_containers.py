@@ -16,7 +16,7 @@ from importers.import_files import BAD, CHATGPT, FILES, GOOD, VOTE, WHY, Q
 from importers.test_importers_shapes import imported, told
 
 from secondnature.errors import BadRecord, SecondnatureError
-from secondnature.importers import Context, Options, containers, read_into, recognise
+from secondnature.importers import Context, Options, read_into, recognise
 from secondnature.importers.containers import find_parts
 from secondnature.importers.shapes import BY_NAME
 
@@ -95,7 +95,7 @@ def test_parquet_without_its_library_says_what_to_install(
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(containers.importlib, "import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(BadRecord) as e:
         imported([tmp_path / "f"])
     assert "secondnature[import]" in e.value.hint
