@@ -193,7 +193,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 CALM = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

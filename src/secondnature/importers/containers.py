@@ -187,7 +187,9 @@ def _reading(name: str) -> Generator[None]:
     """Raises BadRecord: what the disk or an archive refuses."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+    except UnicodeError as e:  # of UTF-16, in which one lost byte spoils all that follow
+        raise BadRecord(f"{name}: not text of its encoding ({e})", "save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as e:
         raise BadRecord(f"{name}: {e}", "is the file whole?") from None
 
 
