@@ -34,6 +34,7 @@ FROM_ANY_FOLDER = frozenset(
             "checkpoint_after_s",
             "max_chain",
             "keep_states",
+            "in_band",
         ),
     }
 )
@@ -62,6 +63,9 @@ class Settings(BaseModel):
     correction_key: SecretStr | None = None
     """A key for clients: completions, feedback, corrections of their own; it neither teaches nor reads the ledger.
     None: generated once, kept in the home."""
+    in_band: bool = False
+    """A user's message `/no WHAT I WANTED`, `/why WHAT WAS WRONG` or `/good` is no question but a correction of the
+    answer before it, from any client whose key may correct."""
     inference_key: SecretStr | None = None
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1

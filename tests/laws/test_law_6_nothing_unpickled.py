@@ -11,7 +11,7 @@ from tiny_server import KEY, Running
 
 import secondnature
 from secondnature.config import Settings
-from secondnature.web.guards import INFERENCE_PATHS, OPEN_PATHS
+from secondnature.web.guards import INFERENCE_PATHS, OPEN_PATHS, needs
 
 SOURCE = Path(secondnature.__file__).parent
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -78,6 +78,28 @@ def test_every_other_route_needs_the_key(server: Running) -> None:
             assert (reply.status_code, error["type"]) == (401, "Unauthorized"), (method, path, key)
             assert error["hint"]
     assert {"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"} == OPEN_PATHS
+
+
+CORRECTS = {
+    ("post", "/v1/feedback"),
+    ("post", "/v1/corrections"),
+    ("post", "/v1/chat/completions/{completion_id}"),
+    ("delete", "/v1/corrections/{correction_id}"),
+}
+
+
+def test_a_key_opens_what_its_scope_says_and_no_more(server: Running) -> None:
+    """Every route of the document has its scope; the key for corrections opens those of `CORRECTS` only."""
+    document = httpx2.get(f"{server.url}/openapi.json", trust_env=False).json()
+    asked = [(m, p) for p, methods in document["paths"].items() for m in methods]
+    found = {(m, p): needs(m.upper(), p) for m, p in asked}
+    assert {x for x, scope in found.items() if scope == "correct"} == CORRECTS
+    assert {p for (_, p), scope in found.items() if scope in (None, "talk")} <= OPEN_PATHS | INFERENCE_PATHS
+    headers = {"authorization": f"Bearer {server.parts.teaching.correction_key}"}
+    for (method, path), scope in found.items():
+        url = server.url + path.replace("{", "").replace("}", "")
+        reply = httpx2.request(method, url, headers=headers, json={}, trust_env=False)
+        assert (reply.status_code == 403) == (scope == "teach"), (method, path)
 
 
 def test_loopback_is_the_default_and_the_host_is_checked(server: Running) -> None:

@@ -19,6 +19,7 @@ from secondnature.lessons.memory import Memory
 from secondnature.records import Message
 from secondnature.web.application import _speak_errors  # pyright: ignore[reportPrivateUsage]
 from secondnature.web.beside_vllm import MAX_REMEMBERED_BYTES, OURS, Door, OwnThread
+from secondnature.web.guards import Keys
 from secondnature.weights.arena import Arena
 
 OUR_KEY, CHAT = "ours", "/v1/chat/completions"
@@ -100,7 +101,8 @@ class World:
             ours=self.thread,
             clock=self.clock,
             memory=self.memory,
-            key=OUR_KEY,
+            keys=Keys(None, "the-key-that-corrects", OUR_KEY),
+            in_band=None,
             engine_keys=engine_keys,
             on_load=self.loads.append,
             on_startup=lambda: self.told.append("startup"),

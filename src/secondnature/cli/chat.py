@@ -102,7 +102,11 @@ class Conversation:
             if not sys.stdin.isatty():
                 raise
             self._out.say("")
-            self._out.note("stopped; the answer is not part of the conversation")
+            if completion is None or not answer:
+                self._out.note("stopped; there is no answer")
+                return
+            self._out.note("stopped; /no and /why are about what it said so far")
+            self._turns, self._last = [*turns, {"role": "assistant", "content": answer}], completion
             return
         self._out.say("")
         self._out.note(f"[weights {version}{', on trial' if trial else ''}]", style="dim")

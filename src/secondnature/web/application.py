@@ -21,6 +21,7 @@ from secondnature.records import describe_errors
 from secondnature.web import completions
 from secondnature.web import teaching as routes
 from secondnature.web.guards import LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, Keys, error_body
+from secondnature.web.in_band import InBand, Layer
 from secondnature.web.metrics import exposition
 from secondnature.wire import Health, Wiring
 
@@ -51,6 +52,8 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
 
     settings = teaching.settings
     inference = settings.inference_key.get_secret_value() if settings.inference_key else None
+    if settings.in_band and engine is not None:  # added before the guards, it stands behind them
+        app.add_middleware(Layer, in_band=InBand(teaching.feedback, teaching.model_name))
     app.add_middleware(
         Guards,
         keys=Keys(talk=inference, correct=teaching.correction_key, teach=teaching.key),

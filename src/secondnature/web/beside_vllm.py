@@ -24,7 +24,9 @@ from secondnature.lessons.memory import Memory, Said, Unread
 from secondnature.records import Message
 from secondnature.web.guards import (
     INFERENCE_PATHS,
+    KEY_SCOPE,
     App,
+    Keys,
     Receive,
     Scope,
     Send,
@@ -32,6 +34,7 @@ from secondnature.web.guards import (
     refuse_socket,
     same_key,
 )
+from secondnature.web.in_band import CHAT, InBand
 from secondnature.web.stamps import headers_of, stamps
 
 __all__ = ["Door", "OwnThread"]
@@ -121,7 +124,8 @@ class Door:
         ours: answers our routes.
         clock: tells which weights there are.
         memory: where completions are remembered, for feedback.
-        key: ours.
+        keys: ours; all of them open completions, the one that teaches opens all of vLLM's routes.
+        in_band: takes corrections out of conversations; None: they are messages like others.
         engine_keys: vLLM's own (`--api-key`); none: its routes are open.
         on_load: told how many of vLLM's requests are being answered, whenever that changes.
         on_startup: called once, when vLLM's application has started.
@@ -135,7 +139,8 @@ class Door:
         ours: OwnThread,
         clock: Clock,
         memory: Memory,
-        key: str,
+        keys: Keys,
+        in_band: InBand | None,
         engine_keys: Sequence[str],
         on_load: Callable[[int], None],
         on_startup: Callable[[], None],
@@ -145,7 +150,8 @@ class Door:
         self._ours = ours
         self._clock = clock
         self._memory = memory
-        self._key = key.encode()
+        self._keys = keys
+        self._in_band = in_band
         self._engine_keys = [key.encode() for key in engine_keys]
         self._on_load = on_load
         self._on_startup = on_startup
@@ -169,7 +175,8 @@ class Door:
             return
         given = next((v for k, v in scope["headers"] if k.lower() == b"authorization"), b"")
         given = given.removeprefix(b"Bearer ").strip()
-        is_ours = same_key(given, self._key)
+        found = self._keys.scope(given)
+        is_ours = found == "teach" or (found is not None and path in INFERENCE_PATHS | {"/v1/models"})
         refused = scope["method"] == "POST" and not is_ours and self._refuses(path, given)
         if refused:
             what = "a wrong key" if given else "no key"
@@ -181,6 +188,11 @@ class Door:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if self._in_band is not None and path == CHAT:
+            left = await self._in_band.take({**scope, KEY_SCOPE: found}, receive, send)
+            if left is None:
+                return
+            scope, receive = left
         self._change_load(1)
         try:
             await self._stamped(path, scope, receive, send)
@@ -256,7 +268,9 @@ class Door:
             if not whole:
                 if speaks and len(said) <= MAX_REMEMBERED_BYTES:
                     said.extend(body)
-                    if not known:  # from the first chunk on, with the text so far
+                    if (
+                        flows and not known and start is not None and start["status"] == 200
+                    ):  # from the first chunk on, with the text so far
                         known = self._remember(path, asked, said)
                 if flows:
                     body = rest + body
@@ -293,7 +307,7 @@ class Door:
             self._memory.forget(found[1].decode())
             return True
         version = self._clock.read().version
-        chat = path == "/v1/chat/completions"
+        chat = path == CHAT
 
         def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
             return _said(bytes(asked), bytes(said), version, chat=chat)

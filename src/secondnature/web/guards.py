@@ -139,9 +139,9 @@ class Guards:
                 else None
             )
         except SecondnatureError as e:
-            await _answer(send, e)
+            await answer_error(send, e)
             return
-        await self._app(scope, receive if body is None else _replay(body, receive), send)
+        await self._app(scope, receive if body is None else replay(body, receive), send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
@@ -243,12 +243,12 @@ class Faults:
         except Exception:  # (the server ends an answer that has begun and does not end)
             LOG.exception("%s %s", scope["method"], scope["path"])
             if not begun:
-                await _answer(
+                await answer_error(
                     send, SecondnatureError("internal error", "please report it, with the server's log")
                 )
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """The body once more, then whatever comes next: that the client leaves is seen through this."""
     left: list[bytes] = [body]
 
@@ -266,7 +266,8 @@ async def refuse_socket(receive: Receive, send: Send) -> None:
     await send({"type": "websocket.close", "code": 1008, "reason": "this server speaks HTTP only"})
 
 
-async def _answer(send: Send, error: SecondnatureError) -> None:
+async def answer_error(send: Send, error: SecondnatureError) -> None:
+    """The whole answer that an error is."""
     body = json.dumps(error_body(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if isinstance(error, Unauthorized):

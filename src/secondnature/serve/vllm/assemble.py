@@ -30,6 +30,8 @@ from secondnature.model import chat, load, names
 from secondnature.serve.vllm import checks
 from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
+from secondnature.web.guards import Keys
+from secondnature.web.in_band import InBand
 from secondnature.web.metrics import register
 from secondnature.weights import checkpoint
 from secondnature.weights.content import ContentHasher
@@ -98,7 +100,8 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         ours=ours,
         clock=teaching.clock,
         memory=teaching.memory,
-        key=teaching.key,
+        keys=Keys(talk=None, correct=teaching.correction_key, teach=teaching.key),
+        in_band=InBand(teaching.feedback, teaching.model_name) if settings.in_band else None,
         engine_keys=engine_keys,
         on_load=on_load,
         on_startup=lambda: teaching.home.announce(url),
