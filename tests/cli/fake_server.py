@@ -255,7 +255,7 @@ class Fake:
 def feedback(fake: Fake, body: dict[str, Any]) -> FeedbackReply:
     request = FeedbackRequest.model_validate(body)
     data: dict[str, Any] = {"prompt": "a question", "rating": request.rating, "feedback": request.text}
-    data |= {"completion": request.corrected, "completion_id": request.completion_id}
+    data |= {"chosen": request.corrected, "completion_id": request.completion_id}
     correction = Correction.model_validate({k: v for k, v in data.items() if v is not None})
     fake.ledger.append(correction)
     identifier = f"c{len(fake.ledger)}"
