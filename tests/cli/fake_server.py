@@ -11,12 +11,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel
 
-from secondnature.errors import ContextOverflow, NotFound, SecondnatureError, Unauthorized, WrongState
+from secondnature.errors import (
+    ContextOverflow,
+    NotFound,
+    SecondnatureError,
+    TooLarge,
+    Unauthorized,
+    WrongState,
+)
 from secondnature.records import (
     Cause,
     Comparison,
@@ -31,9 +38,11 @@ from secondnature.wire import (
     CheckpointReply,
     CorrectionsReply,
     CorrectionState,
+    DeleteReply,
     FeedbackReply,
     FeedbackRequest,
     Health,
+    ImportRequest,
     JobStatus,
     LessonDetail,
     LessonList,
@@ -44,6 +53,7 @@ from secondnature.wire import (
     Wiring,
 )
 
+Outcome = Literal["added", "amended", "known"]
 KEY = "the-key-of-the-fake"
 BEFORE, AFTER = "wbefore", "wafter"
 WELL_WIRED = Wiring(
@@ -87,6 +97,8 @@ class Fake:
     """Why it is not well; its health says so with a 503."""
     mute: int = 0
     """Training requests that it takes and does not answer."""
+    takes_bytes: int | None = None
+    """The largest body of an import."""
     plain_vllm: str | None = None
     """Be a vLLM of this version without the plug-in, which guards its routes with a key of its own."""
 
@@ -243,12 +255,35 @@ class Fake:
 def feedback(fake: Fake, body: dict[str, Any]) -> FeedbackReply:
     request = FeedbackRequest.model_validate(body)
     data: dict[str, Any] = {"prompt": "a question", "rating": request.rating, "feedback": request.text}
-    data |= {"completion": request.corrected, "completion_id": request.completion_id}
+    data |= {"chosen": request.corrected, "completion_id": request.completion_id}
     correction = Correction.model_validate({k: v for k, v in data.items() if v is not None})
     fake.ledger.append(correction)
     identifier = f"c{len(fake.ledger)}"
     state = CorrectionState(id=identifier, state="waiting")
     return FeedbackReply(id=identifier, correction=correction, outcome="added", state=state)
+
+
+def take(fake: Fake, body: Any, size: int) -> CorrectionsReply:
+    """An import: what is there already is known by its id, or by what it says."""
+    if fake.takes_bytes is not None and size > fake.takes_bytes:
+        raise TooLarge(f"{size} bytes", "send less at once")
+    outcomes: list[Outcome] = []
+    for c in ImportRequest.model_validate(body).corrections:
+        at = next((i for i, x in enumerate(fake.ledger) if x.id == c.id), None)
+        if at is not None:
+            fake.ledger[at] = c
+            outcomes.append("amended")
+        elif any(x.identity() == c.identity() for x in fake.ledger):
+            outcomes.append("known")
+        else:
+            fake.ledger.append(c.model_copy(update={"id": f"cor-{len(fake.ledger)}"}))
+            outcomes.append("added")
+    return CorrectionsReply(corrections=fake.ledger, outcomes=outcomes)
+
+
+def delete(fake: Fake, identifier: str) -> DeleteReply:
+    fake.ledger[:] = [c for c in fake.ledger if c.id != identifier]
+    return DeleteReply(id=identifier, lessons=[])
 
 
 def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body: Any) -> BaseModel:
@@ -270,6 +305,10 @@ def answer(fake: Fake, method: str, path: str, query: dict[str, list[str]], body
             return CorrectionsReply(
                 corrections=fake.ledger, num_torn=fake.num_torn, unreadable=fake.unreadable or None
             )
+        case ("POST", ["v1", "corrections"]):
+            return take(fake, body, len(json.dumps(body)))
+        case ("DELETE", ["v1", "corrections", identifier]):
+            return delete(fake, identifier)
         case ("POST", ["v1", "feedback"]):
             return feedback(fake, body)
         case ("GET", ["v1", "lessons"]):

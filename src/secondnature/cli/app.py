@@ -28,6 +28,8 @@ lessons_app = typer.Typer(
     help="The log: what was taught, with what evidence; keep it or undo it.", no_args_is_help=True
 )
 app.add_typer(lessons_app, name="lessons")
+hooks_app = typer.Typer(help="Sessions of coding agents come in as candidates.", no_args_is_help=True)
+app.add_typer(hooks_app, name="hooks")
 
 HomeOption = Annotated[Path | None, typer.Option("--home", help="Where lessons, corrections and key lie.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="A server that runs already.")]
@@ -50,6 +52,20 @@ class Objective(StrEnum):
     dpo = "dpo"
     dpop = "dpop"
     sdft = "sdft"
+
+
+class Turns(StrEnum):
+    """Which answers of a conversation are taught."""
+
+    last = "last"
+    all = "all"
+
+
+class Agent(StrEnum):
+    """A coding agent whose sessions are logged."""
+
+    claude_code = "claude-code"
+    codex = "codex"
 
 
 class Engine(StrEnum):
@@ -232,6 +248,101 @@ def learn(
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)
+
+
+@app.command("import")
+@command
+def import_(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILES", help="Data sets, exports, logs; archives and folders too."),
+    ],
+    form: Annotated[
+        str | None, typer.Option("--format", help="The shape, where it is not to be found.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--map", help="Of a table: answer=rejected,correction=chosen.")
+    ] = None,
+    turns: Annotated[Turns, typer.Option("--turns", help="Which answers of a conversation.")] = Turns.all,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="A JSONL of corrections, instead of the ledger.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be taken.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Add people's files of any known shape to the ledger, after showing what they hold."""
+    from secondnature.cli.connect import Where
+    from secondnature.cli.importing import Chosen, import_files, parse_map
+    from secondnature.cli.output import Output
+    from secondnature.importers import Options
+
+    options = Options(turns.value, parse_map(columns))
+    chosen = Chosen(options, form, yes, skip_bad, out_file)
+    return import_files(files, chosen, Where(home, url), Output(as_json=as_json))
+
+
+@app.command()
+@command
+def review(
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="ID", help="Teach this candidate; `all`: every one.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option("--drop", metavar="ID", help="Take this candidate out; `all`: every one."),
+    ] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Keep, drop or edit the candidates that an import found; none is taught before."""
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+    from secondnature.cli.review import review as run
+
+    return run(keep or [], drop or [], Where(home, url), Output(as_json=as_json))
+
+
+@hooks_app.command()
+@command
+def install(
+    agent: Annotated[Agent, typer.Argument(help="Whose configuration.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the hook out again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Let a coding agent hand over each session that has ended: shows the change, and asks."""
+    from secondnature.cli import hooks
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return hooks.install(agent.value, Where(home, url), Output(as_json=as_json), remove=remove, yes=yes)
+
+
+@hooks_app.command()
+@command
+def run(
+    agent: Annotated[Agent, typer.Argument(help="Who calls.")],
+    payload: Annotated[
+        str | None, typer.Argument(metavar="[JSON]", help="What the agent tells. Default: from stdin.")
+    ] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """What the agent calls: imports the session's log as candidates."""
+    from secondnature.cli import hooks
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return hooks.run(agent.value, payload, Where(home, url), Output(as_json=as_json))
 
 
 @app.command()

@@ -6,6 +6,7 @@ replay.jsonl, replay_prompts.jsonl and lesson.toml. Flags win over lesson.toml; 
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from secondnature.errors import BadInput, BadRecord
+from secondnature.importers import sight
 from secondnature.records import (
     Correction,
     GateSettings,
@@ -171,7 +173,7 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
                     f"{path.parent}: no corrections.jsonl in this folder",
                     "give a folder that has one, or the JSONL file itself",
                 )
-        beside, corrections = path.parent, read_jsonl(path, Correction)
+        beside, corrections = path.parent, _read_corrections(path)
     if flags.keep and flags.probes is not None:
         raise BadInput(
             "found both --keep and --probes", "with probes the gate decides; leave one of them out"
@@ -194,6 +196,20 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
         else read(flags.replay_prompts, "replay_prompts.jsonl", Prompt),
         settings=LessonFile() if beside is None else _read_settings(beside / SETTINGS_FILE),
     )
+
+
+def _read_corrections(path: Path) -> list[Correction]:
+    """Raises BadRecord: what is wrong, and, where the file is of another shape, which, and who reads it."""
+    try:
+        return read_jsonl(path, Correction)
+    except BadRecord as e:
+        found = sight(path)
+        if found is None:
+            raise
+        raise BadRecord(
+            f"{e.message}; the file is {found}",
+            f"{e.hint}; or let it be read: secondnature import {shlex.quote(str(path))} --out corrections.jsonl",
+        ) from None
 
 
 def _read_lines(path: Path) -> list[Prompt]:

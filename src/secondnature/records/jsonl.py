@@ -5,6 +5,7 @@ Everything is read before anything is used (plan, validate, apply).
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -
     expected = f"expected one {kind.__name__.lower()} per line, as JSON"
     extra = "allow" if own else None
     records: list[R] = []
+    data = data.removeprefix(codecs.BOM_UTF8)  # what Excel and PowerShell write
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue

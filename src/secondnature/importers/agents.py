@@ -1,0 +1,139 @@
+"""Logs of coding agents: Claude Code, Codex, aider: what the user said to a wrong answer (client).
+
+Of a session only the words of the user and of the assistant are read: tools, reasoning, side chains and what
+the program put into the user's mouth are left out. An answer to which the user objects becomes a candidate,
+with the objection as `feedback`; nobody says in a log what would have been right, so nothing is wanted yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from secondnature.importers.objections import objects
+from secondnature.importers.rows import Context, Draft, Place, Row, Turn
+from secondnature.importers.turns import as_object
+
+MAX_TURNS = 200
+PUT_THERE = ("<environment_context>", "<user_instructions>", "# AGENTS.md", "<INSTRUCTIONS>", "<command-",
+             "<local-command", "<system-reminder>", "Caveat: ", "[Request interrupted", "<turn_aborted>",
+             "<permissions", "<bash-", "<user-memory-input>", "This session is being continued")  # fmt: skip
+"""How a turn begins that the program wrote, not the user."""
+
+
+@dataclass
+class Session:
+    """The turns of one session so far; an answer in pieces is one turn."""
+
+    id: str | None = None
+    turns: list[Turn] = field(default_factory=list[Turn])
+
+    def hear(self, text: str, place: Place, key: str | None = None) -> Iterator[Draft]:
+        """The user's turn; a candidate if it objects to the answer before it."""
+        text = text.strip()
+        if not text or text.startswith(PUT_THERE):
+            return
+        before = self.turns
+        if len(before) > 1 and before[-1]["role"] == "assistant" and objects(text):
+            name = key or self.id
+            yield Draft(
+                before[:-1][-MAX_TURNS:], before[-1]["content"], feedback=text, candidate=True, place=place,
+                foreign_id=name,
+            )  # fmt: skip
+        self._add("user", text)
+
+    def say(self, text: str) -> None:
+        """The assistant's words."""
+        if text.strip():
+            self._add("assistant", text.strip())
+
+    def _add(self, role: str, text: str) -> None:
+        if self.turns and self.turns[-1]["role"] == role:
+            text = self.turns.pop()["content"] + "\n\n" + text
+        elif not self.turns and role == "assistant":
+            return  # an answer to nobody: the log begins in the middle
+        self.turns.append({"role": role, "content": text})
+
+
+def _texts(content: Any, kinds: tuple[str, ...] = ("text", "input_text", "output_text")) -> str:
+    if isinstance(content, str):
+        return content
+    pieces = [as_object(p) for p in cast("list[Any]", content)] if isinstance(content, list) else []
+    return "\n\n".join(str(p.get("text", "")) for p in pieces if p.get("type") in kinds and p.get("text"))
+
+
+def read_claude_code(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
+    """A transcript of Claude Code (~/.claude/projects/*/*.jsonl): one event a line."""
+    sessions: dict[str, Session] = {}
+    for row in rows:
+        event = as_object(row.value)
+        if row.problem or not event:
+            yield row if row.problem else Row(row.place, problem="not an event of a session")
+            continue
+        message = as_object(event.get("message"))
+        if event.get("isSidechain") or event.get("isMeta") or event.get("isCompactSummary") or not message:
+            if event.get("isSidechain"):
+                context.pass_over("turns of side chains")
+            continue
+        name = str(event.get("sessionId", ""))
+        session = sessions.setdefault(name, Session(name or None))
+        if event.get("type") == "user":
+            key = event.get("uuid")
+            yield from session.hear(_texts(message.get("content")), row.place, str(key) if key else None)
+        elif event.get("type") == "assistant":
+            session.say(_texts(message.get("content")))
+
+
+def read_codex(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
+    """A rollout of Codex (~/.codex/sessions): `response_item` events, or the items themselves (older versions)."""
+    session = Session()
+    for row in rows:
+        event = as_object(row.value)
+        if row.problem or not event:
+            yield row if row.problem else Row(row.place, problem="not an event of a session")
+            continue
+        item = as_object(event.get("payload")) or event
+        if event.get("type") == "session_meta":
+            session.id = str(item.get("id") or "") or None
+        elif item.get("type") == "message" and event.get("type") in ("response_item", "message"):
+            text = _texts(item.get("content"))
+            if item.get("role") == "user":
+                key = f"{session.id}:{row.place.number}" if session.id else None
+                yield from session.hear(text, row.place, key)
+            elif item.get("role") == "assistant":
+                session.say(text)
+        elif event.get("type") == "compacted":
+            context.pass_over("earlier turns that the agent summed up", len(session.turns))
+            session.turns = []
+
+
+_AIDER_START = re.compile(r"^# aider chat started at (.*)$")
+
+
+def read_aider(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
+    """`.aider.chat.history.md`: `####` begins the user's lines, `>` the program's, the rest is the answer."""
+    del context
+    for row in rows:
+        if row.problem or not isinstance(row.value, str):
+            yield row if row.problem else Row(row.place, problem="not a chat history of aider")
+            continue
+        session, answer, asked, asked_at, fenced = Session(), list[str](), list[str](), 1, False
+        for number, line in enumerate([*row.value.splitlines(), "# aider chat started at the end"], start=1):
+            start = _AIDER_START.match(line)
+            user = line.startswith("#### ") and not fenced
+            if asked and not user and line.strip():
+                yield from session.hear("\n".join(asked), Place(row.place.source, asked_at))
+                asked = []
+            if start:
+                session, answer, fenced = Session(start[1]), [], False
+            elif user:
+                session.say("\n".join(answer))
+                answer = []
+                asked_at = asked_at if asked else number
+                if not line.startswith("#### /"):  # a command of aider, not a request
+                    asked.append(line.removeprefix("#### ").rstrip())
+            elif not line.startswith("> ") or fenced:
+                fenced ^= line.startswith("```")
+                answer.append(line)

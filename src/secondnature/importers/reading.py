@@ -1,0 +1,281 @@
+"""Files -> corrections, in one pass, with all that a person has to see before anything is written (client).
+
+What is read goes line by line into a spool (a temporary file), so that nothing is sent or written while it is
+still unknown whether all of it will be, and so that a long file costs no memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+
+from secondnature.errors import BadInput, BadRecord
+from secondnature.importers.containers import Part, find_parts
+from secondnature.importers.rows import Context, Draft, Options, Place, Refused, Row
+from secondnature.importers.shapes import BY_NAME, SHAPES, Shape, not_taught
+from secondnature.importers.turns import as_object
+from secondnature.records import Correction, describe
+
+__all__ = ["Plan", "Source", "read_into", "recognise", "sight"]
+
+SAMPLE = 50
+"""So many rows say what a file is."""
+MAX_REASONS = 1000
+"""So many reasons are kept word for word; all are counted."""
+NUM_EXAMPLES = 3
+OWN_FIELDS = frozenset(Correction.model_fields) | {"label", "messages", "completion", "schema_version"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a file in an archive, and the shape that it has."""
+
+    part: Part
+    shape: Shape
+    seen: str
+    """`a JSON array of conversations (messages)`."""
+
+
+@dataclass
+class Plan:
+    """What an import would add, and what it leaves out."""
+
+    sources: list[Source]
+    num_rows: int = 0
+    num_records: int = 0
+    num_candidates: int = 0
+    num_duplicates: int = 0
+    kinds: Counter[str] = field(default_factory=Counter[str])
+    """What the records say: a wanted answer, a pair, a comment, ..."""
+    num_bad: int = 0
+    reasons: list[tuple[Place, str]] = field(default_factory=list[tuple[Place, str]])
+    """Of rows that cannot be taken, the first `MAX_REASONS`."""
+    examples: list[Correction] = field(default_factory=list[Correction])
+    unused: dict[str, int] = field(default_factory=dict[str, int])
+    passed_over: dict[str, int] = field(default_factory=dict[str, int])
+    skipped: list[str] = field(default_factory=list[str])
+    """Files inside archives and folders of which nothing is known."""
+
+    def read_bytes(self) -> tuple[int, int]:
+        """(read, in all), of the files as they lie on the disk."""
+        meters = [s.part.meter for s in self.sources]
+        return sum(m.done for m in meters), sum(m.total for m in meters)
+
+    def refuse(self, place: Place, why: str) -> None:
+        """Note a row that is not taken."""
+        self.num_bad += 1
+        if len(self.reasons) < MAX_REASONS:
+            self.reasons.append((place, why))
+
+
+def recognise(paths: Iterable[Path], options: Options, form: str | None = None) -> Plan:
+    """Which shape each file has; those that others need (votes) first.
+
+    Args:
+        form: the name of a shape, of --format: nothing is looked at.
+
+    Raises:
+        BadInput: no such shape, one that nobody knows, or several that fit equally well.
+        BadRecord: a file is missing or of no kind that is read.
+    """
+    if form is not None and form not in BY_NAME:
+        raise BadInput(f"no format {form[:40]!r}", f"one of: {', '.join(BY_NAME)}")
+    found, skipped = list[Source](), list[str]()
+    for path in paths:
+        parts = find_parts(path)
+        for part in parts:
+            try:
+                shape = BY_NAME[form] if form is not None else _shape_of(part, options)
+            except BadRecord:
+                if len(parts) == 1:
+                    raise
+                skipped.append(part.name)
+                continue
+            found.append(Source(part, shape, f"{part.container}: {shape.title}"))
+    if not found:
+        raise BadRecord(f"none of {len(skipped)} files holds corrections", "see docs/importing.md")
+    found.sort(key=lambda s: s.shape.name != "chatgpt-feedback")
+    return Plan(found, skipped=skipped)
+
+
+def _sample(part: Part) -> list[Any]:
+    return [row.value for row in itertools.islice(part.rows(), SAMPLE) if not row.problem]
+
+
+def _fitting(values: list[Any]) -> list[Shape]:
+    """The shapes that most rows have."""
+    counts: Counter[str] = Counter()
+    for value in values:
+        for shape in SHAPES[:-1]:
+            if isinstance(value, str) if shape.name == "aider" else isinstance(value, dict):
+                counts[shape.name] += shape.sees(value)
+    most = max(counts.values(), default=0)
+    if not most:
+        return [SHAPES[-1]] if any(SHAPES[-1].sees(as_object(v)) for v in values) else []
+    return [BY_NAME[name] for name, n in counts.items() if n == most]
+
+
+def _shape_of(part: Part, options: Options) -> Shape:
+    """Raises BadRecord: not known, or not to be decided."""
+    if options.columns:
+        return SHAPES[-1]
+    values = _sample(part)
+    fitting = _fitting(values)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(f"{s.name} ({s.title})" for s in fitting)
+        raise BadRecord(
+            f"{part.name}: {part.container} that fits several shapes: {names}", "choose: --format NAME"
+        )
+    raise BadRecord(
+        f"{part.name}: {_unknown(part, values)}", "see docs/importing.md; of a table: --map COLUMN=FIELD"
+    )
+
+
+def _unknown(part: Part, values: list[Any]) -> str:
+    known = next((found for v in values if (found := not_taught(v)) is not None), None)
+    if known is not None:
+        return f"{part.container} of {known}"
+    if not values:
+        return f"{part.container} without a row that can be read"
+    if isinstance(values[0], dict):
+        return f"{part.container} of objects with {_keys(values[0])}: no shape that is known"
+    return f"{part.container} of {type(values[0]).__name__} values; expected objects"
+
+
+def _keys(row: Any) -> str:
+    names = [str(k)[:40] for k in as_object(row)]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return (", ".join(f"`{n}`" for n in names[:6]) or "no fields") + more
+
+
+def sight(path: Path) -> str | None:
+    """What a file is, in a few words, for the errors of commands that read corrections only; None: not known."""
+    try:
+        parts = find_parts(path)
+        values = _sample(parts[0])
+    except BadRecord:
+        return None
+    part, fitting = parts[0], _fitting(values)
+    if not values:
+        return None
+    number = f"{len(values)}{'+' if len(values) == SAMPLE else ''} rows"
+    if fitting:
+        return (
+            f"{part.container} of {number} with {_keys(values[0])}: {' or '.join(s.title for s in fitting)}"
+        )
+    return _unknown(part, values)
+
+
+def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
+    """Read every row into the spool, a correction a line, and into the plan what is to be told.
+
+    Raises:
+        BadRecord, TooLarge: a file cannot be read on.
+    """
+    known: set[str] = set()
+    for source in plan.sources:
+        source.part.meter.done = 0
+    for source in plan.sources:
+        for place, found in _drafts(source, context, plan):
+            try:
+                correction = _correction(found, place, source.shape)
+            except ValidationError as e:
+                plan.refuse(place, describe(e))
+                continue
+            identity = correction.identity()
+            if identity in known:
+                plan.num_duplicates += 1
+                continue
+            known.add(identity)
+            _count(plan, correction)
+            spool.write(correction.model_dump_json(exclude_none=True).encode() + b"\n")
+    plan.unused, plan.passed_over = context.unused, context.passed_over
+
+
+def _drafts(source: Source, context: Context, plan: Plan) -> Iterator[tuple[Place, Draft]]:
+    def rows() -> Iterator[Row]:
+        for row in source.part.rows():
+            plan.num_rows += 1
+            yield row
+
+    shape = source.shape
+    if shape.whole is not None:
+        for one in shape.whole(rows(), context):
+            if isinstance(one, Row):
+                plan.refuse(one.place, one.problem)
+            elif one.place is not None:
+                yield one.place, one
+        return
+    assert shape.row is not None, "a shape has a reader"
+    for row in rows():
+        value = as_object(row.value)
+        if row.problem or not value:
+            plan.refuse(row.place, row.problem or "not an object with fields, or an empty one")
+            continue
+        if shape.used:
+            for key in value.keys() - shape.used:
+                context.unused[key] = context.unused.get(key, 0) + 1
+        try:
+            for draft in shape.row(value, context):
+                yield row.place, draft
+        except Refused as e:
+            plan.refuse(row.place, str(e))
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as e:
+            what = f"missing {e}" if isinstance(e, KeyError) else f"a value that it does not have there ({e})"
+            plan.refuse(row.place, f"not {shape.title}: {what}"[:300])
+
+
+def _correction(draft: Draft, place: Place, shape: Shape) -> Correction:
+    """Raises ValidationError."""
+    origin = {
+        "kind": shape.kind,
+        "source": place.source[-1000:],
+        "line": place.number,
+        "foreign_id": draft.foreign_id[:1000] if draft.foreign_id else None,
+    }
+    if draft.whole is not None:
+        data = {k: v for k, v in draft.whole.items() if k in OWN_FIELDS}
+        return Correction.model_validate({**data, "provenance": data.get("provenance") or origin})
+    data: dict[str, Any] = {"prompt": draft.prompt, "provenance": origin}
+    for key in ("said", "chosen", "rejected", "feedback", "rating"):
+        value = getattr(draft, key)
+        if value is not None:
+            data[key] = value
+    if draft.candidate:
+        data["state"] = "candidate"
+    return Correction.model_validate(data)
+
+
+def _count(plan: Plan, correction: Correction) -> None:
+    plan.num_records += 1
+    plan.num_candidates += correction.state == "candidate"
+    if correction.is_praise:
+        kind = "praised answers"
+    elif correction.chosen is not None:
+        kind = "pairs of a wanted and a worse answer" if correction.rejected is not None else "wanted answers"
+    elif correction.feedback is not None:
+        kind = "comments on an answer"
+    else:
+        kind = "answers rated down"
+    new = kind not in plan.kinds
+    plan.kinds[kind] += 1
+    if len(plan.examples) < NUM_EXAMPLES:
+        plan.examples.append(correction)
+    elif new and len(plan.kinds) <= NUM_EXAMPLES:  # one of each kind says more than three of one
+        plan.examples[len(plan.kinds) - 1] = correction
