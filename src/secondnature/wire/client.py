@@ -200,8 +200,8 @@ class Client:
 
     def ledger(self, *, states: bool = False) -> CorrectionsReply:
         """The ledger, and what of it could not be read; with `states`, what has become of each correction."""
-        query = "?states=true" if states else ""
-        return CorrectionsReply.model_validate(self.request("GET", f"/v1/corrections{query}"))
+        asked = f"?states={str(states).lower()}"
+        return CorrectionsReply.model_validate(self.request("GET", "/v1/corrections" + asked))
 
     def corrections(self) -> list[Correction]:
         """The corrections of the ledger."""
@@ -214,8 +214,8 @@ class Client:
 
     def delete_correction(self, identifier: str) -> DeleteReply:
         """Take a correction back; the lessons that taught it are named."""
-        path = f"/v1/corrections/{quote(identifier, safe='')}"
-        return DeleteReply.model_validate(self.request("DELETE", path))
+        quoted = quote(identifier, safe="")
+        return DeleteReply.model_validate(self.request("DELETE", f"/v1/corrections/{quoted}"))
 
     def train(self, body: TrainRequest) -> TrainReply:
         """Start a lesson (or plan it: `dry_run`); one with an `idempotency_key` can be repeated safely."""
