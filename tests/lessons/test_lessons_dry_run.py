@@ -54,7 +54,7 @@ def test_a_closed_block_of_thoughts_is_said() -> None:
 def test_a_prompt_that_was_rendered_before_is_named(prompt: str, marks: str) -> None:
     plan = dry("chatml", {"prompt": prompt, "chosen": "Hello."})
     assert f"a message of the user holds {marks}: it is taken as its text" in plan["shown"][0]["notes"][0]
-    assert plan["notes"] == {"perhaps rendered already": 1}
+    assert plan["notes"]["perhaps rendered already"] == 1
 
 
 def test_earlier_answers_are_said_to_be_read_only() -> None:
