@@ -46,8 +46,8 @@ def doubts(tokenizer: Any, correction: Correction) -> list[str]:
         marks = sorted({*(m.strip() for m in _MARKS.findall(text)), *control_tokens_in(tokenizer, text)})
         if marks:
             found.append(
-                f"perhaps rendered already: a message of the {message.role} holds {', '.join(marks)}: it is taken as "
-                "its text; if these are turns, send them as messages"
+                f"perhaps rendered already: a message of the {message.role} holds {', '.join(marks)}: it is "
+                "taken as its text; if these are turns, send them as messages"
             )
             break
     return found
