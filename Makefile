@@ -41,12 +41,13 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev,bench]'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps axolotl  # its chat templates are read, none of its code
 	@touch $@
 
 bench: $(PEERS)/.installed  ## every figure of docs/benchmarks.md, measured here beside TRL and others: 35 minutes
 	$(PEERS)/bin/python benchmarks/run.py
 
-test-peers: $(PEERS)/.installed  ## losses and gradients against TRL's own, the optimizer against the public APOLLO
+test-peers: $(PEERS)/.installed  ## losses and gradients against TRL's own, APOLLO, and a hundred real chat templates
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/peers
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring

@@ -102,12 +102,17 @@ class Fake:
     plain_vllm: str | None = None
     """Be a vLLM of this version without the plug-in, which guards its routes with a key of its own."""
 
+    plan: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What a dry run answers."""
+
     def train(self, request: TrainRequest) -> TrainReply:
         for lesson in self.lessons.values():
             if lesson.idempotency_key is not None and lesson.idempotency_key == request.idempotency_key:
                 return TrainReply(job=lesson.job, lesson=lesson.id, state=lesson.state)
         number = len(self.requests) + 1
         self.requests.append(request)
+        if request.dry_run:
+            return TrainReply(job="dry-run", state="planned", plan=self.plan)
         name = f"{number:04d}-{request.lesson.behaviour or 'lesson'}"
         self.lessons[name] = Lesson(
             id=name,

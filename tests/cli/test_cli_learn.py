@@ -311,3 +311,29 @@ def test_a_server_that_is_not_well_is_named_with_its_reason(
     assert "the server is not well: the weights: they are being restored" in err
     if words == ["doctor"]:
         assert "trainer ready; the weights: they are being restored" in " ".join(out.split())
+
+
+def test_a_dry_run_shows_what_would_be_taught_and_trains_nothing(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = {
+        "example": "correction 0",
+        "end_of_context": "<|user|>Use tabs.<|assistant|>",
+        "taught": "Tabs it is. \nYes.<|end|>",
+        "rejected": "Spaces.<|end|>",
+        "num_taught_tokens": 7,
+        "notes": ["turns not taught: 1 earlier answer, which are read only"],
+    }
+    fake.plan = {"num_examples": 2, "num_skipped": 1, "shown": [example], "notes": {"turns not taught": 1}}
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "taught          ⟦Tabs it is. \\nYes.<|end|>⟧  (7 tokens)" in out
+    assert "rejected        ⟦Spaces.<|end|>⟧" in out
+    assert "turns not taught: 1 earlier answer" in out
+    assert "and 1 more" in out
+    assert "1 corrections are skipped" in out
+    assert "nothing was trained" in out
+    assert fake.requests[-1].dry_run
+    assert not Path("report.html").exists()
+    assert main(["learn", str(lesson_dir), "--home", str(home), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["shown"][0] == example

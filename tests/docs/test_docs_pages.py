@@ -66,7 +66,7 @@ def test_every_guarantee_names_its_test() -> None:
     promised = page[page.index("## Guaranteed") : page.index("## Not guaranteed")]
     for part in re.split(r"\n\n(?=\*\*)", promised)[1:]:
         assert re.search(r"`tests/[\w/]+\.py::\w+`", part), part.split("\n")[0]
-    assert [int(n) for n in re.findall(r"^\*\*(\d)\.", promised, re.M)] == list(range(1, 9))
+    assert [int(n) for n in re.findall(r"^\*\*(\d)\.", promised, re.M)] == list(range(1, 10))
 
 
 def test_make_targets_exist() -> None:

@@ -150,6 +150,7 @@ class Sources:
                     "probes": self.probes,
                     "development": self.development,
                     "keep": flags.keep,
+                    "dry_run": flags.dry_run,
                 }
             )
         except ValidationError as e:

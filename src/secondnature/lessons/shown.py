@@ -46,8 +46,8 @@ def doubts(tokenizer: Any, correction: Correction) -> list[str]:
         marks = sorted({*(m.strip() for m in _MARKS.findall(text)), *control_tokens_in(tokenizer, text)})
         if marks:
             found.append(
-                f"already rendered? a message of the {message.role} holds {', '.join(marks)}: it is taken as its "
-                "text; if these are turns, send them as messages"
+                f"perhaps rendered already: a message of the {message.role} holds {', '.join(marks)}: it is "
+                "taken as its text; if these are turns, send them as messages"
             )
             break
     return found
@@ -83,6 +83,6 @@ def shown(
 
 def counted(tokenizer: Any, corrections: Sequence[Correction], taught: Sequence[Taught]) -> dict[str, int]:
     """How often each thing is to be said, over all corrections."""
-    notes = Counter(note.split(":")[0] for c in corrections for note in doubts(tokenizer, c))
-    notes.update(note.split(":")[0] for t in taught for note in t.notes)
+    notes = Counter(note.split(": ")[0] for c in corrections for note in doubts(tokenizer, c))
+    notes.update(note.split(": ")[0] for t in taught for note in t.notes)
     return dict(notes)
