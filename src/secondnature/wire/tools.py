@@ -6,7 +6,7 @@ are shown to the model, and what the model calls comes back. What is not a funct
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -108,33 +108,46 @@ class ResponseFormat(_Given):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-def shape_of_call(tools: list[FunctionTool], choice: ToolChoice) -> dict[str, Any] | None:
-    """The schema of the one call that `tool_choice` demands; None: none is demanded.
+def call_shape(tools: list[FunctionTool], choice: ToolChoice) -> dict[str, Any]:
+    """The schema of the one call that `tool_choice` demands: `{"name": ..., "arguments": {...}}`.
 
     Raises:
         ValueError: the tool that is demanded is not among the tools.
     """
-    if isinstance(choice, str) and choice != "required":
-        return None
     if isinstance(choice, NamedTool):
         wanted = choice.function.name
         tools = [tool for tool in tools if tool.function.name == wanted]
         if not tools:
             raise ValueError(f"`tool_choice` names {wanted!r}, which is not among `tools`")
-    if not tools:
-        raise ValueError("`tool_choice` demands a call, but no `tools` were sent")
-    calls: list[dict[str, Any]] = []
-    definitions: dict[str, Any] = {}
-    for tool in tools:
-        parameters = dict(tool.function.parameters or {"type": "object"})
-        definitions |= parameters.pop("$defs", {})
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    wanted_call = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {**wanted_call, "$defs": definitions} if definitions else wanted_call
+    return any_of([_call(tool.function) for tool in tools])
+
+
+def _call(function: Function) -> dict[str, Any]:
+    """The schema of a call; arguments that the schema does not name are not written."""
+    arguments = {"type": "object", "additionalProperties": False, **(function.parameters or {})}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": _moved(arguments, "#/properties/arguments")},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
+    """The schema of what fits one of several, each with its own definitions."""
+    if len(schemas) == 1:
+        return schemas[0]
+    parts = {f"part{i}": _moved(schema, f"#/$defs/part{i}") for i, schema in enumerate(schemas)}
+    return {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in parts], "$defs": parts}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema that stands at `to` in a larger one: its references to itself lead there."""
+    if isinstance(schema, list):
+        return [_moved(part, to) for part in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        k: to + v[1:] if k == "$ref" and isinstance(v, str) and v.startswith("#") else _moved(v, to)
+        for k, v in cast("dict[str, Any]", schema).items()
+    }
