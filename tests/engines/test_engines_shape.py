@@ -21,8 +21,7 @@ from secondnature.model.chat import read_tokenizer
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "colour": {"enum": ["red", "blue"]}},
-    "required": ["ok", "colour"],
-    "additionalProperties": False,
+    "required": ["ok", "colour"],  # no others are written, though JSON Schema would allow them
 }
 END = 1
 
@@ -72,6 +71,20 @@ def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
     assert any(b.token_id != t for b, t in zip(best, answer.token_ids, strict=True)), (
         "it wanted another token"
     )
+
+
+def test_what_a_schema_says_of_other_properties_holds(engine: Engine) -> None:
+    parts = [{"type": "object", "properties": {k: {"const": 1}}, "required": [k]} for k in ("a", "b")]
+    more = {
+        "type": "object",
+        "properties": {"a": {"const": 1}},
+        "additionalProperties": {"const": 2},
+        "minProperties": 2,
+    }
+    for schema in ({"allOf": parts}, {**more, "required": ["a"]}):
+        request = GenerationRequest([40, 50], max_tokens=200, temperature=0, shape=engine.shape(schema))
+        text = engine.generate([request])[0].text
+        assert text.startswith('{"a": 1, "'), text
 
 
 def test_an_answer_that_is_cut_says_so(engine: Engine) -> None:

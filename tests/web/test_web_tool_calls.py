@@ -64,7 +64,7 @@ def test_several_calls_are_in_order() -> None:
 
 
 def test_texts_become_what_their_schema_says() -> None:
-    written = "<tool_call><function=paint><parameter=what>\n12\n</parameter><parameter=wet>true</parameter></function>"
+    written = "<function=paint><parameter=what>\n12\n</parameter><parameter=wet>true</parameter></function>"
     assert json.loads(find_calls(written, OFFERED)[1][0].arguments) == {"what": "12", "wet": True}
 
 

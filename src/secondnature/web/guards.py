@@ -27,7 +27,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json"})
-INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 """What a server that only this machine reaches listens on."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})

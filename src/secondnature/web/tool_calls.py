@@ -1,4 +1,4 @@
-"""Calls of tools in what a model wrote: found, taken out of the text, and given as OpenAI's clients expect (server).
+"""Calls of tools in what a model wrote: found, taken out of the text, given as OpenAI's clients expect (server).
 
 Models write calls as they were trained to. Known here: `<tool_call>` around JSON (Hermes, Qwen 2.5 and 3, SmolLM3),
 around `<function=...>` with `<parameter=...>` (Qwen3-Coder, Qwen 3.5) and around `<arg_key>` (GLM); `[TOOL_CALLS]`
@@ -169,7 +169,7 @@ def _call(found: Any) -> Call | None:
 
 
 class CallScanner:
-    """A streamed answer: text goes on as it comes until a call may have begun; then everything waits for the end."""
+    """A streamed answer: text goes on as it comes until a call may have begun; then all waits for the end."""
 
     def __init__(self, offered: Parameters) -> None:
         self._offered = offered

@@ -22,8 +22,8 @@ from secondnature.wire.tools import FunctionTool, any_of, call_shape
 __all__ = ["Asking", "asking", "tool_calls"]
 
 HINT = (
-    "turn tools off in the client (Open WebUI: the model's Function calling: Legacy, and Built-in tools off), or serve "
-    "with the setting `ignore_tools`"
+    "turn tools off in the client (Open WebUI: the model's Function calling: Legacy, and Built-in tools off), or "
+    "serve with the setting `ignore_tools`"
 )
 
 
@@ -125,7 +125,9 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     if message.role == "tool":
-        turn |= {"tool_call_id": message.tool_call_id or ""} | ({"name": message.name} if message.name else {})
+        turn |= {"tool_call_id": message.tool_call_id or ""} | (
+            {"name": message.name} if message.name else {}
+        )
     return turn
 
 

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/responses`, OpenAI's newer form of a chat (any process): it is read as the chat that it means.
+"""The body of `POST /v1/responses`, OpenAI's newer form of a chat: read as the chat that it means (any process).
 
 Nothing is stored: the conversation comes whole with every request. `store`, true or false, changes no answer and is
 accepted; what would need the store (`previous_response_id`, `conversation`, `background`) is refused by name.

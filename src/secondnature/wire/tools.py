@@ -123,11 +123,14 @@ def call_shape(tools: list[FunctionTool], choice: ToolChoice) -> dict[str, Any]:
 
 
 def _call(function: Function) -> dict[str, Any]:
-    """The schema of a call; arguments that the schema does not name are not written."""
-    arguments = {"type": "object", "additionalProperties": False, **(function.parameters or {})}
+    """The schema of a call."""
+    arguments = function.parameters or {"type": "object", "properties": {}}
     return {
         "type": "object",
-        "properties": {"name": {"const": function.name}, "arguments": _moved(arguments, "#/properties/arguments")},
+        "properties": {
+            "name": {"const": function.name},
+            "arguments": _moved(arguments, "#/properties/arguments"),
+        },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class Grammars:
                 "on the server: pip install 'secondnature[json]'",
             ) from None
         text = json.dumps(schema)
+        if '"allOf"' not in text:  # parts that are joined name each other's properties
+            text = json.dumps(_closed(schema))
         if len(text) > MAX_SCHEMA_CHARACTERS:
             raise BadInput(
                 f"a schema of {len(text):,} characters; at most {MAX_SCHEMA_CHARACTERS:,}",
@@ -127,6 +129,28 @@ class Grammars:
                         "ask without a schema",
                     ) from None
             return self._known
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that it names, unless it says something of others.
+
+    What is written fits the schema as it was given all the same; a model that may invent properties seldom stops.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    given = cast("Mapping[str, Any]", schema)
+    found = dict(given)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(given.get(key), Mapping):
+            found[key] = {name: _closed(part) for name, part in given[key].items()}
+    for key in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(given.get(key), list):
+            found[key] = [_closed(part) for part in given[key]]
+    if "items" in given:
+        found["items"] = _closed(given["items"])
+    if "properties" in given and not given.keys() & {"patternProperties", "unevaluatedProperties", "$ref"}:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def _words(error: str) -> str:
