@@ -43,6 +43,7 @@ from secondnature.wire.completions import (
     CompletionRequest,
     StreamOptions,
 )
+from secondnature.wire.responses import ResponsesRequest
 from secondnature.wire.trainer import (
     Attach,
     Cancel,
@@ -103,6 +104,7 @@ __all__ = [
     "Ready",
     "ReplayMatch",
     "ReplaySettings",
+    "ResponsesRequest",
     "SdftSettings",
     "Shutdown",
     "StreamOptions",

@@ -380,8 +380,9 @@ class CompletionRequest(_Sampling):
             "parallel_tool_calls": (True, False),
             "response_format": ({"type": "text"},),
         }
-        given = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-        return {k: v for k, v in given.items() if v not in nothing.get(k, ())} if given else data
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in cast("dict[str, Any]", data).items() if v not in nothing.get(k, ())}
 
     @model_validator(mode="before")
     @classmethod
