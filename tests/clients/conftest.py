@@ -1,8 +1,8 @@
 """A real server process for real clients (`make test-clients`): the embedded model, its template shows tools.
 
 The clients live in an environment of their own, where secondnature is not installed: what is tested is what goes
-over the wire. The server runs in `.venv`. With SECONDNATURE_REALDATA, `models/SmolLM2-135M-Instruct` there is asked,
-too. Nothing is downloaded.
+over the wire. The server runs in `.venv`. With SECONDNATURE_REALDATA its `models/SmolLM2-135M-Instruct` is asked, too.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KEY = "the-key-of-the-tests"
-SHOWS_TOOLS = "{% if tools %}{% for t in tools %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}{% endif %}"
+SHOWS_TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} {% endfor %}"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OPENAI_API_KEY": KEY, "DO_NOT_TRACK": "1"}
 
 

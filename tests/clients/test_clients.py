@@ -107,7 +107,8 @@ def test_langchain(url: str) -> None:
 def test_llm(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     llm = pytest.importorskip("llm")
-    given = f"- model_id: ours\n  model_name: {MODEL}\n  api_base: {url}\n  supports_schema: true\n  supports_tools: true\n"
+    given = f"- model_id: ours\n  model_name: {MODEL}\n  api_base: {url}\n"
+    given += "  supports_schema: true\n  supports_tools: true\n"
     (tmp_path / "extra-openai-models.yaml").write_text(given)
     model = llm.get_model("ours")
     assert model.prompt("Paint the door red.", key=KEY, max_tokens=8).text()
@@ -148,13 +149,13 @@ def test_smolagents(url: str) -> None:
     assert model.generate(asked).content
 
     @smolagents.tool
-    def paint(colour: str) -> str:
+    def paint(twice: bool) -> str:
         """Paint the door.
 
         Args:
-            colour: of the door
+            twice: whether it gets two coats
         """
-        return f"painted {colour}"
+        return f"painted {twice}"
 
     caller = smolagents.OpenAIServerModel(MODEL, api_base=url, api_key=KEY, max_tokens=200)
     called = caller.generate(asked, tools_to_call_from=[paint])

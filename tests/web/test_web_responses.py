@@ -38,7 +38,8 @@ def test_text_from_text_and_from_items(client: openai.OpenAI) -> None:
             "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo."}],
         }
     ]
-    for given in ("Hello.", items, [{"type": "message", "role": "user", "content": "Hello."}]):
+    message: Any = [{"type": "message", "role": "user", "content": "Hello."}]
+    for given in ("Hello.", items, message):
         answer = client.responses.create(input=given, **GIVEN)
         assert (answer.output_text, answer.status, answer.error) == ("Hello!", "completed", None)
     chat = client.chat.completions.create(messages=[{"role": "user", "content": "Hello."}], **GIVEN)
