@@ -17,7 +17,7 @@ from tiny_server import KEY, Running
 from secondnature.engines.base import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.errors import Busy
-from secondnature.model import chat
+from secondnature.model import chat, lengths
 from secondnature.web.guards import Guards
 from secondnature.wire import Client
 
@@ -110,8 +110,8 @@ def test_texts_that_have_to_be_encoded_wait_for_each_other_and_nobody_for_them(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a tokenizer whose tokens may stand for any number of characters nothing is known before it has encoded."""
-    (tokenizer,) = [t for t in chat._KNOWN if chat._KNOWN[t] == len("<|assistant|>")][:1]  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setitem(chat._KNOWN, tokenizer, None)  # pyright: ignore[reportPrivateUsage, reportArgumentType]
+    (tokenizer,) = [t for t in lengths._KNOWN if lengths._KNOWN[t] == len("<|assistant|>")][:1]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setitem(lengths._KNOWN, tokenizer, None)  # pyright: ignore[reportPrivateUsage, reportArgumentType]
     at_once: list[int] = []
     encode = chat.encode_text
 

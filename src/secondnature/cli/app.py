@@ -197,6 +197,9 @@ def learn(
         bool, typer.Option("--calibrate", help="Find the learning rate by short trial runs.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep it unjudged: no probes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be taught, token for token.")
+    ] = False,
     report: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report.html"),
     home: HomeOption = None,
     url: UrlOption = None,
@@ -222,6 +225,7 @@ def learn(
         batch_size,
         seed,
         keep,
+        dry_run,
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)

@@ -16,6 +16,7 @@ from secondnature.cli import FAILED, INCONCLUSIVE, INTERRUPTED
 from secondnature.cli.connect import Server, Where, open_server
 from secondnature.cli.follow import Interrupted, Interrupts, follow, why_stopped
 from secondnature.cli.output import Output
+from secondnature.cli.planned import show
 from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
@@ -38,7 +39,10 @@ def learn(
     """
     with waiting(out, "reading the files"):
         sources = read_sources(source, flags)
-    check_report_path(report)
+    if not flags.dry_run:
+        check_report_path(report)
+    if flags.dry_run and calibrate:
+        raise BadInput("--calibrate trains, and --dry-run does not", "leave one of them out")
     if sources.corrections is not None:
         sources.request(flags)  # what can be refused without a server is refused before one starts
     if calibrate and flags.until_margin is None and sources.settings.until_margin is None:
@@ -47,7 +51,8 @@ def learn(
         with waiting(out, "reading the ledger"):
             ledger = _ledger(server, out) if sources.corrections is None else None
         request = sources.request(flags, ledger)
-        _check_end(request, server)
+        if not flags.dry_run:
+            _check_end(request, server)
         out.note(_announce(sources, request, len(ledger or []), server))
         try:
             if calibrate:
@@ -66,7 +71,7 @@ def teach(
     """Send one training request, follow it to its end and say how it ended; the exit code."""
     reply = submit(server.client, request, out)
     if reply.lesson is None:
-        out.say(json.dumps(reply.plan, indent=2, ensure_ascii=False))
+        show(reply.plan or {}, out)
         out.result(reply)
         return 0
     judged = bool(request.probes) or request.keep

@@ -83,6 +83,7 @@ class LearnFlags:
     batch_size: int | None = None
     seed: int | None = None
     keep: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.evidence.gate import ReadAs, read_in_training
 from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_messages
 from secondnature.lessons.prober import named
-from secondnature.model.chat import encode_answer, encode_chat
+from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
+from secondnature.model.chat import Taught, encode_chat, teach
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
 
@@ -170,6 +171,8 @@ class Planner:
         self._limit = context_limit
         self._highest_rank = highest_rank
         self._default_lr = default_lr or DEFAULT_LR
+        self._between: set[tuple[int, ...]] = set()
+        """What the template was seen to write between its prompt and an answer."""
         self._encoded: dict[str, _TokenIds] = {}
         """Of what the kept lessons taught, by digest: every plan asks for all of it."""
 
@@ -213,10 +216,10 @@ class Planner:
         _refuse_read(
             asked,
             {
-                "example": [x.context for x in examples],
+                "example": [self._prompt_of(x.context) for x in examples],
                 "student": [x.context for x in distilled],
-                "development probe": [x.context for x in development],
-                "replay": [x.context for x in replay.works],
+                "development probe": [self._prompt_of(x.context) for x in development],
+                "replay": [self._prompt_of(x.context) for x in replay.works],
                 "own answer": [x.context for x in replay.own],
             },
         )
@@ -322,10 +325,11 @@ class Planner:
                     raise
                 found.leave_out("too long")
                 continue
-            if tuple(work.context) in asked:
+            prompt = self._prompt_of(work.context)
+            if tuple(prompt) in asked:
                 found.leave_out("asked by a probe")
                 continue
-            found.samples.append(Sample("replay", work.context, item.prompt))
+            found.samples.append(Sample("replay", prompt, item.prompt))
             if written:
                 found.works.append(work)
             else:
@@ -380,7 +384,7 @@ class Planner:
 
     def _says_nothing_new(self, correction: Correction) -> bool:
         """Both answers are the same to the model."""
-        work = self._work(correction, "")
+        work = self._work(correction, "a correction of the ledger")
         return work.rejected == work.continuation
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
@@ -411,20 +415,32 @@ class Planner:
 
     def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
-        context, continuation = self._answer(correction.prompt, correction.chosen[0], label)
+        wanted = self._answer(correction.prompt, correction.chosen[0], label)
         rejected = None
         if correction.rejected is not None:
-            _, rejected = self._answer(correction.prompt, correction.rejected[0], label)
-        return context, continuation, rejected
+            other = self._answer(correction.prompt, correction.rejected[0], label)
+            if other.context != wanted.context:
+                raise BadInput(
+                    f"{label}: one of the two answers brings thoughts of its own, the other does not; they are "
+                    "compared after the same text",
+                    "write both with `<think>`, or neither",
+                )
+            rejected = other.continuation
+        return wanted.context, wanted.continuation, rejected
 
     def _look(self, probe: Probe, index: int) -> wire.MarginProbe:
         assert probe.check.prefers is not None, "checked by the request"
         label = f"development probe {index}"
         wanted, unwanted = (
-            self._answer(probe.prompt, Message(role="assistant", content=text), label)[1]
+            self._answer(probe.prompt, Message(role="assistant", content=text), label)
             for text in probe.check.prefers
         )
-        look = wire.MarginProbe(self._context(probe.prompt, label), wanted, unwanted, probe.side)
+        if wanted.context != unwanted.context:
+            raise BadInput(
+                f"{label}: one of the two answers brings thoughts of its own, the other does not",
+                "write both with `<think>`, or neither",
+            )
+        look = wire.MarginProbe(wanted.context, wanted.continuation, unwanted.continuation, probe.side)
         self._check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 
@@ -433,10 +449,52 @@ class Planner:
         with named(label):
             return encode_chat(self._tokenizer, prompt, limit=self._limit)
 
-    def _answer(self, prompt: list[Message], answer: Message, label: str) -> tuple[list[int], list[int]]:
-        """(context, answer) as token ids; what cannot fit is not encoded. Raises ContextOverflow."""
+    def _answer(self, prompt: list[Message], answer: Message, label: str) -> Taught:
+        """An answer as token ids; what cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            return encode_answer(self._tokenizer, prompt, answer, limit=self._limit)
+            found = teach(self._tokenizer, prompt, answer, limit=self._limit)
+        if found.between:
+            self._between.add(tuple(found.between))
+        return found
+
+    def _prompt_of(self, context: list[int]) -> list[int]:
+        """What is asked in a context: without what the template writes between its prompt and an answer."""
+        for between in self._between:
+            if tuple(context[-len(between) :]) == between:
+                return context[: -len(between)]
+        return context
+
+    def show(self, plan: Plan) -> dict[str, Any]:
+        """What a dry run answers: the plan, and what of it would be taught, decoded."""
+        taught = [
+            self._answer(c.prompt, c.chosen[0], "")
+            for c in plan.corrections
+            if c.chosen and not plan.distilled
+        ]
+        examples = [
+            shown(
+                self._tokenizer,
+                work,
+                [*doubts(self._tokenizer, plan.corrections[i]), *taught[i].notes] if i < len(taught) else (),
+            )
+            for i, work in enumerate(plan.examples[:MAX_SHOWN])
+        ]
+        examples += [
+            shown(
+                self._tokenizer,
+                wire.TokenExample(d.context, [], label=d.label),
+                [
+                    f"taught by what was said about it: {comment(d.correction)}",
+                    *doubts(self._tokenizer, d.correction),
+                ],
+            )
+            for d in plan.distilled[:MAX_SHOWN]
+        ]
+        return {
+            **plan.summary(),
+            "shown": examples,
+            "notes": counted(self._tokenizer, plan.corrections, taught),
+        }
 
     def _check(self, work: wire.TokenExample) -> None:
         longest = max(len(work.continuation), len(work.rejected or []))

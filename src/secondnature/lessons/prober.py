@@ -23,7 +23,7 @@ from secondnature.engines.base import (
     GenerationResult,
     score_request,
 )
-from secondnature.errors import Busy, ContextOverflow, SecondnatureError
+from secondnature.errors import BadInput, Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Message, Outcome, Probe
@@ -42,11 +42,15 @@ CheckIn = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def named(label: str) -> Iterator[None]:
-    """Texts that are too long are refused by the name that the user knows them by. Raises ContextOverflow."""
+    """Texts that are too long, or that the template refuses, are refused by the name that the user knows them by.
+
+    Raises:
+        ContextOverflow, BadInput
+    """
     try:
         yield
-    except ContextOverflow as e:
-        raise ContextOverflow(f"{label}: {e.message}", e.hint) from None
+    except (ContextOverflow, BadInput) as e:
+        raise type(e)(f"{label}: {e.message}", e.hint) from None
 
 
 class Prober:
@@ -63,8 +67,9 @@ class Prober:
         for i, probe in enumerate(probes):
             with named(f"probe {i}"):
                 prompt = len(encode_chat(self._tokenizer, probe.prompt, limit=self._limit))
-            pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
-            longest = max((len(self._answer(probe, text)) for pair in pairs for text in pair), default=1)
+                pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
+                scored = [self._answer(probe, text) for pair in pairs for text in pair]
+            longest = max((len(c) + len(a) - prompt for c, a in scored), default=1)
             if prompt + longest > self._limit:
                 raise ContextOverflow(
                     f"probe {i}: {prompt} + {longest} tokens; the model reads {self._limit}", "shorten it"
@@ -127,8 +132,8 @@ class Prober:
 
     # ------------------------------------------------------------------------------------------------
 
-    def _answer(self, probe: Probe, text: str) -> list[int]:
-        return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))[1]
+    def _answer(self, probe: Probe, text: str) -> tuple[list[int], list[int]]:
+        return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))
 
     def _ask(self, probes: Sequence[Probe], check_in: CheckIn) -> list[tuple[Probe, Outcome]]:
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
@@ -139,7 +144,7 @@ class Prober:
         total = asked + len(code)
         answers = self.answers([prompts[i] for i in spoken], lambda done, _: check_in(done, total))
         results = dict(zip(spoken, answers, strict=True))
-        margins = self._margins(probes, prompts, pairs, lambda done, _: check_in(len(spoken) + done, total))
+        margins = self._margins(probes, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]
 
         def count(judged: int) -> None:
@@ -152,14 +157,13 @@ class Prober:
     def _margins(
         self,
         probes: Sequence[Probe],
-        prompts: list[list[int]],
         pairs: list[tuple[str, str] | None],
         check_in: CheckIn,
     ) -> list[float | None]:
         """log p(wanted) - log p(unwanted) of every probe that names a pair, nats over the whole answers."""
         chosen = [i for i, pair in enumerate(pairs) if pair is not None]
         requests = [
-            score_request(prompts[i], self._answer(probes[i], text), background=True)
+            score_request(*self._answer(probes[i], text), background=True)
             for i in chosen
             for text in pairs[i] or ()
         ]

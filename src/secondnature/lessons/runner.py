@@ -160,7 +160,7 @@ class Runner:
         plan = self._planner.plan(request, self.ledger.all(), self.log.earlier()[0])
         self._prober.check(request.probes)
         if request.dry_run:
-            return TrainReply(job="dry-run", lesson=None, state="planned", plan=plan.summary())
+            return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._planner.show(plan))
         return self._do(lambda: self._accept(request, plan, asked))
 
     def status(self, job: str, after: int | None = None) -> JobStatus:

@@ -125,6 +125,8 @@ def assemble(settings: Settings) -> Generator[Parts]:
         model = load.build(directory, arena.tensors)
         self_test(model)
         tokenizer = chat.read_tokenizer(directory)
+        for wrong in chat.look(tokenizer):
+            LOG.warning("%s: %s", directory, wrong)
         engine = Engine(
             model,
             tokenizer,

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from secondnature import storage
 from secondnature.errors import BadCheckpoint
+from secondnature.model.chat import end_ids_of
 from secondnature.model.load import TensorSpec, bystanders, plan
 from secondnature.weights.content import Named, Weights, blocks, named
 from secondnature.weights.tensor_file import DTYPES, Place, header, layout, read_into, read_places, spans
@@ -148,6 +149,7 @@ def save(
             storage.make_dir(temporary)
             _copy_side_files(source, temporary)
             _write_config(source, temporary, wanted)
+            _write_ends(source, temporary)
             _write_weights(source, temporary / WEIGHTS_FILE, wanted, tensors)
             storage.write_text(temporary / STATE_FILE, json.dumps(note, indent=2) + "\n")
             temporary.rename(final)
@@ -216,6 +218,23 @@ def _write_config(source: Path, target: Path, wanted: Mapping[str, TensorSpec]) 
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["dtype"] = config["dtype"]
     storage.write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _write_ends(source: Path, target: Path) -> None:
+    """generation_config.json names all that ends an answer here, so that every engine ends it there."""
+    path = target / "generation_config.json"
+    ends = end_ids_of(source)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        settings = {}
+    if not isinstance(settings, dict):
+        settings = {}
+    named = settings.get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if ends - set(named):
+        settings["eos_token_id"] = [*named, *sorted(ends - set(named))]
+        storage.write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], tensors: Weights) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -87,6 +88,14 @@ OF_AN_ANSWER = frozenset(
     }
 )
 """What an answer carries beside its text; empty, it says nothing."""
+NOT_OF_THE_TEMPLATE = frozenset(
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+        *("max_length", "messages", "padding", "processor_kwargs", "return_assistant_tokens_mask"),
+        *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    }
+)
+"""Names that would change how a template is rendered, not what it writes."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 IGNORED_IN_PARTS = frozenset({"annotations", "cache_control", "logprobs", "type"})
 
@@ -282,6 +291,14 @@ class _Sampling(BaseModel):
         return _without_what_says_nothing(data)
 
 
+def _of_the_template(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that the template reads, and none that says how it is rendered. Raises ValueError."""
+    wrong = sorted(options.keys() & NOT_OF_THE_TEMPLATE)
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: not the template's own; expected options that it reads")
+    return options
+
+
 class ChatCompletionRequest(_Sampling):
     """`POST /v1/chat/completions`."""
 
@@ -290,7 +307,7 @@ class ChatCompletionRequest(_Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[Unicode, Any] = {}
+    chat_template_kwargs: Annotated[dict[Unicode, Any], AfterValidator(_of_the_template)] = {}
     """Handed to the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """Handed to the model's chat template, which may not look at it."""

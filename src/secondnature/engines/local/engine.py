@@ -61,8 +61,9 @@ from secondnature.errors import (
     Unreachable,
 )
 from secondnature.model.load import context_limit
+from secondnature.model.turns import end_ids
 
-__all__ = ["Engine", "Unchanging", "end_ids"]
+__all__ = ["Engine", "Unchanging"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,14 +77,6 @@ class Unchanging:
     def read(self) -> Stamp:
         """Always the same stamp."""
         return self._stamp
-
-
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: of the generation config, else of the tokenizer."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
 class Engine:
@@ -119,7 +112,7 @@ class Engine:
             prefill_tokens: prompt tokens that are read between two steps of the running rows.
             max_context: lowers the model's context limit.
             max_held_tokens: bound of the K/V memory, rows times the longest row, as long as they are now.
-            stop_ids: tokens that end an answer (default: `end_ids`).
+            stop_ids: tokens that end an answer (default: `model.turns.end_ids`).
             threads: of torch, for this thread only. torch.set_num_threads sets the OpenMP team of the calling
                 thread (and the default of threads that have not used torch yet), so it is called in ours.
             on_step: called in the engine's thread after every turn.
@@ -131,7 +124,11 @@ class Engine:
         self._batch = BatchRows(model)
         self.decode = decoder(tokenizer)
         self.entry = vocabulary(tokenizer)
-        self.stop_ids = end_ids(model, tokenizer) if stop_ids is None else frozenset(stop_ids)
+        self.stop_ids = (
+            end_ids(tokenizer, getattr(model, "generation_config", None))
+            if stop_ids is None
+            else frozenset(stop_ids)
+        )
         limit = context_limit(model.config)
         self.max_context = min(limit, max_context or limit, max_held_tokens)
         self.vocab_size: int = model.config.get_text_config(decoder=True).vocab_size

@@ -26,7 +26,7 @@ from secondnature.lessons.home import Home
 from secondnature.lessons.log import Log
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, load, names
+from secondnature.model import chat, load, names, turns
 from secondnature.serve.vllm import checks
 from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
@@ -158,12 +158,23 @@ def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
 
     given = Path(str(vllm_config.model_config.tokenizer))
     tokenizer = chat.read_tokenizer(given if given.is_dir() else directory)
+    turns.note(tokenizer, directory)
     template = load_chat_template(args.chat_template)
     if template is not None:
         tokenizer.chat_template = template
     options = args.default_chat_template_kwargs
     if options:
         tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    for wrong in chat.look(tokenizer):
+        LOG.warning("%s: %s", directory, wrong)
+    written = turns.template_end(tokenizer)
+    if written is not None and not turns.is_named(tokenizer, written):
+        LOG.warning(
+            "%s: the chat template ends an answer with token %d, which vLLM does not stop at; name it in "
+            "`eos_token_id` of generation_config.json",
+            directory,
+            written,
+        )
     return tokenizer
 
 
