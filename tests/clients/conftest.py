@@ -1,7 +1,7 @@
 """A real server process for real clients (`make test-clients`): the embedded model, its template shows tools.
 
 The clients live in an environment of their own, where secondnature is not installed: what is tested is what goes
-over the wire. The server runs in `.venv`. With SECONDNATURE_REALDATA its `models/SmolLM2-135M-Instruct` is asked too.
+over the wire. The server runs in `.venv`. With SECONDNATURE_REALDATA `models/SmolLM2-135M-Instruct` is asked too.
 Nothing is downloaded.
 """
 

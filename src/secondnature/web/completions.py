@@ -16,7 +16,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -111,7 +111,11 @@ def router(
         """A chat, ready for the engine; the id of its answer begins with `prefix`."""
         how = asking(engine, tokenizer, body, ignore_tools=ignore_tools)
         ids = encode_chat(
-            tokenizer, how.messages, limit=engine.limits.context, template_options=how.template_options
+            tokenizer,
+            how.messages,
+            limit=engine.limits.context,
+            tools=how.tools,
+            template_options=body.template_options(),
         )
         wanted = [_chat_request(body, ids, how, defaults, i) for i in range(body.n)]
         choices = [Choice(i, request, True, asking=how) for i, request in enumerate(wanted)]
@@ -131,7 +135,9 @@ def router(
                 if text is not None:
                     ids = encode_text(tokenizer, text, limit=engine.limits.context)
                 assert ids is not None
-                echoed = (str(tokenizer.decode(ids)) if text is None else text) if body.echo else None
+                echoed = (
+                    (str(cast(Any, tokenizer).decode(ids)) if text is None else text) if body.echo else None
+                )
                 first = entry(ids[0]) if entry is not None and ids and body.echo else None
                 for i in range(body.n):
                     wanted = _text_request(body, ids, defaults, i)

@@ -33,7 +33,8 @@ class Asking:
 
     messages: Sequence[Mapping[str, Any]]
     """For the template: calls with their arguments taken apart."""
-    template_options: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """For the template."""
     shape: Any = None
     """For the engine."""
     marks: tuple[str, ...] = ()
@@ -87,10 +88,9 @@ def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignor
         shapes.append(_demanded(body, tools))
     elif shapes and tools:  # a call, or an answer that fits
         shapes.append(call_shape(tools, "required"))
-    options = body.template_options()
     return Asking(
         [_turn(m) for m in body.messages],
-        {**options, "tools": [tool.shown() for tool in tools]} if tools else options,
+        [tool.shown() for tool in tools] if tools else None,
         engine.shape(any_of(shapes)) if shapes else None,
         SPECIAL if tools else (),
         {t.function.name: t.function.parameters or {} for t in tools} if tools else None,

@@ -321,10 +321,9 @@ class ChatCompletionRequest(_Sampling):
     """False: of several calls the first one is given."""
     response_format: ResponseFormat = ResponseFormat()
 
-    def plain(self) -> list[Message] | None:
-        """The conversation as it is kept; None: it has more than text, or tools were sent."""
-        turns = [m.plain() for m in self.messages]
-        return None if None in turns else [turn for turn in turns if turn is not None]
+    def plain(self) -> list[Message]:
+        """The conversation as it is kept: without turns that call tools or say what came of it."""
+        return [turn for m in self.messages if (turn := m.plain()) is not None]
 
     def num_characters(self) -> int:
         """Of what is rendered, tools left out."""
