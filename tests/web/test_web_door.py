@@ -93,7 +93,11 @@ def test_all_wrong_fields_are_named_at_once(http: httpx2.Client) -> None:
         assert internal not in error["message"]
     assert error["hint"] in error["message"]
     assert (error["status"], error["type"]) == (400, "BadInput")
-    codes = {"functions": "unsupported_parameter", "temprature": "unknown_parameter", "top_p": "invalid_value"}
+    codes = {
+        "functions": "unsupported_parameter",
+        "temprature": "unknown_parameter",
+        "top_p": "invalid_value",
+    }
     for name, code in codes.items():
         error = chat(http, **{name: wrong[name]})
         assert (error["param"], error["code"]) == (name, code)
