@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-bench
 VLLM   := .venv-vllm
+CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo test test-clients test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +51,17 @@ bench: $(PEERS)/.installed  ## every figure of docs/benchmarks.md, measured here
 test-peers: $(PEERS)/.installed  ## losses and gradients against TRL's own, APOLLO, and a hundred real chat templates
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/peers
 
+# Real clients in an environment of their own, where secondnature is not: what goes over the wire is tested. uv, for
+# pip takes half an hour to find versions that fit together.
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet uv
+	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python --requirement tests/clients/requirements.txt
+	@touch $@
+
+test-clients: $(STAMP) $(CLIENTS)/.installed  ## openai, litellm, langchain, llm, pydantic-ai, instructor, ... on a real server
+	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
+
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
 # are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.
 $(VLLM)/.installed: pyproject.toml constraints.txt
@@ -80,5 +92,5 @@ fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
 check: lint test mutants  ## all gates
 
 clean:  ## remove what the commands made
-	rm -rf $(VENV) $(PEERS) $(VLLM) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
+	rm -rf $(VENV) $(PEERS) $(VLLM) $(CLIENTS) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -131,12 +131,13 @@ def make_talker(directory: Path, *, steps: int = 150) -> Path:
     # the rows are short: in small chunks the delta rule is many times faster
     rule = functools.partial(modeling_qwen3_5.torch_chunk_gated_delta_rule, chunk_size=16)
     with mock.patch.object(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule):
-        _fit(model, ids, targets, steps)
+        fit(model, ids, targets, steps)
     model.to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
-def _fit(model: Any, ids: torch.Tensor, targets: torch.Tensor, steps: int) -> None:
+def fit(model: Any, ids: torch.Tensor, targets: torch.Tensor, steps: int) -> None:
+    """Train it on rows of token ids [B, T], with -100 where nothing is to be learned."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):

@@ -64,10 +64,10 @@ CASES: list[tuple[str, Any, int, str, tuple[str, ...]]] = [
     ("/v1/chat/completions", {"messages": TEA, "n": 0}, 400, "BadInput", ("n:",)),
     (
         "/v1/chat/completions",
-        {"messages": TEA, "tools": [{}]},
+        {"messages": TEA, "functions": [{}]},
         400,
         "BadInput",
-        ("`tools` is not supported here; expected it left out, or []",),
+        ("`functions` is not supported here; expected it left out, or []",),
     ),
     ("/v1/chat/completions", {"messages": TEA, "seed": 10**400}, 400, "BadInput", ("seed",)),
     ("/v1/completions", {"prompt": [5, 320], "max_tokens": 1}, 400, "BadExample", ("320", "0 to 319")),

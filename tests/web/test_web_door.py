@@ -80,20 +80,24 @@ def test_every_neutral_field_changes_nothing(http: httpx2.Client) -> None:
 
 def test_all_wrong_fields_are_named_at_once(http: httpx2.Client) -> None:
     wrong = {
-        "tools": [{}],
+        "functions": [{}],
         "temprature": 1,
         "top_p": 7,
         "stop": [3],
-        "response_format": {"type": "json_object"},
+        "response_format": {"type": "xml"},
     }
     error = chat(http, [{"role": "usr", "content": "a"}], **wrong)
-    for name in ("`tools`", "`temprature`", "top_p", "stop.0", "`response_format`", "messages.0.role"):
+    for name in ("`functions`", "`temprature`", "top_p", "stop.0", "response_format", "messages.0.role"):
         assert name in error["message"], (name, error)
     for internal in ("function-after", "Input should", "body.", "functools", "[type="):
         assert internal not in error["message"]
     assert error["hint"] in error["message"]
     assert (error["status"], error["type"]) == (400, "BadInput")
-    codes = {"tools": "unsupported_parameter", "temprature": "unknown_parameter", "top_p": "invalid_value"}
+    codes = {
+        "functions": "unsupported_parameter",
+        "temprature": "unknown_parameter",
+        "top_p": "invalid_value",
+    }
     for name, code in codes.items():
         error = chat(http, **{name: wrong[name]})
         assert (error["param"], error["code"]) == (name, code)

@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from secondnature.errors import BadExample, BadInput, SecondnatureError
 
@@ -32,7 +32,7 @@ class Stamp:
     """A lesson is running or on trial."""
 
 
-Ability = Literal["score", "logprobs"]
+Ability = Literal["score", "logprobs", "shape"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Limits:
     rows: int
     """Requests that it answers at once."""
     can: frozenset[Ability]
-    """`score`: log-probabilities of a given text; `logprobs`: those of an answer, with alternatives."""
+    """`score`: log-probabilities of a given text; `logprobs`: those of an answer, with alternatives; `shape`:
+    answers that fit a JSON schema."""
 
 
 class Engine(Protocol):
@@ -60,6 +61,14 @@ class Engine(Protocol):
     @property
     def trouble(self) -> str:
         """Why it answers no more; empty while it does."""
+        ...
+
+    def shape(self, schema: Mapping[str, Any]) -> Any:
+        """The shape of the JSON that fits a schema, for `GenerationRequest.shape`; may take a second.
+
+        Raises:
+            BadInput: this engine cannot, or the schema cannot be compiled.
+        """
         ...
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
@@ -140,6 +149,10 @@ class GenerationRequest:
     background: bool = False
     """Probes and the like: gets the rows that users leave free."""
     ignore_eos: bool = False
+    shape: Any = None
+    """What the engine's `shape` made of a schema: the answer fits it, as far as `max_tokens` reaches."""
+    marks: tuple[str, ...] = ()
+    """Special tokens that stay in the text of the answer; the others are left out."""
 
     def check(self) -> None:
         """Raises: BadInput: a sampling field is out of its range."""

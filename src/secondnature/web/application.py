@@ -96,6 +96,7 @@ def local_application(
             teaching.model_name,
             aliases={"default", "secondnature", teaching.settings.model},
             defaults=defaults,
+            ignore_tools=teaching.settings.ignore_tools,
         )
     )
 

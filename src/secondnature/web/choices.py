@@ -7,7 +7,7 @@ knows how far its text has come, so that offsets go on counting from piece to pi
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from secondnature.engines.base import GenerationRequest, GenerationResult, Token
 from secondnature.engines.local.text import Entry
 from secondnature.errors import Unreachable
 from secondnature.records import Message
+from secondnature.web.tool_calls import CallScanner
+from secondnature.web.tools import Asking, tool_calls
 
 __all__ = ["Asked", "Choice", "finish_of", "usage_of"]
 
@@ -49,7 +51,14 @@ class Choice:
     """`echo`: the prompt's text, in front of the answer."""
     first: Entry | None = None
     """`echo`: the prompt's first token, which has no log-probability."""
+    asking: Asking | None = None
+    """How a chat's answer is read; None: it is text."""
     _offsets: _Offsets = field(default_factory=_Offsets)
+    _scanner: CallScanner | None = field(init=False, default=None)
+    _called: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._scanner = None if self.asking is None else self.asking.scanner()
 
     def _of_text(self, tokens: Sequence[TokenLogprob], text: str | None = None) -> dict[str, Any]:
         """`logprobs` of a completion."""
@@ -79,7 +88,11 @@ class Choice:
         choice = self._head(finish_of(result))
         scored = self.request.logprobs is not None
         if self.chat:
-            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+            said, calls = (result.text, []) if self.asking is None else self.asking.read(result.text)
+            choice["message"] = {"role": "assistant", "content": said, "refusal": None}
+            if calls:
+                choice["message"] |= {"content": said or None, "tool_calls": tool_calls(calls)}
+                choice["finish_reason"] = "tool_calls"
             choice["logprobs"] = self._of_chat(result.tokens) if scored else None
             return choice
         choice["text"] = (self.echoed or "") + result.text
@@ -107,10 +120,26 @@ class Choice:
         self._offsets = _Offsets(len(self.echoed))
         return choice
 
+    def calls(self) -> dict[str, Any] | None:
+        """Before the end of a stream: what was held back because it might have been a call of a tool."""
+        if self._scanner is None or self.asking is None:
+            return None
+        held, calls = self._scanner.end()
+        if not held and not calls:
+            return None
+        self._called = bool(calls)
+        found = calls[:1] if self.asking.single else calls
+        delta: dict[str, Any] = {"content": held} if held else {}
+        if calls:
+            delta["tool_calls"] = tool_calls(found, streamed=True)
+        return {**self._head(None), "delta": delta}
+
     def piece(self, text: str, tokens: Sequence[TokenLogprob], finish: str | None = None) -> dict[str, Any]:
         """The next piece of a stream, or with `finish` its end."""
-        choice = self._head(finish)
+        choice = self._head("tool_calls" if finish and self._called else finish)
         scored = self.request.logprobs is not None and len(tokens) > 0
+        if self._scanner is not None and finish is None:
+            text = self._scanner.feed(text)
         if self.chat:
             choice["delta"] = {"content": text} if text else {}
             choice["logprobs"] = self._of_chat(tokens) if scored else None
@@ -137,6 +166,10 @@ class Asked:
     choices: Sequence[Choice]
     prompt: list[Message] | None = None
     """A chat's, to be remembered."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the answer says besides the stamp."""
+    has_calls: bool = False
+    """Of tools, or they were shown: more than a correction can hold."""
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """The fields that every body and every piece begins with."""

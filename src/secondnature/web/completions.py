@@ -35,16 +35,19 @@ from secondnature.engines.base import (
 )
 from secondnature.engines.local.text import vocabulary
 from secondnature.engines.stamps import Clock
-from secondnature.errors import SecondnatureError
-from secondnature.lessons.memory import Memory, Said
+from secondnature.errors import BadInput, SecondnatureError
+from secondnature.lessons.memory import Memory, Said, Unread
 from secondnature.model.chat import encode_chat, encode_text
 from secondnature.model.defaults import SamplingDefaults
+from secondnature.web import responses
 from secondnature.web.choices import Asked, Choice, finish_of, usage_of
 from secondnature.web.lanes import Lanes, while_connected
 from secondnature.web.refusals import error_body, unknown_model
 from secondnature.web.stamps import headers_of, merged, stamps
 from secondnature.web.teaching import ERRORS
+from secondnature.web.tools import Asking, asking
 from secondnature.wire import ChatCompletionRequest, CompletionRequest
+from secondnature.wire.responses import ResponsesRequest
 
 CHARACTERS_PER_SCORED_TOKEN = 60
 """Of an answer with log-probabilities, for each token and each of its alternatives."""
@@ -65,12 +68,14 @@ def router(
     *,
     aliases: Collection[str] = (),
     defaults: SamplingDefaults | None = None,
+    ignore_tools: bool = False,
 ) -> APIRouter:
     """The inference routes of one engine.
 
     Args:
         aliases: names that a request may call the model by, besides its own.
         defaults: how a request that does not say is sampled.
+        ignore_tools: tools that the chat template does not show are accepted, and a header says so.
     """
     routes = APIRouter(responses=ERRORS)
     started = int(time.time())
@@ -100,17 +105,24 @@ def router(
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         """One answer to a conversation, or `n`; with `stream`, as server-sent events."""
 
-        def work() -> Asked:
-            messages = body.plain()
-            ids = encode_chat(
-                tokenizer, messages, limit=engine.limits.context, template_options=body.template_options()
-            )
-            wanted = [_chat_request(body, ids, defaults, i) for i in range(body.n)]
-            choices = [Choice(i, request, True) for i, request in enumerate(wanted)]
-            identity = "chatcmpl-" + secrets.token_hex(12)
-            return Asked(identity, model_name, int(time.time()), True, choices, messages)
+        return await _serve(request, body, body.num_characters(), lambda: chat_asked(body, "chatcmpl-"))
 
-        return await _serve(request, body, sum(len(m.content) for m in body.messages), work)
+    def chat_asked(body: ChatCompletionRequest, prefix: str) -> Asked:
+        """A chat, ready for the engine; the id of its answer begins with `prefix`."""
+        how = asking(engine, tokenizer, body, ignore_tools=ignore_tools)
+        ids = encode_chat(
+            tokenizer,
+            how.messages,
+            limit=engine.limits.context,
+            tools=how.tools,
+            template_options=body.template_options(),
+        )
+        wanted = [_chat_request(body, ids, how, defaults, i) for i in range(body.n)]
+        choices = [Choice(i, request, True, asking=how) for i, request in enumerate(wanted)]
+        prompt = None if how.has_calls else body.plain()
+        identity = prefix + secrets.token_hex(12)
+        now = int(time.time())
+        return Asked(identity, model_name, now, True, choices, prompt, how.headers, how.has_calls)
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -132,6 +144,36 @@ def router(
 
         return await _serve(request, body, sum(map(len, body.prompt)), work)
 
+    @routes.post("/v1/responses")
+    async def respond(body: ResponsesRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        """A chat in OpenAI's newer form; with `stream`, as server-sent events."""
+        check_model(body.model)
+
+        async def answer() -> Response:
+            chat = body.chat()
+            asked = await lanes.run(chat.num_characters(), lambda: chat_asked(chat, "resp_"))
+            handles = _submit(engine, asked)
+            if body.stream:
+                headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"}
+                events = responses.events(asked, body, _remembered(asked, _each(handles)))
+                return _Stream(handles, events, headers | dict(asked.headers))
+            result = (await _all(handles))[0]
+            content = _json(responses.whole(asked, body, result))
+            _remember(asked, result)
+            headers = headers_of(result.weights) | dict(asked.headers)
+            return Response(content, media_type="application/json", headers=headers)
+
+        found = await while_connected(request, answer())
+        return Response(status_code=CLIENT_LEFT) if found is None else found
+
+    async def _remembered(
+        asked: Asked, events: AsyncGenerator[tuple[int, Event]]
+    ) -> AsyncGenerator[tuple[int, Event]]:
+        async for i, event in events:
+            if isinstance(event, Finished) and event.result.error is None:
+                _remember(asked, event.result)
+            yield i, event
+
     async def _serve(request: Request, body: AnyRequest, size: int, work: Callable[[], Asked]) -> Response:
         check_model(body.model)
 
@@ -146,19 +188,21 @@ def router(
             content = await lanes.run(written, lambda: _json(_whole(asked, results, body.n)))
             _remember(asked, results[0])
             span = merged([r.weights for r in results])
-            return Response(content, media_type="application/json", headers=headers_of(span))
+            headers = headers_of(span) | dict(asked.headers)
+            return Response(content, media_type="application/json", headers=headers)
 
         # a stream looks for its client's leaving by itself
         found = await while_connected(request, answer())
         return Response(status_code=CLIENT_LEFT) if found is None else found
 
     def _streamed(handles: list[GenerationHandle], asked: Asked, body: AnyRequest) -> Response:
-        headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"}
+        headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"} | dict(asked.headers)
         return _Stream(handles, _events(handles, asked, body), headers)
 
     def _remember(asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        memory.remember(asked.id, Said(asked.prompt, result.text, version, result.finish_reason))
+        said = Said(asked.prompt, result.text, version, result.finish_reason)
+        memory.remember(asked.id, Unread(b"", b"", _more_than_text) if asked.has_calls else said)
 
     def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
         choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
@@ -200,6 +244,8 @@ def router(
                 return
             if i == 0:
                 _remember(asked, event.result)
+            if (piece := choice.calls()) is not None:
+                yield chunk(piece)
             yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
         if body.stream_options is not None and body.stream_options.include_usage:
             usage = usage_of([results[i] for i in range(len(handles))], body.n)
@@ -210,6 +256,13 @@ def router(
 
 
 # ------------------------------------------------------------------------------------------------ requests
+
+
+def _more_than_text(asked: bytes, said: bytes) -> Said:
+    raise BadInput(
+        "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
+        "POST /v1/corrections takes a conversation without them",
+    )
 
 
 def _sampled(body: AnyRequest, defaults: SamplingDefaults | None, index: int) -> dict[str, Any]:
@@ -234,12 +287,18 @@ def _sampled(body: AnyRequest, defaults: SamplingDefaults | None, index: int) ->
 
 
 def _chat_request(
-    body: ChatCompletionRequest, ids: list[int], defaults: SamplingDefaults | None, index: int
+    body: ChatCompletionRequest,
+    ids: list[int],
+    how: Asking,
+    defaults: SamplingDefaults | None,
+    index: int,
 ) -> GenerationRequest:
     return GenerationRequest(
         ids,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        shape=how.shape,
+        marks=how.marks,
         **_sampled(body, defaults, index),
     )
 

@@ -27,8 +27,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json", "/v1/models"})
-INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/metrics", "/openapi.json"})
+INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 CORRECTING = re.compile(
     r"POST /v1/(feedback|corrections|chat/completions/[^/]+)|DELETE /v1/corrections/.+", re.DOTALL
 )

@@ -26,7 +26,6 @@ _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_p
 HINT = "docs/reference/routes.md and /openapi.json say what is accepted"
 INSTEAD = {
     "/v1/engines": "/v1/models",
-    "/v1/responses": "/v1/chat/completions",
     "/v1/messages": "/v1/chat/completions",
     "/api/chat": "/v1/chat/completions",
     "/api/generate": "/v1/completions",

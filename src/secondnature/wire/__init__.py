@@ -47,6 +47,7 @@ from secondnature.wire.completions import (
     CompletionRequest,
     StreamOptions,
 )
+from secondnature.wire.responses import ResponsesRequest
 from secondnature.wire.trainer import (
     Attach,
     Cancel,
@@ -111,6 +112,7 @@ __all__ = [
     "Ready",
     "ReplayMatch",
     "ReplaySettings",
+    "ResponsesRequest",
     "SdftSettings",
     "Shutdown",
     "StreamOptions",

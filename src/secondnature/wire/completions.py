@@ -7,7 +7,7 @@ so one validation names every field that is wrong.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from secondnature.records import Message, Role, Text, Unicode
+from secondnature.wire.tools import ResponseFormat, ToolCall, ToolChoice, Tools
 
 __all__ = [
     "ALWAYS_NEUTRAL",
@@ -55,13 +56,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "min_tokens": (0,),
     "modalities": ([], ["text"]),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -70,7 +68,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 one of every field."""
 ALWAYS_NEUTRAL = frozenset(
     {
-        *("include_reasoning", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key"),
+        *("include_reasoning", "prediction", "priority", "prompt_cache_key"),
         *("prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store"),
         "spaces_between_special_tokens",
     }
@@ -180,26 +178,43 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role
-    """`developer` is taken as `system`."""
-    content: Text
-    """Text, or a list of parts of the type `text`, which are joined."""
+    role: Role | Literal["tool"]
+    """`developer` is taken as `system`; `tool` is what a call came to."""
+    content: Text | None = None
+    """Text, or a list of parts of the type `text`, which are joined. Null only beside `tool_calls`."""
     name: Annotated[Unicode, Field(max_length=64)] | None = None
-    """Accepted and not shown to the model."""
+    """Accepted and not shown to the model, unless it is a tool's."""
+    tool_calls: list[ToolCall] | None = None
+    """What the model called."""
+    tool_call_id: Annotated[Unicode, Field(max_length=200)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _as_clients_send_it(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = cast("dict[str, Any]", data)
-        if given.get("content", "") is None:
+        given = plain_message(cast("dict[str, Any]", data))
+        if given.get("content", "") is None and not given.get("tool_calls"):
             raise ValueError("`content` is null; expected text (an empty one is text)")
-        return plain_message(given)
+        return given
 
-    def plain(self) -> Message:
-        """The turn as it is kept and rendered."""
-        return Message(role=self.role, content=self.content)
+    @model_validator(mode="after")
+    def _is_a_turn(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a turn without `content`; expected text (an empty one is text)")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(
+                f"`tool_calls` in a turn of the role {self.role!r}; only the assistant calls tools"
+            )
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"`tool_call_id` in a turn of the role {self.role!r}; it belongs to `tool`")
+        return self
+
+    def plain(self) -> Message | None:
+        """The turn as it is kept; None: it calls a tool or says what a call came to."""
+        if self.role == "tool" or self.tool_calls:
+            return None
+        return Message(role=self.role, content=self.content or "")
 
 
 # ------------------------------------------------------------------------------------------------ completions
@@ -298,10 +313,21 @@ class ChatCompletionRequest(_Sampling):
     """Handed to the model's chat template, which may not look at it."""
     add_special_tokens: Literal[False] = False
     """The template writes them."""
+    tools: Tools = []
+    """Shown to the model by its chat template; one that shows none: 400, see `ignore_tools` in the settings."""
+    tool_choice: ToolChoice = "auto"
+    """`none`: tools are not shown. `required`, or a name: the answer is one call whose arguments fit."""
+    parallel_tool_calls: bool = True
+    """False: of several calls the first one is given."""
+    response_format: ResponseFormat = ResponseFormat()
 
     def plain(self) -> list[Message]:
-        """The conversation as it is kept and rendered."""
-        return [m.plain() for m in self.messages]
+        """The conversation as it is kept: without turns that call tools or say what came of it."""
+        return [turn for m in self.messages if (turn := m.plain()) is not None]
+
+    def num_characters(self) -> int:
+        """Of what is rendered, tools left out."""
+        return sum(len(m.content or "") for m in self.messages)
 
     def template_options(self) -> dict[str, Any]:
         """What the chat template gets besides the conversation."""
@@ -359,6 +385,20 @@ class CompletionRequest(_Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     add_special_tokens: Literal[True] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tools(cls, data: Any) -> Any:
+        """Those of a chat, as far as they say nothing."""
+        nothing: dict[str, tuple[Any, ...]] = {
+            "tools": ([],),
+            "tool_choice": ("none", "auto"),
+            "parallel_tool_calls": (True, False),
+            "response_format": ({"type": "text"},),
+        }
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in cast("dict[str, Any]", data).items() if v not in nothing.get(k, ())}
 
     @model_validator(mode="before")
     @classmethod

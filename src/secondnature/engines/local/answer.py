@@ -16,6 +16,7 @@ from secondnature.engines.base import (
     Stamp,
     TokenLogprob,
 )
+from secondnature.engines.local.grammar import Shape
 from secondnature.engines.local.sampling import MAX_TOP, Sampler, Scored
 from secondnature.engines.local.text import Decode, Detokenizer, Entry, StopScanner
 from secondnature.errors import SecondnatureError, WeightsError
@@ -39,6 +40,7 @@ class Answer:
         self.handle = handle
         self.request = request
         self.max_tokens = max_tokens
+        self.shape: Shape | None = None if request.shape is None else request.shape.fresh()
         self.token_ids: list[int] = []
         self.sampler = Sampler(
             request.temperature,
@@ -130,6 +132,8 @@ class Answer:
             self._send(text)
         if self._scanner.found is not None:
             self.finish("stop", reason=self._scanner.found)
+        elif self.shape is not None and self.shape.whole:
+            self.finish("stop")
         elif len(self.token_ids) >= self.max_tokens:
             self.finish("length")
 

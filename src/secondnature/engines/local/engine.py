@@ -23,13 +23,14 @@ and after each forward, and the span goes into the result (law 5). Nothing is ca
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -46,11 +47,13 @@ from secondnature.engines.base import (
     score_request,
 )
 from secondnature.engines.local.answer import Answer, not_finite
+from secondnature.engines.local.grammar import Grammars, Shape
 from secondnature.engines.local.rows import BatchRows
 from secondnature.engines.local.sampling import Scored, finite_rows, sample, score
 from secondnature.engines.local.text import decoder, vocabulary
 from secondnature.errors import (
     BadExample,
+    BadInput,
     Busy,
     Cancelled,
     ContextOverflow,
@@ -130,6 +133,8 @@ class Engine:
         self.max_context = min(limit, max_context or limit, max_held_tokens)
         self.vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self.max_rows = max_rows
+        self._decode_marks = functools.lru_cache(maxsize=8)(functools.partial(decoder, tokenizer))
+        self._grammars = Grammars(tokenizer, self.vocab_size, self.stop_ids)
         self.metrics = EngineMetrics()
         self._clock: WeightsClock = clock or Unchanging()
         self._reserved = max_rows // 8 if reserved_rows is None else reserved_rows
@@ -164,12 +169,18 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """What it can take."""
-        return Limits(self.vocab_size, self.max_context, self.max_rows, frozenset({"score", "logprobs"}))
+        return Limits(
+            self.vocab_size, self.max_context, self.max_rows, frozenset({"score", "logprobs", "shape"})
+        )
 
     @property
     def trouble(self) -> str:
         """Why its thread ended before it was told to; empty while it works."""
         return self._trouble
+
+    def shape(self, schema: Mapping[str, Any]) -> Shape:
+        """The shape of the JSON that fits a schema. Raises BadInput."""
+        return self._grammars.compile(schema)
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request.
@@ -185,7 +196,8 @@ class Engine:
         request.check_ids(self.vocab_size)
         max_tokens = self._plan(request)
         handle = GenerationHandle(request, self._notify)
-        job = Answer(handle, max_tokens, self.decode, self.entry, self.stop_ids)
+        decode = self._decode_marks(request.marks) if request.marks else self.decode
+        job = Answer(handle, max_tokens, decode, self.entry, self.stop_ids)
         with self._wake:
             if self._trouble:
                 raise Unreachable(self._trouble, "restart the server; its log says more")
@@ -516,7 +528,7 @@ class Engine:
             jobs = [job for job, good in zip(jobs, finite, strict=True) if good]
         if not jobs:
             return
-        tokens = sample(logits, [job.sampler for job in jobs])
+        tokens = sample(self._shaped(jobs, logits), [job.sampler for job in jobs])
         scored: dict[int, Scored] = {}
         asked = [i for i, job in enumerate(jobs) if job.request.logprobs is not None]
         if asked:
@@ -524,6 +536,8 @@ class Engine:
             scored = dict(zip(asked, score(logits[asked], [tokens[i] for i in asked], top), strict=True))
         now = time.perf_counter()
         for i, job in enumerate(jobs):
+            if job.done or not self._follows(job, tokens[i]):
+                continue
             histogram = self.metrics.time_per_token if job.token_ids else self.metrics.time_to_first_token
             histogram.add(now - job.last_at)
             job.last_at = now
@@ -531,6 +545,28 @@ class Engine:
             if job.result is not None:
                 self.metrics.requests[job.result.finish_reason] += 1
         self.metrics.completion_tokens += len(jobs)
+
+    def _shaped(self, jobs: Sequence[Answer], logits: Tensor) -> Tensor:
+        """Logits [B, V] without the tokens that an answer's shape forbids; a job whose shape fails is ended."""
+        shaped = [i for i, job in enumerate(jobs) if job.shape is not None]
+        if not shaped:
+            return logits
+        logits = logits.clone()  # the model's own are still to be reported
+        for i in shaped:
+            try:
+                cast(Shape, jobs[i].shape).mask(logits[i])
+            except BadInput as e:
+                self._end(jobs[i], "error", e)
+        return logits
+
+    def _follows(self, job: Answer, token: int) -> bool:
+        """Tell the job's shape, if it has one, which token came; False: the job has ended over it."""
+        try:
+            if job.shape is not None:
+                job.shape.take(token)
+        except BadInput as e:
+            self._end(job, "error", e)
+        return not job.done
 
     def _fail(self, jobs: Sequence[Answer], cause: Exception) -> None:
         """End the jobs that an exception hit; the others and the engine go on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -26,9 +26,14 @@ MAX_SILENT = 16
 Decode = Callable[[Sequence[int]], str]
 
 
-def decoder(tokenizer: Any) -> Decode:
-    """The function ids -> text of a transformers tokenizer: special tokens left out, no clean-up of spaces."""
+def decoder(tokenizer: Any, marks: Collection[str] = ()) -> Decode:
+    """The function ids -> text of a transformers tokenizer: special tokens left out but for `marks`, no clean-up
+    of spaces."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and marks:
+        added = backend.get_added_tokens_decoder()
+        hidden = frozenset(i for i, t in added.items() if t.special and t.content not in marks)
+        return lambda ids: backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
     if backend is not None:
         # straight to the Rust tokenizer: the wrapper costs ten times as much, per token and row
         return lambda ids: backend.decode(list(ids), skip_special_tokens=True)

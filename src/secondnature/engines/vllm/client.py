@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from secondnature.engines.base import (
@@ -79,6 +79,10 @@ class VllmEngine:
         """Those that wait to be let in, oldest first; changed on the loop only."""
         self.limits = Limits(vocab_size, max_context, AT_ONCE, frozenset({"score"}))
         self.trouble = ""
+
+    def shape(self, schema: Mapping[str, Any]) -> Any:
+        """None here: vLLM's own routes shape answers. Raises BadInput."""
+        raise BadInput("an answer of a given shape was asked for", "ask vLLM's own routes for it")
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request.

@@ -1,0 +1,152 @@
+"""How a chat is asked and its answer read where tools or a shape of the answer are wanted (server).
+
+The template shows the tools, the client runs them: this server only finds the calls. A call that `tool_choice`
+demands is shaped as it is generated, so it always is one. A template that shows no tools is no reason to forget
+them: they are refused, with what to turn off, unless the setting `ignore_tools` says otherwise; then a header does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from secondnature.engines.base import Engine
+from secondnature.errors import BadInput
+from secondnature.model.tools import takes_tools
+from secondnature.web.tool_calls import SPECIAL, Call, CallScanner, find_calls
+from secondnature.wire import ChatCompletionRequest, ChatMessage
+from secondnature.wire.tools import FunctionTool, any_of, call_shape
+
+__all__ = ["Asking", "asking", "tool_calls"]
+
+HINT = (
+    "turn tools off in the client (Open WebUI: the model's Function calling: Legacy, and Built-in tools off), or "
+    "serve with the setting `ignore_tools`"
+)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How one chat is asked, and how its answers are read."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """For the template: calls with their arguments taken apart."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """For the template."""
+    shape: Any = None
+    """For the engine."""
+    marks: tuple[str, ...] = ()
+    offered: Mapping[str, Mapping[str, Any]] | None = None
+    """The schema of each tool that the model was shown; None: the answer is text."""
+    demanded: bool = False
+    """The answer is one call, whatever it is."""
+    single: bool = False
+    """At most one call is wanted."""
+    num_ignored: int = 0
+    """Tools that were sent and not shown."""
+    has_calls: bool = False
+    """Tools were shown, or the conversation has turns with calls: more than a correction can hold."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer says besides."""
+        return {"x-tools-ignored": str(self.num_ignored)} if self.num_ignored else {}
+
+    def read(self, text: str) -> tuple[str, list[Call]]:
+        """What a whole answer says and what it calls."""
+        if self.offered is None:
+            return text, []
+        said, calls = find_calls(text, self.offered)
+        return said, calls[:1] if self.single else calls
+
+    def scanner(self) -> CallScanner | None:
+        """What reads a streamed answer; None: all of it is text."""
+        return None if self.offered is None else CallScanner(self.offered)
+
+
+def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignore_tools: bool) -> Asking:
+    """How a chat is asked.
+
+    Raises:
+        BadInput: the template shows no tools, a tool that is demanded is not there, or a shape cannot be compiled.
+    """
+    tools = [] if body.tool_choice == "none" else body.tools
+    ignored = len(tools) if ignore_tools and tools and not takes_tools(tokenizer) else 0
+    if ignored:
+        tools = []
+    turns = any(m.tool_calls or m.role == "tool" for m in body.messages)
+    if (tools or turns) and not takes_tools(tokenizer):
+        what = f"{len(tools)} tools were sent" if tools else "the conversation has turns with calls of tools"
+        error = BadInput(f"{what}, and this model's chat template shows none to the model", HINT)
+        raise error.about("tools" if tools else "messages", "unsupported_parameter")
+    wanted = body.response_format.wanted()
+    demanded = not ignored and body.tool_choice not in ("none", "auto")
+    shapes: list[dict[str, Any]] = [] if wanted is None or demanded else [wanted]
+    if demanded:
+        shapes.append(_demanded(body, tools))
+    elif shapes and tools:  # a call, or an answer that fits
+        shapes.append(call_shape(tools, "required"))
+    return Asking(
+        [_turn(m) for m in body.messages],
+        [tool.shown() for tool in tools] if tools else None,
+        engine.shape(any_of(shapes)) if shapes else None,
+        SPECIAL if tools else (),
+        {t.function.name: t.function.parameters or {} for t in tools} if tools else None,
+        demanded,
+        demanded or not body.parallel_tool_calls,
+        ignored,
+        bool(tools) or turns,
+    )
+
+
+def _demanded(body: ChatCompletionRequest, tools: list[FunctionTool]) -> dict[str, Any]:
+    if not tools:
+        raise BadInput("`tool_choice` demands a call, but no `tools` were sent", "send tools, or none").about(
+            "tool_choice"
+        )
+    try:
+        return call_shape(tools, body.tool_choice)
+    except ValueError as e:
+        raise BadInput(str(e), "name one of them").about("tool_choice") from None
+
+
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    """A turn as templates expect it: arguments are objects, and no content is an empty one."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "type": "function",
+                "id": call.id,
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        turn |= {"tool_call_id": message.tool_call_id or ""} | (
+            {"name": message.name} if message.name else {}
+        )
+    return turn
+
+
+def _arguments(text: str) -> Any:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else text
+
+
+def tool_calls(calls: Sequence[Call], *, streamed: bool = False) -> list[dict[str, Any]]:
+    """Calls as OpenAI's clients read them; in a stream each says which one it is."""
+    return [
+        {
+            **({"index": i} if streamed else {}),
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for i, call in enumerate(calls)
+    ]

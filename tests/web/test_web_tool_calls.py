@@ -1,0 +1,105 @@
+"""Calls as models write them, whole and in pieces of any size: what is no call stays text, to the letter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secondnature.web.tool_calls import CallScanner, find_calls
+
+OFFERED: dict[str, dict[str, Any]] = {
+    "paint": {
+        "properties": {"what": {"type": "string"}, "coats": {"type": "integer"}, "wet": {"type": "boolean"}}
+    },
+    "look": {},
+}
+PAINT = {"what": "door", "coats": 2}
+J = json.dumps(PAINT)
+FORMS = {
+    "hermes": f'<tool_call>\n{{"name": "paint", "arguments": {J}}}\n</tool_call>',
+    "hermes without its end": f'<tool_call>\n{{"name": "paint", "arguments": {J}}}',
+    "qwen3-coder": (
+        "<tool_call>\n<function=paint>\n<parameter=what>\ndoor\n</parameter>\n<parameter=coats>\n2\n</parameter>\n"
+        "</function>\n</tool_call>"
+    ),
+    "glm": (
+        "<tool_call>paint\n<arg_key>what</arg_key>\n<arg_value>door</arg_value>\n<arg_key>coats</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>"
+    ),
+    "mistral": f'[TOOL_CALLS] [{{"name": "paint", "arguments": {J}, "id": "abcdefghi"}}]',
+    "mistral, newer": f"[TOOL_CALLS]paint[ARGS]{J}",
+    "mistral, with ids": f"[TOOL_CALLS]paint[CALL_ID]abc[ARGS]{J}",
+    "llama 3": f'{{"name": "paint", "parameters": {J}}}',
+    "llama 3, with its mark": f'<|python_tag|>{{"name": "paint", "parameters": {J}}}<|eom_id|>',
+    "llama 3.1": f"<function=paint>{J}</function>",
+    "phi 4": f'<|tool_call|>[{{"name": "paint", "arguments": {J}}}]<|/tool_call|>',
+    "granite": f'<|tool_call|>[{{"name": "paint", "arguments": {J}}}]',
+    "arguments as text": json.dumps({"function": {"name": "paint", "arguments": J}}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_call(form: str) -> None:
+    marked = not FORMS[form].startswith("{")
+    text, calls = find_calls(("I will.\n\n" if marked else "") + FORMS[form], OFFERED)
+    assert text == ("I will." if marked else "")
+    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("paint", PAINT)]
+    assert calls[0].id
+
+
+def test_several_calls_are_in_order() -> None:
+    look = {"name": "look", "arguments": {}}
+    for text in (
+        FORMS["hermes"] + f"\n<tool_call>{json.dumps(look)}</tool_call>",
+        FORMS["qwen3-coder"] + "<tool_call><function=look></function></tool_call>",
+        FORMS["mistral, newer"] + "[TOOL_CALLS]look[ARGS]{}",
+        FORMS["llama 3"] + "; " + json.dumps(look),
+        f"[TOOL_CALLS]{json.dumps([{'name': 'paint', 'arguments': PAINT}, look])}",
+    ):
+        assert [c.name for c in find_calls(text, OFFERED)[1]] == ["paint", "look"], text
+
+
+def test_texts_become_what_their_schema_says() -> None:
+    written = "<function=paint><parameter=what>\n12\n</parameter><parameter=wet>true</parameter></function>"
+    assert json.loads(find_calls(written, OFFERED)[1][0].arguments) == {"what": "12", "wet": True}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "  spaces kept \n",
+        '{"name": "unknown", "arguments": {}}',  # JSON that somebody asked for
+        '{"colour": "red"}',
+        "[1, 2]",
+        "<tool_call>\nnot json at all\n",
+        "use <tool_call> like this",
+        "a < b and [TOO many",
+        "[TOOL_CALLS] none",
+        '<|python_tag|>print("hi")',
+        '{"name": "paint", "arguments": 5}',
+        "[" * 100_000,
+    ],
+)
+def test_what_is_no_call_stays_text(text: str) -> None:
+    assert find_calls(text, OFFERED) == (text, [])
+    scanner = CallScanner(OFFERED)
+    assert scanner.feed(text) + scanner.end()[0] == text
+
+
+@given(st.sampled_from(sorted(FORMS)), st.sampled_from(["", "I will.\n\n", "a <tool", " "]), st.data())
+def test_a_stream_says_the_same_in_pieces_of_any_size(form: str, before: str, data: st.DataObject) -> None:
+    text = before + FORMS[form]
+    whole, calls = find_calls(text, OFFERED)
+    scanner, out, at = CallScanner(OFFERED), "", 0
+    while at < len(text):
+        size = data.draw(st.integers(1, 12))
+        out += scanner.feed(text[at : at + size])
+        at += size
+    rest, found = scanner.end()
+    assert out + rest == whole
+    assert [(c.name, c.arguments) for c in found] == [(c.name, c.arguments) for c in calls]
