@@ -13,7 +13,7 @@ from old_home import BASE_VERSION, FINGERPRINT, write_old_home
 from old_home import MODEL as MODEL_OF_OLD
 from tiny_server import file_hashes, running, teach
 
-from secondnature.errors import BadCheckpoint, DamagedFile, HomeInUse, StorageError, TooNew
+from secondnature.errors import BadCheckpoint, ConfigError, DamagedFile, HomeInUse, StorageError, TooNew
 from secondnature.lessons.home import Home
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.log import Log
@@ -224,3 +224,13 @@ def test_a_garbled_line_of_metrics_or_ledger_blocks_nothing(tmp_path: Path, talk
         assert reply.unreadable is not None
         assert [x.line for x in reply.unreadable] == [1]
         client.revert(kept.id)
+
+
+def test_a_key_file_that_is_too_short_is_refused_and_left(home: Home) -> None:
+    (home.path / "key").write_text("short\n")
+    with pytest.raises(ConfigError, match="a key of 5 characters; expected 16 or more"):
+        home.key(None)
+    assert (home.path / "key").read_text() == "short\n"
+    (home.path / "key").unlink()
+    assert len(home.key(None)) >= 16
+    assert home.key(None) == home.key(None)

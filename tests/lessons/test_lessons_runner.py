@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_server import KEY, LOW_GATE, Running, say_probes, teach, use_probes
+from tiny_server import KEY, LOW_GATE, Running, running, say_probes, teach, use_probes
 
 from secondnature import storage
 from secondnature.errors import BadCheckpoint, Busy, Conflict, SecondnatureError, WrongState
@@ -305,6 +306,19 @@ def test_a_request_with_a_key_makes_one_lesson_however_often_it_is_sent(server: 
     assert (again.job, again.state) == (first.answer.job, "cancelled")
     keyed = [x for x in server.client.lessons().lessons if x.idempotency_key == "only once"]
     assert len(keyed) == 1
+
+
+def test_a_request_with_a_key_makes_one_lesson_across_a_restart(talker: Path, tmp_path: Path) -> None:
+    request = teach(max_steps=1, keep=True, idempotency_key="only once")
+    with running(tmp_path / "home", talker) as server:
+        first = server.lesson(request)
+    with running(tmp_path / "home", talker) as server:
+        again = server.client.train(request)
+        assert (again.lesson, again.state) == (first.id, "kept")
+        assert server.client.status(again.job).state == "kept"
+        with pytest.raises(Conflict, match="only once"):
+            server.client.train(request.model_copy(update={"seed": 9}))
+        assert len(server.client.lessons().lessons) == 1
 
 
 # ------------------------------------------------------------------------------------------ what is kept of a job

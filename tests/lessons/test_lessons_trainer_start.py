@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -12,8 +14,10 @@ import torch
 from tiny_server import running, teach
 
 from secondnature.errors import Cancelled, TrainerDied, TrainingError
+from secondnature.lessons import leftovers
 from secondnature.lessons import trainer as trainer_module
 from secondnature.lessons.trainer import Trainer
+from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
 
 ENDS = {"is killed": "exit 137", "ends": "exit 0", "talks": "echo garbage; echo more >&2; exit 3"}
@@ -101,6 +105,40 @@ def test_a_program_that_is_not_there_is_an_error_with_its_name(
     assert "/no/such/python" in trainer.trouble
     with pytest.raises(TrainingError, match="/no/such/python"):
         trainer.ensure(nothing)
+
+
+def test_one_that_ends_soon_after_it_was_ready_is_started_again_with_pauses(
+    talker: Path, tmp_path: Path
+) -> None:
+    arena = Arena.create(checkpoint.read(talker))
+    trainer = Trainer(arena, talker, threads=1, log_path=tmp_path / "trainer.log")
+    try:
+        for told in ("", "SIGKILL"):  # once may happen to anybody
+            trainer.ensure(nothing)
+            assert trainer.pid is not None
+            os.kill(trainer.pid, signal.SIGKILL)
+            while trainer.pid is not None:
+                time.sleep(0.01)
+            trainer.tend()
+            assert trainer.state == "down"  # not at once
+            assert told in trainer.trouble
+            assert bool(told) == bool(trainer.trouble)
+        trainer.ensure(nothing)
+        assert trainer.trouble == ""
+    finally:
+        trainer.stop()
+
+
+def test_its_log_is_bounded_however_often_it_is_started(
+    trainer: Trainer, tmp_path: Path, broken: Callable[[str], None]
+) -> None:
+    broken("exit 1")
+    with (tmp_path / "trainer.log").open("wb") as file:
+        file.truncate(leftovers.MAX_LOG_BYTES + 1)
+    with pytest.raises(TrainerDied):
+        trainer.ensure(nothing)
+    assert (tmp_path / "trainer.log").stat().st_size < 10_000
+    assert (tmp_path / "trainer.log.1").exists()
 
 
 def test_the_server_says_so_takes_requests_and_teaches_when_it_works_again(

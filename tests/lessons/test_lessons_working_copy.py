@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from served_home import serve
 from tiny_server import Running, running, teach
 
-from secondnature.lessons.log import OPTIMIZER_FILE
+from secondnature.errors import StorageError
+from secondnature.lessons.log import OPTIMIZER_FILE, Log
 
 
 def until(done: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
@@ -63,3 +66,28 @@ def test_it_is_folded_some_time_after_a_start_that_found_it_old(talker: Path, tm
     before.home.close()
     with running(home, talker, checkpoint_after_s=0.5) as server:
         until(lambda: server.client.request("GET", "/v1/checkpoint")["current"], "a working copy")
+
+
+def test_one_that_cannot_be_written_is_told_until_it_is(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    before = serve(home, talker)
+    before.kept()
+    before.home.close()
+    refuses = True
+    save = Log.save_checkpoint
+
+    def saved(log: Log, *given: Any) -> None:
+        if refuses:
+            raise StorageError(f"{home}: no space left", "make room")
+        save(log, *given)
+
+    monkeypatch.setattr(Log, "save_checkpoint", saved)
+    with running(home, talker, checkpoint_after_s=0.2) as server:
+        until(lambda: server.client.health().status == "degraded", "it is told")
+        assert "the working copy: " in server.client.health().detail
+        assert "no space left" in server.client.health().detail
+        refuses = False
+        until(lambda: server.client.health().status == "ok", "it is written")
+        assert server.parts.runner.log.chain() == []

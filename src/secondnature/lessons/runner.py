@@ -110,6 +110,8 @@ class Runner:
         self._failures = 0
         self._fault = ""
         """What the last turn raised; empty: it went well."""
+        self._not_folded = ""
+        """Why the working copy could not be brought up to date; empty: nothing stood against it."""
         self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
 
     # ---------------------------------------------------------------------------------- from any thread
@@ -124,6 +126,7 @@ class Runner:
             "the disk": self.log.behind,
             "the last turn": self._fault,
             "the trainer": self.trainer.trouble,
+            "the working copy": self._not_folded,
         }
         told = [f"{what}: {why}" for what, why in found.items() if why]
         return "; ".join(told) + "; it is tried again" if told else ""
@@ -576,6 +579,7 @@ class Runner:
         finally:
             self._writing = None
         self._fold_due = self._chain = None
+        self._not_folded = ""
 
     def _fold_quietly(self) -> None:
         """What fails here is tried again: nothing depends on it but the time that an undo takes."""
@@ -583,6 +587,8 @@ class Runner:
             self._fold()
         except SecondnatureError as e:
             LOG.warning("no checkpoint now: %s", e)
+            if not isinstance(e, Busy):  # a command came between
+                self._not_folded = str(e)
             self._fold_due = time.monotonic() + self._settings.checkpoint_after_s
             self._retry_at = time.monotonic() + 1.0
 

@@ -26,6 +26,7 @@ import zmq
 
 from secondnature import wire
 from secondnature.errors import Cancelled, SecondnatureError, TrainerDied, TrainingError, from_wire
+from secondnature.lessons.leftovers import rotate
 from secondnature.weights.arena import Arena
 
 LOG = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ END_TIMEOUT_S = 5.0
 """A killed process that is not gone by then (it hangs in the kernel) is left to it."""
 MAX_PAUSE_S = 60.0
 """Between two starts of a trainer that does not come up; doubled from one to the next."""
+STEADY_S = 10.0
+"""A trainer that ends sooner after it was ready counts as one that did not come up."""
 _MAX_SOCKET_PATH = 100
 """Bytes; the kernel takes 107."""
 
@@ -65,7 +68,7 @@ class Trainer:
         self._socket: zmq.Socket[bytes] | None = None
         self._directory: Path | None = None
         self._attached = self._ready = self._was_ready = self._busy = False
-        self._started_at = 0.0
+        self._started_at = self._ready_at = 0.0
         self._failures = 0
         self._next_start = 0.0
         self._unended: list[subprocess.Popen[bytes]] = []
@@ -116,11 +119,17 @@ class Trainer:
             raise
 
     def _failed(self, error: BaseException) -> None:
-        """Take note of an end. One that never came up is not started again at once, and is a trouble."""
-        if not self._was_ready:
+        """Take note of an end. One that did not come up, or not for long, is not started again at once.
+
+        The first is a trouble; the second becomes one when it happens again.
+        """
+        if self._was_ready and time.monotonic() - self._ready_at >= STEADY_S:
+            self._failures = 0
+        else:
             self._failures += 1
             self._next_start = time.monotonic() + min(MAX_PAUSE_S, 0.5 * 2 ** min(self._failures, 10))
-            self.trouble = str(error)
+            if not self._was_ready or self._failures > 1:
+                self.trouble = str(error)
         LOG.warning("no trainer: %s", error)
         self._end()
 
@@ -143,6 +152,7 @@ class Trainer:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        rotate(self._log_path)
         self._log_path.touch(mode=0o600)
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -169,7 +179,7 @@ class Trainer:
                     )
                 )
             elif isinstance(message, wire.Ready):
-                self._ready, self._was_ready, self._failures, self.trouble = True, True, 0, ""
+                self._ready, self._was_ready, self._ready_at, self.trouble = True, True, time.monotonic(), ""
 
     def ensure(self, waiting: Callable[[], None]) -> None:
         """A trainer that is ready, after at most `START_TIMEOUT_S`.
