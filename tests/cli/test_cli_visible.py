@@ -94,7 +94,7 @@ def test_every_console_of_the_commands_is_the_one_that_makes_visible() -> None:
     ]
     assert past == [
         "output.py: self._people.print(thing, style=style, end=end, soft_wrap=isinstance(thing, str))",
-        "output.py: self.err.print(text, style=style, soft_wrap=True)",
+        "output.py: self.err.print(text, style=style, end=end, soft_wrap=True)",
         'output.py: sys.stdout.write(visible_json(json.dumps(value, ensure_ascii=False)) + "\\n")',
         "output.py: class _VisibleConsole(Console):",
         "output.py: console = _VisibleConsole(stderr=stderr, markup=False, highlight=False, emoji=False)",

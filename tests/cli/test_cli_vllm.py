@@ -108,7 +108,7 @@ def test_what_the_user_says_wins(
         monkeypatch.setenv(name, value)
     given = ["--host=0.0.0.0", "--served_model_name", "mine", "--kv-cache-memory-bytes", "2G"]
     assert main(["serve", "--engine", "vllm", "embedded", "--port", "0", *given]) == 0
-    assert executed["words"][7:] == given
+    assert executed["words"][7:] == ["--host", "0.0.0.0", *given[1:]]
     environ = executed["environ"]
     assert environ["VLLM_PLUGINS"] == "lora_resolver,secondnature"
     assert environ["HF_HUB_OFFLINE"] == "0"

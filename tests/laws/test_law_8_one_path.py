@@ -52,7 +52,7 @@ def test_every_route_is_in_the_document(server: Running) -> None:
     """But the aliases, which lead to the same functions."""
     app = server.parts.app
     document = {(m.upper(), p) for p, methods in app.openapi()["paths"].items() for m in methods}
-    routes = {(m, r.path): r for r in _api_routes(app) for m in r.methods or ()}
+    routes = {(m, r.path.replace(":path}", "}")): r for r in _api_routes(app) for m in r.methods or ()}
     aliases = {("POST", "/train"), ("GET", "/train/status"), ("POST", "/checkpoint")}
     assert set(routes) == document | aliases
     for method, path in aliases:

@@ -200,7 +200,7 @@ def test_the_highest_rank_is_one_that_trains(talker: Any, tmp_path: Any) -> None
     """What the refusal names as the highest is taken, and one more is not."""
     with running(tmp_path / "home", talker) as server:
         words = post(server, json.dumps(option("rank", 4096))).json()["error"]["message"]
-        highest = int(words.rpartition(" ")[2])
+        highest = int(words.rpartition(" ")[2].rstrip(")"))
         assert_refused(server, json.dumps(option("rank", highest + 1)), "BadInput", "fits no matrix")
         request = {**option("rank", highest), "max_steps": 1, "optimizer": {"rank": highest, "lr": 1e-3}}
         lesson = server.lesson(TrainRequest.model_validate(request), "on_trial")

@@ -146,13 +146,16 @@ def test_the_trials_lease_ends_in_an_undo(server: Running, monkeypatch: pytest.M
 
 def test_on_trial_is_said_when_it_can_be_decided(server: Running) -> None:
     """The loop of the README, and the next line at once."""
+    last = ""
     for decide in (server.client.revert, server.client.keep):
         job = server.client.train(teach(max_steps=1))
         while (now := server.client.status(job.job)).state in ("queued", "running"):
             assert now.phase != "on trial"
         assert (now.state, now.phase) == ("on_trial", "on trial")
+        assert job.lesson is not None
         decide(job.lesson)
-    server.client.revert(job.lesson)
+        last = job.lesson
+    server.client.revert(last)
 
 
 def test_cancel_while_queued_and_on_trial(server: Running) -> None:

@@ -172,7 +172,11 @@ def test_a_row_that_depends_on_the_others_is_refused(model: Path) -> None:
     """As LongRoPE does, which takes its frequencies by the longest row of a forward."""
     built = build(model, read_weights(model))
     norm = built.get_submodule("model.norm")
-    norm.register_forward_hook(lambda module, args, output: output * (1.5 if len(output) > 1 else 1.0))
+
+    def together(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 1.5 if len(output) > 1 else output
+
+    norm.register_forward_hook(together)
     with pytest.raises(UnsupportedModel, match="who else asks"):
         engine_test.self_test(built)
 

@@ -126,11 +126,15 @@ def light(forker: Forker) -> Generator[None]:
         (trainer, "SEND_TIMEOUT_MS"): 1000,
         (local, "Engine"): FarEngine,
         (local, "self_test"): lambda _: None,
+        (local, "engine_test"): SimpleNamespace(self_test=lambda _: None),
         (local, "local_application"): lambda *_: None,
         (local, "load"): SimpleNamespace(
-            build=_build, fingerprint=load.fingerprint, context_limit=load.context_limit
+            build=_build,
+            fingerprint=load.fingerprint,
+            context_limit=load.context_limit,
+            named_fault=load.named_fault,
         ),
-        (local, "chat"): SimpleNamespace(read_tokenizer=tokenizer),
+        (local, "chat"): SimpleNamespace(read_tokenizer=tokenizer, look=lambda _: []),
         (load, "skeleton"): lambda d: _skeleton(d, (d / "config.json").read_text()),
     }
     seconds[trainer, "subprocess"] = SimpleNamespace(

@@ -244,7 +244,7 @@ def test_commands_in_a_conversation(server: Running) -> None:
 
         def ask(messages: list[Any], **more: Any) -> Any:
             return client.chat.completions.create(
-                model="m", messages=messages, temperature=0, max_tokens=12, **more
+                model="default", messages=messages, temperature=0, max_tokens=12, **more
             )
 
         said = ask([turn("user", "Use lamp.")]).choices[0].message.content
@@ -272,7 +272,7 @@ def test_commands_in_a_conversation(server: Running) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none-of-ours", max_retries=0) as stranger:
         messages: Any = history
         with pytest.raises(openai.PermissionDeniedError, match="the key that was sent may not"):
-            stranger.chat.completions.create(model="m", messages=messages)
+            stranger.chat.completions.create(model="default", messages=messages)
 
 
 def test_open_webuis_thumbs_arrive(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

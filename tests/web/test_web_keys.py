@@ -16,7 +16,7 @@ from secondnature import config
 from secondnature.config import FROM_ANY_FOLDER, Settings
 from secondnature.errors import ConfigError
 from secondnature.lessons.home import Home
-from secondnature.web.guards import Guards, same_key
+from secondnature.web.guards import Guards, Keys, same_key
 
 SHORT = "fifteen-letters"
 
@@ -124,8 +124,7 @@ def test_a_models_card_is_as_open_as_the_list() -> None:
 
     guards = Guards(
         app,
-        key=KEY,
-        inference_key=SHORT + "x",
+        keys=Keys(talk=SHORT + "x", correct=KEY + "c", teach=KEY),
         hosts=None,
         max_body_bytes=1024,
         requests_per_minute=1000,

@@ -94,4 +94,4 @@ def test_every_step_stays_far_below_a_copy(tmp_path: Path, capsys: pytest.Captur
     assert model > 190_000_000
     with capsys.disabled():
         print("\n  peak beside the arena, of the model:", {k: round(v / model, 2) for k, v in found.items()})
-    assert all(0 <= peak < 0.5 * model for peak in found.values()), found
+    assert all(-0.01 * model < peak < 0.5 * model for peak in found.values()), found

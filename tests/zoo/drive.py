@@ -65,12 +65,9 @@ def prompt(num: int) -> list[int]:
 @contextmanager
 def oracle(directory: Path) -> Iterator[Any]:
     """Plain transformers, in fp32: all bf16 values are exact in it."""
-    kind = AutoModelForCausalLM
-    if (
-        type(transformers.AutoConfig.from_pretrained(directory))
-        not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
-        kind = AutoModelForImageTextToText
+    config = type(transformers.AutoConfig.from_pretrained(directory))
+    speaks_only = config in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = AutoModelForCausalLM if speaks_only else AutoModelForImageTextToText
     model, found = kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"], found
     yield model.eval().requires_grad_(False)

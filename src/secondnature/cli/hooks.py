@@ -44,7 +44,7 @@ def install(agent: str, where: Where, out: Output, *, remove: bool, yes: bool) -
                 raise BadInput(
                     "nothing was changed: there is no terminal on which to ask", "--yes says yes beforehand"
                 )
-            out.err.print("write this? [y/N] ", end="")
+            out.note("write this? [y/N] ", end="")
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise BadInput("nothing was changed: the answer was no")
         with storage.storage_errors(change.path):

@@ -200,7 +200,7 @@ def _ask(plan: Plan, chosen: Chosen, out: Output) -> None:
             "nothing was written: there is no terminal on which to ask", "--yes says yes beforehand"
         )
     target = chosen.out_file or "the ledger"
-    out.err.print(f"\nadd {plan.num_records:,} records to {target}? [y/N] ", end="")
+    out.note(f"\nadd {plan.num_records:,} records to {target}? [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise BadInput("nothing was written: the answer was no")
 

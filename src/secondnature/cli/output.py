@@ -34,9 +34,9 @@ class Output:
         """A result for people: text is not wrapped, so that paths and commands can be copied."""
         self._people.print(thing, style=style, end=end, soft_wrap=isinstance(thing, str))
 
-    def note(self, text: str, *, style: str | None = None) -> None:
-        """How things go: always on stderr."""
-        self.err.print(text, style=style, soft_wrap=True)
+    def note(self, text: str, *, style: str | None = None, end: str = "\n") -> None:
+        """How things go, and what is asked: always on stderr."""
+        self.err.print(text, style=style, end=end, soft_wrap=True)
 
     def result(self, value: BaseModel | dict[str, Any]) -> None:
         """The result for machines; nothing without `--json`."""

@@ -100,9 +100,9 @@ def _each(
         out.say(f"\n{number:,} of {len(candidates):,}: {candidate.id}", style="bold")
         show_record(candidate, out, shown_turns=6, whole=True)
         while True:
-            out.err.print(f"{KEYS} ", end="", style="dim")
+            out.note(f"{KEYS} ", end="", style="dim")
             key = ask(out)
-            out.err.print(key)
+            out.note(key)
             if key == "k":
                 _keep(client, [candidate])
                 kept.append(candidate)

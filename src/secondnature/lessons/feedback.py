@@ -156,7 +156,13 @@ class Feedback:
                 )
             return _About(said.prompt, said, body.completion_id)
         if body.messages is not None:
-            return self._conversation([m.plain() for m in body.messages], body, before)
+            turns = [turn for m in body.messages if (turn := m.plain()) is not None]
+            if len(turns) < len(body.messages):
+                raise BadInput(
+                    "`messages` hold calls of tools, or what they came to; corrections hold plain turns",
+                    "leave these turns out",
+                )
+            return self._conversation(turns, body, before)
         if before is None:
             raise NotFound(
                 f"no correction {str(body.id)[:200]!r} in the ledger",

@@ -71,12 +71,13 @@ class Job:
     ending: Ending | None = None
     """Set when it is decided that it is not kept; it ends when the weights are whole."""
     cancel: threading.Event = field(default_factory=threading.Event)
+    decidable: bool = False
+    """Whether it has come so far that a word decides."""
 
     @property
     def _announced(self) -> LessonState:
         """The state that is told: on trial only once somebody's word about it is taken (or nobody's is wanted)."""
-        waits = self.phase == "on trial"
-        return "running" if self.lesson.state == "on_trial" and not waits else self.lesson.state
+        return "running" if self.lesson.state == "on_trial" and not self.decidable else self.lesson.state
 
     @property
     def phase(self) -> str:
@@ -86,6 +87,7 @@ class Job:
     def enter(self, name: str, unit: str = "", total: int = 0) -> None:
         """A new phase begins."""
         self.now = Phase(name, unit, 0, total)
+        self.decidable |= name == "on trial"
 
     def count(self, done: int, total: int) -> None:
         """The phase is so far."""

@@ -258,7 +258,7 @@ def router(
 # ------------------------------------------------------------------------------------------------ requests
 
 
-def _more_than_text(asked: bytes, said: bytes) -> Said:
+def _more_than_text(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
     raise BadInput(
         "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
         "POST /v1/corrections takes a conversation without them",
