@@ -142,4 +142,4 @@ def test_a_server_that_is_killed_or_stopped_starts_with_the_kept_weights(
         states = {x.id: x.state for x in after.lessons}
         assert states[str(running.lesson)] in ("undone", "cancelled")
         assert states[str(waiting.lesson)] == "cancelled"
-        assert len(client.corrections()) == 2
+        assert len(client.corrections()) == 1

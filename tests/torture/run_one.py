@@ -103,7 +103,7 @@ class Run:
         assert self.subject is not None
         ledger = self.subject.ledger
         self.corrections += [
-            str(c.id) for c in self.tries(lambda: ledger.add([feedback(n) for n in numbers])) or []
+            str(a.correction.id) for a in self.tries(lambda: ledger.add([feedback(n) for n in numbers])) or []
         ]
 
     def train(self, request: TrainRequest) -> str | None:

@@ -147,5 +147,5 @@ def test_a_models_card_is_as_open_as_the_list() -> None:
 
     for path in ("/v1/models", "/v1/models/embedded", "/v1/chat/completions"):
         assert [status(path, key) for key in ("", "wrong", SHORT + "x", KEY)] == [401, 401, 200, 200], path
-    assert [status("/v1/lessons", key) for key in ("", SHORT + "x", KEY)] == [401, 401, 200]
+    assert [status("/v1/lessons", key) for key in ("", SHORT + "x", KEY)] == [401, 403, 200]
     assert [status("/v1/nothing", key) for key in ("", "wrong", KEY)] == [404] * 3
