@@ -26,7 +26,6 @@ FOUND: tuple[tuple[str, str, str, bool], ...] = (
     # a start was refused with errors that say nothing
     ("start with kept lessons", r"^storage\.open-file .*home\.note_settings", "os", True),
     ("start with kept lessons", r"^storage\.stat .*checkpoint\.current", "os", False),
-    ("start with kept lessons", r"^storage\.stat .*load\._headers", "os", False),
     ("start with kept lessons", r"^storage\.stat .*log\._read", "os", False),
     ("start with kept lessons", r"^arena\.create", "os", False),
     ("start with kept lessons", r"^storage\.stat < serve\.local\.model_directory", "os", False),

@@ -85,9 +85,9 @@ class Home:
         if given:
             return given
         path = self.path / name
-        if not path.is_file():
-            storage.write_text(path, secrets.token_urlsafe(32) + "\n")
         with storage.storage_errors(path):
+            if not path.is_file():
+                storage.write_text(path, secrets.token_urlsafe(32) + "\n")
             key = path.read_text().strip()
         if len(key) < MIN_KEY_CHARACTERS:
             raise ConfigError(

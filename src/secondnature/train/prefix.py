@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -39,6 +39,7 @@ from secondnature.model.limits import context_limit
 
 __all__ = [
     "Prefix",
+    "SharedKeysLayer",
     "continuation_logits",
     "continuation_logps",
     "continuation_ranks",
@@ -46,6 +47,9 @@ __all__ = [
     "freeze",
     "self_test",
 ]
+
+SharedKeysLayer: Any = getattr(cache_utils, "DummyLayer", None)
+"""What transformers puts where a layer takes the keys of another; None: this version has no such models."""
 
 PAD_ID = 0
 """Fills the right end of shorter continuations; causality keeps it out of every real position."""
@@ -138,7 +142,7 @@ class Prefix:
 
 def _frozen(pair: tuple[Tensor, Tensor] | None, recurrent: bool, batch: int) -> Any:
     if pair is None:
-        return DummyLayer()
+        return SharedKeysLayer()
     return _FrozenRecurrence(*pair, batch) if recurrent else _FrozenAttention(*pair)
 
 
@@ -183,7 +187,7 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     states: list[tuple[Tensor, Tensor] | None] = []
     recurrent: list[bool] = []
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DummyLayer:
+        if type(layer) is SharedKeysLayer:
             states.append(None)
             recurrent.append(False)
             continue

@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -33,6 +32,7 @@ from transformers.cache_utils import (
 )
 
 from secondnature.errors import UnsupportedModel
+from secondnature.train.prefix import SharedKeysLayer
 
 MIN_COLUMNS = 64
 
@@ -182,13 +182,13 @@ class BatchRows:
         self.layers = [self._layer(i, kind) for i, kind in enumerate(layer_kinds(model.config))]
         self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
 
-    def _layer(self, index: int, kind: type) -> AttentionRows | LinearRows | DummyLayer:
+    def _layer(self, index: int, kind: type) -> Any:
         if kind in (DynamicLayer, DynamicSlidingWindowLayer):
             return AttentionRows(self.window)
         if kind is LinearAttentionLayer:
             return LinearRows()
-        if kind is DummyLayer:
-            return DummyLayer()
+        if kind is SharedKeysLayer:
+            return SharedKeysLayer()
         raise UnsupportedModel(
             f"layer {index} keeps its state as {kind.__name__}; expected attention or GatedDeltaNet",
             "models of this kind cannot be served yet",
