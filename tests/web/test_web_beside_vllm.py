@@ -470,3 +470,18 @@ def test_the_life_of_the_server_is_told(world: World) -> None:
     asyncio.run(main())
     assert world.told == ["startup", "shutdown"]
     assert seen == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_ours"),
+    [
+        ("/v1/chat/completions/chatcmpl-1", True),
+        ("/v1/chat/completions/batch", False),
+        ("/v1/chat/completions", False),
+        ("/v1/chat/completions/chatcmpl-1/messages", False),
+        ("/v1/corrections/cor-1", True),
+        ("/v1/responses", False),
+    ],
+)
+def test_what_vllm_has_is_left_to_it(path: str, is_ours: bool) -> None:
+    assert bool(OURS.fullmatch(path)) == is_ours

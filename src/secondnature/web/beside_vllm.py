@@ -41,9 +41,9 @@ __all__ = ["Door", "OwnThread"]
 
 OURS = re.compile(
     r"/(v1/)?(train|checkpoint)(/.*)?|/v1/(lessons|feedback|corrections|steering)(/.*)?|/v1/(health|wiring)"
-    r"|/v1/chat/completions/[^/]+"
+    r"|/v1/chat/completions/chatcmpl-[^/]+"
 )
-"""Paths that we answer; everything else is vLLM's."""
+"""Paths that we answer; everything else is vLLM's (it has, e.g., `/v1/chat/completions/batch`)."""
 CHANGES_THE_ENGINE = frozenset({"/scale_elastic_ep"})
 """vLLM's routes, open there, that need our key: the weights are in the hands of the workers that there were."""
 MAX_REMEMBERED_BYTES = 256_000
