@@ -182,3 +182,17 @@ def test_it_stands_behind_the_key_of_completions_and_takes_feedback(
         "/feedback", body={"completion_id": answer.id, "corrected": "Hi."}, cast_to=object
     )
     assert said["correction"]["prompt"][0]["content"] == "Hello."
+
+
+def test_a_stream_that_was_left_can_be_corrected(client: openai.OpenAI, server: Running) -> None:
+    given: Any = {"model": "default", "temperature": 5, "max_output_tokens": 100, "stream": True}
+    text = key = ""
+    with client.responses.create(input="Say rope.", **given) as stream:
+        for event in stream:
+            key = key or getattr(getattr(event, "response", None), "id", "")
+            text += event.delta if event.type == "response.output_text.delta" else ""
+            if text:
+                break
+    said: Any = client.post("/feedback", body={"completion_id": key, "rating": -1}, cast_to=object)
+    assert said["correction"]["finish_reason"] == "unfinished"
+    assert said["correction"]["said"][0]["content"].startswith(text)

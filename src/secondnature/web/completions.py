@@ -166,13 +166,21 @@ def router(
         found = await while_connected(request, answer())
         return Response(status_code=CLIENT_LEFT) if found is None else found
 
-    async def _remembered(
+    def _remembered(
         asked: Asked, events: AsyncGenerator[tuple[int, Event]]
     ) -> AsyncGenerator[tuple[int, Event]]:
-        async for i, event in events:
-            if isinstance(event, Finished) and event.result.error is None:
-                _remember(asked, event.result)
-            yield i, event
+        """A stream's events; from now on its answer is known, with the text that has passed."""
+        telling = memory.tell(asked.id, asked.prompt, clock.read().version)
+
+        async def passing() -> AsyncGenerator[tuple[int, Event]]:
+            async for i, event in events:
+                if i == 0 and isinstance(event, Delta):
+                    telling.add(event.text)
+                if i == 0 and isinstance(event, Finished) and event.result.error is None:
+                    _remember(asked, event.result)
+                yield i, event
+
+        return passing()
 
     async def _serve(request: Request, body: AnyRequest, size: int, work: Callable[[], Asked]) -> Response:
         check_model(body.model)
@@ -213,9 +221,8 @@ def router(
     async def _events(
         handles: list[GenerationHandle], asked: Asked, body: AnyRequest
     ) -> AsyncGenerator[bytes]:
-        begun = clock.read().version
-        telling = memory.tell(asked.id, asked.prompt, begun)
-        fingerprint = {"system_fingerprint": begun}
+        events = _remembered(asked, _each(handles))
+        fingerprint = {"system_fingerprint": clock.read().version}
         head = asked.head(stream=True)
         results: dict[int, GenerationResult] = {}
 
@@ -225,15 +232,13 @@ def router(
         for choice in asked.choices:
             if choice.request.score_from is None and (piece := choice.opening(None)) is not None:
                 yield chunk(piece)
-        async for i, event in _each(handles):
+        async for i, event in events:
             choice = asked.choices[i]
             if isinstance(event, PromptScored):
                 if (piece := choice.opening(event.tokens)) is not None:
                     yield chunk(piece)
                 continue
             if isinstance(event, Delta):
-                if i == 0:
-                    telling.add(event.text)
                 yield chunk(choice.piece(event.text, event.tokens))
                 continue
             results[i] = event.result
@@ -242,8 +247,6 @@ def router(
             except SecondnatureError as e:
                 yield _sse(error_body(e))
                 return
-            if i == 0:
-                _remember(asked, event.result)
             if (piece := choice.calls()) is not None:
                 yield chunk(piece)
             yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
