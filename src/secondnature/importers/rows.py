@@ -83,6 +83,7 @@ class Context:
     options: Options = field(default_factory=Options)
     votes: dict[str, Vote] = field(default_factory=dict[str, Vote])
     """By the id of the message."""
+    num_votes_used: int = 0
     unused: dict[str, int] = field(default_factory=dict[str, int])
     """Columns that no shape reads -> rows that have them."""
     passed_over: dict[str, int] = field(default_factory=dict[str, int])

@@ -120,6 +120,7 @@ def from_chatgpt(row: dict[str, Any], context: Context) -> list[Draft]:
         children = [str(c) for c in cast("list[Any]", node.get("children") or [])]
         parent = node.get("parent")
         vote = context.votes.get(str(message.get("id"))) or context.votes.get(key)
+        context.num_votes_used += vote is not None
         tree[key] = Node(key, role, text, str(parent) if parent is not None else None, children, vote)
     current = row.get("current_node")
     return candidates(tree, str(current) if current is not None else None, context)

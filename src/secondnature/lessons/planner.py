@@ -18,7 +18,17 @@ from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_me
 from secondnature.lessons.prober import named
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import Taught, encode_chat, teach
-from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
+from secondnature.records import (
+    Cause,
+    Correction,
+    KlSet,
+    Message,
+    OptimizerSettings,
+    Probe,
+    Prompt,
+    digest,
+    nothing_asked,
+)
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
@@ -442,7 +452,7 @@ class Planner:
         texts += [m[0].content for m in (correction.chosen, correction.answered) if m]
         most = sum(len(x.encode()) for x in (*texts, correction.feedback or ""))
         most += MIN_TOKENS_OF_A_TURN * (len(texts) + 1)
-        differs = correction.chosen != correction.rejected
+        differs = correction.chosen != correction.rejected and nothing_asked(correction) is None
         if roles in self._rendered and most < self._limit and differs and (chosen is None or chosen.strip()):
             return None
         reason = self._why_not(correction, distil=chosen is None)
@@ -452,6 +462,7 @@ class Planner:
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
+        _refuse_unasked(correction, label)
         found = Distilled(correction, self._context(correction.prompt, label), label)
         teacher = self._context(teacher_messages(correction, ""), label)
         self._check(wire.TokenExample(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
@@ -478,6 +489,7 @@ class Planner:
 
     def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
+        _refuse_unasked(correction, label)
         if not correction.chosen[0].content.strip():
             raise BadExample(f"{label}: the wanted answer is blank", "write it, or leave the record out")
         wanted = self._answer(correction.prompt, correction.chosen[0], label)
@@ -538,11 +550,12 @@ class Planner:
             for c in plan.corrections
             if c.chosen and not plan.distilled
         ]
+        doubted = doubts(self._tokenizer, plan.corrections)
         examples = [
             shown(
                 self._tokenizer,
                 work,
-                [*doubts(self._tokenizer, plan.corrections[i]), *taught[i].notes] if i < len(taught) else (),
+                [*doubted[i], *taught[i].notes] if i < len(taught) else (),
             )
             for i, work in enumerate(plan.examples[:MAX_SHOWN])
         ]
@@ -550,17 +563,14 @@ class Planner:
             shown(
                 self._tokenizer,
                 wire.TokenExample(d.context, [], label=d.label),
-                [
-                    f"taught by what was said about it: {comment(d.correction)}",
-                    *doubts(self._tokenizer, d.correction),
-                ],
+                [f"taught by what was said about it: {comment(d.correction)}", *doubted[i]],
             )
-            for d in plan.distilled[:MAX_SHOWN]
+            for i, d in enumerate(plan.distilled[:MAX_SHOWN])
         ]
         return {
             **plan.summary(),
             "shown": examples,
-            "notes": counted(self._tokenizer, plan.corrections, taught),
+            "notes": counted(doubted, taught),
         }
 
     def _check(self, work: wire.TokenExample) -> None:
@@ -576,6 +586,13 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _refuse_unasked(correction: Correction, label: str) -> None:
+    """Raises BadExample: nobody can have meant this."""
+    reason = nothing_asked(correction)
+    if reason is not None:
+        raise BadExample(f"{label}: {reason}", "write what was asked, or leave the record out")
 
 
 def _refuse_equal(work: wire.TokenExample) -> None:

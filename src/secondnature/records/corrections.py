@@ -92,7 +92,8 @@ class Correction(Record):
             del given["schema_version"]
         _take_label(given)
         answer = _take_answer(given)
-        given["prompt"] = as_messages(given.get("prompt"), "user")
+        if "prompt" in given:
+            given["prompt"] = as_messages(given["prompt"], "user")
         for key in ("said", "chosen", "rejected"):
             given[key] = as_messages(given.get(key), "assistant")
         if answer is not None:
