@@ -282,3 +282,15 @@ def test_what_may_be_meant_otherwise_is_counted(tmp_path: Path) -> None:
     assert +plan.doubts == {
         "contradicts another one": 1, "the answer begins with the prompt": 1, "nobody asks": 1,
     }  # fmt: skip
+
+
+def test_what_the_template_is_told_is_kept(tmp_path: Path) -> None:
+    row = {
+        "messages": [u("Hi"), a("Hello."), u(), a(GOOD)],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    plan, found = imported([write(tmp_path / "f", [row])])
+    assert [c.chat_template_kwargs for c in found] == [{"enable_thinking": False}] * 2
+    assert plan.unused == {}
+    plan, found = imported([write(tmp_path / "g", [{**row, "chat_template_kwargs": "x"}])])
+    assert (found, [why for _, why in plan.reasons]) == ([], ["chat_template_kwargs: expected an object"] * 2)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -157,8 +157,9 @@ def _unknown(part: Part, values: list[Any]) -> tuple[str, str]:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "texts", list: "lists", bool: "true and false", type(None): "nothing"}
-    return names.get(type(cast("object", value)), "numbers")
+    if isinstance(value, str | list):
+        return "texts" if isinstance(value, str) else "lists"
+    return "plain values"
 
 
 def _keys(row: Any) -> str:
@@ -264,6 +265,8 @@ def _drafts(source: Source, context: Context, plan: Plan) -> Iterator[tuple[Plac
             context.pass_over("thoughts beside an answer, which are not taught", num_thoughts(value))
         try:
             for draft in shape.row(value, context):
+                if shape.used and draft.whole is None:
+                    draft.options = value.get("chat_template_kwargs")
                 yield row.place, draft
         except Refused as e:
             plan.refuse(row.place, str(e))
@@ -298,6 +301,8 @@ def _correction(draft: Draft, place: Place, shape: Shape) -> Correction:
             data[key] = value
     if draft.candidate:
         data["state"] = "candidate"
+    if draft.options:
+        data["chat_template_kwargs"] = draft.options
     return Correction.model_validate(data)
 
 

@@ -55,6 +55,8 @@ class Draft:
     """A program found it: a person has to look at it."""
     place: Place | None = None
     """Where that is not the row's."""
+    options: dict[str, Any] | None = None
+    """`chat_template_kwargs` of the row."""
     whole: dict[str, Any] | None = None
     """A correction in this project's own form, taken as it is."""
 

@@ -349,6 +349,9 @@ def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
     try:
         request = json.loads(asked)
         prompt = [_message(m) for m in request["messages"]] if chat else None
+        options = dict(request.get("chat_template_kwargs") or {}) if chat else {}
+        if chat and request.get("reasoning_effort") is not None:
+            options = {"reasoning_effort": request["reasoning_effort"], **options}
         if said.lstrip().startswith(b"{"):
             choice = json.loads(said)["choices"][0]
             text = str(choice["message"]["content"] or "") if chat else str(choice["text"])
@@ -361,7 +364,7 @@ def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
             "this completion cannot be corrected: its request or its answer is not plain text",
             "POST /v1/corrections takes the whole conversation",
         ) from None
-    return Said(prompt, text, version, finish)
+    return Said(prompt, text, version, finish, options)
 
 
 def _message(given: dict[str, Any]) -> Message:

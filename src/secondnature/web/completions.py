@@ -122,7 +122,8 @@ def router(
         prompt = None if how.has_calls else body.plain()
         identity = prefix + secrets.token_hex(12)
         now = int(time.time())
-        return Asked(identity, model_name, now, True, choices, prompt, how.headers, how.has_calls)
+        options = body.template_options()
+        return Asked(identity, model_name, now, True, choices, prompt, how.headers, options, how.has_calls)
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -170,7 +171,7 @@ def router(
         asked: Asked, events: AsyncGenerator[tuple[int, Event]]
     ) -> AsyncGenerator[tuple[int, Event]]:
         """A stream's events; from now on its answer is known, with the text that has passed."""
-        telling = memory.tell(asked.id, asked.prompt, clock.read().version)
+        telling = memory.tell(asked.id, asked.prompt, clock.read().version, asked.template_options)
 
         async def passing() -> AsyncGenerator[tuple[int, Event]]:
             async for i, event in events:
@@ -209,7 +210,8 @@ def router(
 
     def _remember(asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        said = Said(asked.prompt, result.text, version, result.finish_reason)
+        options = asked.template_options
+        said = Said(asked.prompt, result.text, version, result.finish_reason, options)
         memory.remember(asked.id, Unread(b"", b"", _more_than_text) if asked.has_calls else said)
 
     def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
