@@ -29,6 +29,8 @@ SAMPLE = 50
 MAX_REASONS = 1000
 """So many reasons are kept word for word; all are counted."""
 NUM_EXAMPLES = 3
+NEEDED_FIRST = frozenset({"chatgpt-feedback", "langfuse-scores", "langsmith-feedback"})
+"""Shapes of files that say something about the rows of others."""
 DIRECT = frozenset({"corrections", "messages", "preference", "completion", "sheet"})
 """Shapes of which `learn` reads the plainest rows itself."""
 
@@ -103,7 +105,7 @@ def recognise(paths: Iterable[Path], options: Options, form: str | None = None) 
             found.append(Source(part, shape, f"{part.container}: {shape.title}"))
     if not found:
         raise BadRecord(f"none of {len(skipped)} files holds corrections", "see docs/importing.md")
-    found.sort(key=lambda s: s.shape.name != "chatgpt-feedback")
+    found.sort(key=lambda s: s.shape.name not in NEEDED_FIRST)
     return Plan(found, skipped=skipped)
 
 
@@ -235,6 +237,8 @@ def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
     plan.unused, plan.passed_over = context.unused, context.passed_over
     if context.votes and not context.num_votes_used:
         plan.passed_over["thumbs whose conversations are not in these files"] = len(context.votes)
+    if context.judgements and not context.num_judged:
+        plan.passed_over["judgements whose traces are not in these files"] = len(context.judgements)
 
 
 def _drafts(source: Source, context: Context, plan: Plan) -> Iterator[tuple[Place, Draft]]:

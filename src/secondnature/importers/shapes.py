@@ -204,8 +204,26 @@ SHAPES = (
     Shape(
         "langfuse",
         "Langfuse's observations with scores",
-        lambda r: "output" in r and (isinstance(r.get("scores"), list) or "correctedOutput" in r),
+        lambda r: (
+            {"input", "output"} <= r.keys()
+            and (
+                isinstance(r.get("scores"), list)
+                or "correctedOutput" in r
+                or bool({"trace_id", "traceId"} & r.keys())
+            )
+        ),
         traces.from_langfuse,
+        kind="observed",
+    ),
+    Shape(
+        "langfuse-scores",
+        "Langfuse's scores",
+        lambda r: (
+            bool({"trace_id", "traceId"} & r.keys())
+            and bool({"data_type", "dataType"} & r.keys())
+            and "name" in r
+        ),
+        traces.read_judgement,
         kind="observed",
     ),
     Shape(
@@ -215,6 +233,13 @@ SHAPES = (
             {"inputs", "outputs"} <= r.keys() and bool({"run_type", "feedback", "feedback_stats"} & r.keys())
         ),
         traces.from_langsmith,
+        kind="observed",
+    ),
+    Shape(
+        "langsmith-feedback",
+        "LangSmith's feedback",
+        lambda r: {"run_id", "key"} <= r.keys() and bool({"score", "correction", "comment"} & r.keys()),
+        traces.read_judgement,
         kind="observed",
     ),
     Shape("phoenix", "Phoenix's spans", _is_phoenix, traces.from_phoenix, kind="observed"),
