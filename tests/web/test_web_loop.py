@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from tiny_server import KEY, Running
 
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.errors import Busy
 from secondnature.model import chat, lengths

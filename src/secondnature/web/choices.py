@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secondnature.engines.base import GenerationRequest, GenerationResult, TokenLogprob
+from secondnature.engines.generation import GenerationRequest, GenerationResult, TokenLogprob
 from secondnature.engines.local.text import Entry
 from secondnature.errors import Unreachable
 from secondnature.records import Message

@@ -22,12 +22,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from secondnature.engines.base import (
+from secondnature.engines.base import Engine, GenerationHandle
+from secondnature.engines.generation import (
     Delta,
-    Engine,
     Event,
     Finished,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
     PromptScored,

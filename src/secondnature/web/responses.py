@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secondnature.engines.base import Delta, Event, Finished, GenerationResult
+from secondnature.engines.generation import Delta, Event, Finished, GenerationResult
 from secondnature.errors import SecondnatureError
 from secondnature.web.choices import Asked, finish_of
 from secondnature.web.refusals import error_body

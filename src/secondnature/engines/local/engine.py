@@ -35,15 +35,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from secondnature.engines.base import (
-    EngineMetrics,
+from secondnature.engines.base import EngineMetrics, GenerationHandle, Limits, WeightsClock
+from secondnature.engines.generation import (
     FinishReason,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    Limits,
     Stamp,
-    WeightsClock,
     score_request,
 )
 from secondnature.engines.local.answer import Answer, not_finite
