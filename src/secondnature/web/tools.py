@@ -48,7 +48,7 @@ class Asking:
     num_ignored: int = 0
     """Tools that were sent and not shown."""
     has_calls: bool = False
-    """Tools were shown or demanded, or the conversation has turns with calls: more than a correction can hold."""
+    """The conversation has turns with calls, or one is demanded: more than a correction can hold."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignor
         demanded,
         demanded or not body.parallel_tool_calls,
         ignored,
-        bool(tools) or turns,
+        demanded or turns,
     )
 
 
