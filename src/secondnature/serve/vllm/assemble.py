@@ -123,16 +123,22 @@ def _teach(
     model_name: str,
 ) -> tuple[Teaching, VllmEngine]:
     """Everything but the routes; on a thread, for it reads and hashes all weights."""
+    from secondnature.engines.vllm.rendering import read_as_taught, stop_at
+
     torch.set_num_threads(1)
     shared = attach(manifest)
     arena, directory = shared.arena, shared.directory
     clock, log = _truth(shared, home)
     limit = int(vllm_config.model_config.max_model_len)
+    tokenizer = _tokenizer(directory, vllm_config, args)
+    vocab_size = load.read_config(directory).get_text_config(decoder=True).vocab_size
+    read_as_taught(client, tokenizer)
+    stop_at(client, {i for i in chat.end_ids(tokenizer) if i < vocab_size})
     engine = VllmEngine(
         client,
         loop,
         clock,
-        vocab_size=load.read_config(directory).get_text_config(decoder=True).vocab_size,
+        vocab_size=vocab_size,
         max_context=limit,
         load=lambda: arena.load,
         priorities=str(vllm_config.scheduler_config.policy) == "priority",
@@ -146,7 +152,7 @@ def _teach(
         directory=directory,
         engine=engine,
         model=load.skeleton(directory),
-        tokenizer=_tokenizer(directory, vllm_config, args),
+        tokenizer=tokenizer,
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
@@ -171,14 +177,6 @@ def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
         tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
     for wrong in chat.look(tokenizer):
         LOG.warning("%s: %s", directory, wrong)
-    written = turns.template_end(tokenizer)
-    if written is not None and not turns.is_named(tokenizer, written):
-        LOG.warning(
-            "%s: the chat template ends an answer with token %d, which vLLM does not stop at; name it in "
-            "`eos_token_id` of generation_config.json",
-            directory,
-            written,
-        )
     return tokenizer
 
 
