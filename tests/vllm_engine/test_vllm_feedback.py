@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Generator
 from typing import Any
@@ -46,8 +47,9 @@ def meaning(c: Correction) -> tuple[Any, ...]:
     return (*texts, c.feedback, c.rating)
 
 
-def left_midway(talker: Server, path: str, body: dict[str, Any]) -> tuple[str, str]:
-    """(id, text) of a stream whose client goes away while it is being told."""
+@contextlib.contextmanager
+def being_told(talker: Server, path: str, body: dict[str, Any]) -> Generator[tuple[str, str]]:
+    """(id, text so far) of a stream that goes on; at the end its client leaves it."""
     body = {**body, "model": "tiny", "stream": True, "temperature": 1, "seed": 1}
     headers = {"authorization": "Bearer theirs"}
     text, key = "", ""
@@ -64,7 +66,7 @@ def left_midway(talker: Server, path: str, body: dict[str, Any]) -> tuple[str, s
                     text += chunk["choices"][0]["delta"].get("content") or ""
                 if len(text) > 10:
                     break
-    return key, text
+        yield key, text
 
 
 ASKED = [turn("user", "Paint the wall blue.")]
@@ -76,10 +78,10 @@ LEFT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", LEFT)
 def test_a_stopped_answer_can_be_corrected(talker: Server, path: str) -> None:
-    key, text = left_midway(talker, path, LEFT[path])
-    found = feedback(talker.client, completion_id=key, rating=-1).correction
+    with being_told(talker, path, LEFT[path]) as (key, text):
+        found = feedback(talker.client, completion_id=key, rating=-1).correction
+        assert found.finish_reason == "unfinished"
     assert [m.model_dump() for m in found.prompt] == ASKED
-    assert found.finish_reason == "unfinished"
     assert found.said is not None
     assert found.said[0].content.startswith(text)
     shown = [*ASKED, turn("assistant", text)]
