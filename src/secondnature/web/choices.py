@@ -169,7 +169,7 @@ class Asked:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the answer says besides the stamp."""
     has_calls: bool = False
-    """Of tools, or they were shown: more than a correction can hold."""
+    """In the conversation, or one is demanded: more than a correction can hold."""
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """The fields that every body and every piece begins with."""

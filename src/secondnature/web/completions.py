@@ -171,11 +171,13 @@ def router(
     ) -> AsyncGenerator[tuple[int, Event]]:
         """A stream's events; from now on its answer is known, with the text that has passed."""
         telling = memory.tell(asked.id, asked.prompt, clock.read().version)
+        how = asked.choices[0].asking
+        scanner = None if how is None else how.scanner()  # what may be a call is not said yet
 
         async def passing() -> AsyncGenerator[tuple[int, Event]]:
             async for i, event in events:
                 if i == 0 and isinstance(event, Delta):
-                    telling.add(event.text)
+                    telling.add(event.text if scanner is None else scanner.feed(event.text))
                 if i == 0 and isinstance(event, Finished) and event.result.error is None:
                     _remember(asked, event.result)
                 yield i, event
@@ -210,7 +212,9 @@ def router(
     def _remember(asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
         said = Said(asked.prompt, result.text, version, result.finish_reason)
-        memory.remember(asked.id, Unread(b"", b"", _more_than_text) if asked.has_calls else said)
+        how = asked.choices[0].asking
+        calls = asked.has_calls or (how is not None and bool(how.read(result.text)[1]))
+        memory.remember(asked.id, Unread(b"", b"", _more_than_text) if calls else said)
 
     def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
         choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
@@ -263,8 +267,8 @@ def router(
 
 def _more_than_text(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
     raise BadInput(
-        "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
-        "POST /v1/corrections takes a conversation without them",
+        "this completion cannot be corrected: it calls tools, or its conversation does",
+        "corrections hold plain turns: POST /v1/corrections takes a conversation of these",
     )
 
 
