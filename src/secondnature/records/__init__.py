@@ -22,6 +22,13 @@ from secondnature.records.conversation import (
     SampleAnswer,
 )
 from secondnature.records.corrections import CUT_SHORT, Correction, Provenance
+from secondnature.records.doubts import (
+    Contradictions,
+    doubts,
+    kind_of_doubt,
+    kinds_of_doubt,
+    nothing_asked,
+)
 from secondnature.records.evidence import (
     EVIDENCE_VERSION,
     Comparison,
@@ -34,8 +41,10 @@ from secondnature.records.evidence import (
 from secondnature.records.jsonl import (
     MAX_FILE_BYTES,
     MAX_LINE_BYTES,
+    FieldTwice,
     describe,
     describe_errors,
+    each_field_once,
     parse_json,
     parse_jsonl,
     read_jsonl,
@@ -75,12 +84,14 @@ __all__ = [
     "Cause",
     "Check",
     "Comparison",
+    "Contradictions",
     "Conversation",
     "Correction",
     "Decision",
     "ErrorInfo",
     "Evidence",
     "Example",
+    "FieldTwice",
     "Flip",
     "GateSettings",
     "KlMetric",
@@ -108,6 +119,11 @@ __all__ = [
     "describe",
     "describe_errors",
     "digest",
+    "doubts",
+    "each_field_once",
+    "kind_of_doubt",
+    "kinds_of_doubt",
+    "nothing_asked",
     "parse_json",
     "parse_jsonl",
     "read_jsonl",

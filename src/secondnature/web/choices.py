@@ -179,6 +179,8 @@ class Asked:
     """A chat's, to be remembered."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the answer says besides the stamp."""
+    template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a chat's template was told besides."""
     has_calls: bool = False
     """In the conversation, or one is demanded: more than a correction can hold."""
 

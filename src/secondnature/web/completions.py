@@ -172,6 +172,7 @@ class Completions:
             choices,
             prompt=None if how.has_calls else body.plain(),
             headers=how.headers,
+            template_options=body.template_options(),
             has_calls=how.has_calls,
         )
 
@@ -226,13 +227,13 @@ class Completions:
 
     def _stream(self, asked: Asked, running: Running, form: Form) -> Response:
         stamp = self._clock.read()
-        telling = self._memory.tell(asked.id, asked.prompt, stamp.version)
+        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, asked.template_options)
         events = form.events(asked, self._told(asked, telling, running.events()), stamp.version)
         return Stream(running, events, headers_of(Span.begin(stamp)) | dict(asked.headers))
 
     def _remember(self, asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        said = Said(asked.prompt, result.text, version, result.finish_reason)
+        said = Said(asked.prompt, result.text, version, result.finish_reason, asked.template_options)
         how = asked.choices[0].asking
         calls = asked.has_calls or (how is not None and bool(how.read(result.text)[1]))
         self._memory.remember(asked.id, Unread(b"", b"", _more_than_text) if calls else said)

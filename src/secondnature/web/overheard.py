@@ -52,7 +52,16 @@ def overheard(path: str, asked: bytes, said: bytes, version: str, *, shows_tools
             "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
             "POST /v1/corrections takes a conversation without them",
         )
-    return Said(prompt, answer, version, finish)
+    return Said(prompt, answer, version, finish, _template_options(path, request))
+
+
+def _template_options(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a chat's template was told besides."""
+    if path != CHAT:
+        return {}
+    effort = request.get("reasoning_effort")
+    named = {} if effort is None else {"reasoning_effort": effort}
+    return named | dict(request.get("chat_template_kwargs") or {})
 
 
 def _prompt(path: str, request: dict[str, Any]) -> list[Message] | None:
