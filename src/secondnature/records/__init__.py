@@ -23,12 +23,16 @@ from secondnature.records.conversation import (
 )
 from secondnature.records.corrections import CUT_SHORT, Correction, Provenance
 from secondnature.records.evidence import (
+    DEFAULT_GUARD_MARGIN,
     EVIDENCE_VERSION,
     Comparison,
     Decision,
     Evidence,
     Flip,
     GateSettings,
+    Losses,
+    SharedWords,
+    TagTest,
     Verdict,
 )
 from secondnature.records.jsonl import (
@@ -66,6 +70,7 @@ from secondnature.records.probes import (
 
 __all__ = [
     "CUT_SHORT",
+    "DEFAULT_GUARD_MARGIN",
     "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
@@ -88,6 +93,7 @@ __all__ = [
     "Lesson",
     "LessonState",
     "LookMetric",
+    "Losses",
     "Message",
     "Moved",
     "Name",
@@ -99,8 +105,10 @@ __all__ = [
     "Record",
     "Role",
     "SampleAnswer",
+    "SharedWords",
     "Side",
     "StepMetric",
+    "TagTest",
     "Text",
     "TokenIds",
     "Unicode",

@@ -18,6 +18,10 @@ MARKS: dict[Tone, str] = {"good": "✓", "bad": "✕", "warn": "?", "info": "…
 ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
 
 
+SHOWN_TAG_P = 0.05
+"""A tag is told where losses concentrate in it at this (adjusted) level, whether or not it undoes the lesson."""
+
+
 @dataclass(frozen=True)
 class Said:
     """A verdict in a word or two, with its tone and mark."""
@@ -36,6 +40,8 @@ DECISIONS: dict[Decision, tuple[str, Tone]] = {
     "gained": ("improved", "good"),
     "held": ("held", "good"),
     "harmed": ("harmed", "bad"),
+    "pin_lost": ("pinned probe lost", "bad"),
+    "tag_harmed": ("harmed in a tag", "bad"),
     "no_gain": ("no gain", "bad"),
     "not_shown": ("not shown to hold", "warn"),
     "not_judged": ("not judged", "quiet"),
@@ -49,6 +55,27 @@ def judgement(c: Comparison) -> Said:
         word = "got worse" if c.decision == "harmed" else "gain not shown"
     detail = c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else "")
     return Said(word, tone, detail)
+
+
+def losses(c: Comparison) -> list[str]:
+    """What the losses of one probe set have in common, a sentence each; empty where nothing was found."""
+    if c.lost is None:
+        return []
+    label = f"the other side of {c.name}" if c.role == "other" else c.name
+    of = f"of {count(c.lost.losses, 'loss').replace('losss', 'losses')} in {label}"
+    where = "scenarios" if c.clusters else "probes"
+    found = [
+        f"{of}, {t.losses} are tagged {t.tag} ({t.losses} of its {t.before} {where}; {p_value(t.p_adjusted)})"
+        for t in c.lost.tags
+        if t.p_adjusted <= SHOWN_TAG_P
+    ]
+    for w in c.lost.shared:
+        chance = "" if w.p_adjusted <= 0.05 else f", may be chance: {c.lost.num_sequences:,} looked at"
+        found.append(
+            f"{of}, {w.losses} have “{w.words}” ({w.losses} of {w.before} {where} that have it; "
+            f"{p_value(w.p)}{chance})"
+        )
+    return found
 
 
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:
