@@ -2,7 +2,7 @@
 
 `compare` judges one probe set, `certify` the whole lesson; `recompute` does both again from the counts that a
 certificate carries and `verify` refuses one whose figures differ. Precedence: harm shown, or no gain among enough
-probes -> undone; everything shown -> kept; otherwise inconclusive, with the n that would do.
+probes -> undone; everything shown -> kept; otherwise inconclusive, with what the probes could show.
 
 "d' must not fall" for finite samples: d' = z(hits) - z(false accepts) is noisy (a standard error of 0.3 to 0.4 at
 60 + 120 probes), so a rule on the point estimate would be a coin toss. What is asked: the lower limit of d'
@@ -20,6 +20,7 @@ from typing import Any
 from secondnature.errors import BadRecord
 from secondnature.evidence.decision import HOPELESS, compare, level
 from secondnature.evidence.lost import retest
+from secondnature.evidence.reach import reach
 from secondnature.evidence.statistics import d_prime, upper_quantile, z_moments
 from secondnature.records import (
     DEFAULT_GUARD_MARGIN,
@@ -31,6 +32,9 @@ from secondnature.records import (
     TagTest,
     Verdict,
 )
+
+MOST_SAID = 1000
+"""More probes than these are nobody's set: that so many would do is no help, and not said."""
 
 
 def certify(
@@ -47,6 +51,7 @@ def certify(
 ) -> Evidence:
     """The certificate of a lesson from its judged probe sets."""
     alpha = level(gate, num_retries)
+    comparisons = [_with_reach(c, gate, num_retries) for c in comparisons]
     discrimination = _discrimination(comparisons, alpha)
     verdict, reason = _decide(comparisons, discrimination, behaviour)
     weaker = _weaker(gate)
@@ -65,6 +70,23 @@ def certify(
         created_at=created_at,
         **discrimination,
     )
+
+
+def _with_reach(c: Comparison, gate: GateSettings, num_retries: int) -> Comparison:
+    """What a set that said too little could have shown."""
+    if not _is_open(c):
+        return c
+    found = reach(
+        name=c.name,
+        role=c.role,
+        n=c.n,
+        num_seeds=c.num_seeds,
+        gate=gate,
+        num_retries=num_retries,
+        flip_rate=(c.gains + c.losses) / c.n,
+        pinned=c.pinned,
+    )
+    return c.model_copy(update={"reach": found})
 
 
 def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str, Any]:
@@ -188,8 +210,24 @@ def _small(p: float) -> str:
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
 
+def _could_show(c: Comparison) -> str:
+    """What these probes could have shown, and how many would do where that is a number somebody would write."""
+    r = c.reach
+    assert r is not None, "an open set has one"
+    what = "show a gain" if c.role == "gain" else "rule out a fall"
+    if r.at_best is None:
+        said = f"; {r.num_seeds} can {what} of no size"
+    else:
+        said = f"; at best they {what} of {_points(r.at_best)} points"
+        if r.usual is not None and r.usual > r.at_best:
+            said += f", with as many flips one of {_points(r.usual)}"
+    return said + (
+        f"; about {c.n_needed:,} probes would do" if c.n_needed and c.n_needed <= MOST_SAID else ""
+    )
+
+
 def _open_end(c: Comparison) -> str:
-    would_do = f"; about {c.n_needed:,} probes would do" if c.n_needed else "; no number of probes would do"
+    would_do = _could_show(c)
     if c.role == "gain":
         said = c.note or f"the gain could be chance ({_p(c)}, alpha {c.alpha:.2g})"
         return f"{_rates(c)}, {said}{would_do}"
@@ -308,6 +346,8 @@ def verify(evidence: Evidence) -> None:
         found = _of_format_1(found, fresh)
     elif evidence.schema_version < EVIDENCE_VERSION:
         found |= {key: fresh[key] for key in ("schema_version", "sentence")}
+        for old, new in zip(found["comparisons"], fresh["comparisons"], strict=True):
+            old["reach"] = new["reach"]
     _same(found, fresh, "evidence")
 
 

@@ -134,7 +134,7 @@ def _of_tests(
         passed = True if before else None
         return Comparison(**counted, method="pins/1", decision=decision, passed=passed, note=note)
     p, method = _p(n, gains, losses, clusters, margin)
-    few, notes = _few(role, n, num_seeds, gate)
+    few, notes = too_few(role, n, num_seeds, gate)
     hopeless = role != "gain" and before < HOPELESS * n
     point, tested = (gains - losses) / n, 0.0 if margin is None else -margin
     shown, harm = p <= alpha and point > tested, harm_p <= gate.alpha and point < 0
@@ -195,8 +195,8 @@ def _observations(clusters: Sequence[Cluster], n: int, gains: int, losses: int) 
     return scenario_counts(clusters) if clusters else (n, gains, losses)
 
 
-def _few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[bool, list[str]]:
-    """Whether there are too few probes to judge by, and what is said of their number."""
+def too_few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[bool, list[str]]:
+    """Whether there are fewer probes than the gate asks for, and what is said of their number."""
     if role == "gain":
         if n >= gate.min_gain_probes and num_seeds >= gate.min_gain_seeds:
             return False, []
@@ -222,7 +222,7 @@ def _n_needed(
 ) -> int | None:
     """How many probes with these flip rates would do; None where no number would."""
     size, up, down = _observations(clusters, n, gains, losses)
-    few, _ = _few(role, n, num_seeds, gate)
+    few, _ = too_few(role, n, num_seeds, gate)
     if margin is None:
         needed = gain_n_needed(up / size, down / size, alpha, POWER)
         least = gate.min_gain_probes

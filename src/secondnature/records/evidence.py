@@ -111,6 +111,39 @@ class Losses(Record):
     """Word sequences that were looked at."""
 
 
+class Reach(Record):
+    """What a probe set could show."""
+
+    name: str
+    role: Literal["gain", "other", "guard"]
+    n: int
+    num_seeds: int
+    """Scenarios: each counts once."""
+    pinned: int = 0
+    margin: float | None = None
+    """The fall that must be ruled out; None for the gain, and where all are pinned."""
+    at_best: float | None = None
+    """Of a guard: the smallest fall (a share) that it rules out where nothing flips. Of the behaviour: the smallest
+    gain that it shows where nothing is lost. None: none."""
+    usual: float | None = None
+    """The same where answers flip by themselves at `flip_rate`, both ways alike."""
+    flip_rate: float
+    too_few: bool
+    """Fewer than the gate asks for."""
+    chance: float | None = None
+    """Of a guard: that it passes where nothing changed, but answers flip at that rate."""
+
+
+class Reaches(Record):
+    """What the probes of a lesson could show."""
+
+    alpha: float
+    sets: list[Reach]
+    chance: float | None = None
+    """That all guards pass a lesson that changes nothing else; None: nothing is guarded by a test."""
+    gate: GateSettings
+
+
 class Comparison(Record):
     """One probe set before and after a lesson: the counts, and what follows from them."""
 
@@ -160,6 +193,8 @@ class Comparison(Record):
     """Pinned probes that passed before."""
     pinned_losses: int = 0
     """Pinned probes that were lost: one undoes the lesson."""
+    reach: Reach | None = None
+    """What the set could have shown with as many flips as there were; None where it said something."""
     lost: Losses | None = None
     """None: there was nothing to compare, neither tags nor losses."""
     flips: list[Flip] = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson
+from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
@@ -53,8 +53,53 @@ def judgement(c: Comparison) -> Said:
     word, tone = DECISIONS[c.decision]
     if c.role == "gain" and c.decision in ("harmed", "not_shown"):
         word = "got worse" if c.decision == "harmed" else "gain not shown"
-    detail = c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else "")
-    return Said(word, tone, detail)
+    return Said(word, tone, c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else ""))
+
+
+def reach(r: Reach) -> str:
+    """What one probe set could show: `rules out a fall of 3.7 points at best, 5.9 usually (5 asked for)`."""
+    if r.role != "gain" and r.pinned == r.n:
+        return "one that is lost undoes the lesson"
+    what = "shows a gain" if r.role == "gain" else "rules out a fall"
+    if r.at_best is None:
+        said = f"{what} of no size"
+    else:
+        said = f"{what} of {100 * r.at_best:.1f} points at best"
+        said += f", {100 * r.usual:.1f} usually" if r.usual is not None else ""
+    if r.margin is not None:
+        said += f" ({100 * r.margin:g} must be ruled out)"
+    if r.too_few:
+        return f"too few for the gate's minimum; {said}"
+    return said + (f"; passes with a chance of {_chance(r.chance)}" if r.chance is not None else "")
+
+
+def reaches(found: Reaches) -> list[str]:
+    """What the probes of a lesson could show, a line each, and what that means for the verdict."""
+    lines: list[str] = []
+    for r in found.sets:
+        name = r.name if r.role == "gain" else f"{r.name} ({ROLES[r.role]})"
+        scenarios = f" of {count(r.num_seeds, 'scenario')}" if r.num_seeds < r.n else ""
+        lines.append(f"{name}, {count(r.n, 'probe')}{scenarios}: {reach(r)}")
+    if all(r.role != "gain" for r in found.sets):
+        lines.append("no probe asks for what is taught: no gain can be shown")
+    if found.chance is None:
+        lines.append("no guard: nothing is known of what else the lesson changes")
+    elif any(r.too_few for r in found.sets):
+        lines.append("with too few probes the lesson ends without a verdict, unless harm is shown or no gain")
+    else:
+        rate = found.sets[0].flip_rate
+        lines.append(
+            f"a lesson that changes nothing else passes all guards with a chance of {_chance(found.chance)}, "
+            f"if {100 * rate:g} % of answers flip by themselves (`secondnature doctor --probes` measures that)"
+        )
+    return lines
+
+
+def _chance(share: float | None) -> str:
+    assert share is not None
+    return (
+        f"{100 * share:.0f} %" if 0.005 <= share <= 0.995 else ("under 1 %" if share < 0.5 else "over 99 %")
+    )
 
 
 def losses(c: Comparison) -> list[str]:
