@@ -97,11 +97,11 @@ class Worker:
 
         from secondnature.train.prefix import self_test
         from secondnature.train.run import TrainingRun, model_in
-        from secondnature.weights.arena import Arena
+        from secondnature.weights.attach import attach
 
         transformers.logging.set_verbosity_error()  # it warns of kernels that no CPU has
         torch.set_num_threads(message.threads)
-        arena = Arena.attach(message.manifest)
+        arena = attach(message.manifest)
         model = model_in(arena, Path(message.model_dir), message.layout)
         self._tell("", {"kind": "phase", "phase": "checking the model", "done": 0, "total": 1})
         self_test(model)
