@@ -87,6 +87,9 @@ def serve(
     engine: Annotated[
         Engine | None, typer.Option("--engine", help="What generates. Default: the home's, else local.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, or cuda: engine and trainer on a GPU. Default cpu.")
+    ] = None,
     train_threads: Annotated[
         int | None, typer.Option("--train-threads", help="Threads of the trainer.")
     ] = None,
@@ -109,6 +112,7 @@ def serve(
         "port": port,
         "host": host,
         "home": home,
+        "device": device,
         "train_threads": train_threads,
         "share": share,
     }

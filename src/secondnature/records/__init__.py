@@ -30,12 +30,18 @@ from secondnature.records.doubts import (
     nothing_asked,
 )
 from secondnature.records.evidence import (
+    DEFAULT_GUARD_MARGIN,
     EVIDENCE_VERSION,
     Comparison,
     Decision,
     Evidence,
     Flip,
     GateSettings,
+    Losses,
+    Reach,
+    Reaches,
+    SharedWords,
+    TagTest,
     Verdict,
 )
 from secondnature.records.jsonl import (
@@ -75,6 +81,7 @@ from secondnature.records.probes import (
 
 __all__ = [
     "CUT_SHORT",
+    "DEFAULT_GUARD_MARGIN",
     "EVIDENCE_VERSION",
     "MAX_FILE_BYTES",
     "MAX_LINE_BYTES",
@@ -99,6 +106,7 @@ __all__ = [
     "Lesson",
     "LessonState",
     "LookMetric",
+    "Losses",
     "Message",
     "Moved",
     "Name",
@@ -107,11 +115,15 @@ __all__ = [
     "Probe",
     "Prompt",
     "Provenance",
+    "Reach",
+    "Reaches",
     "Record",
     "Role",
     "SampleAnswer",
+    "SharedWords",
     "Side",
     "StepMetric",
+    "TagTest",
     "Text",
     "TokenIds",
     "Unicode",

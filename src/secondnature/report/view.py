@@ -58,6 +58,8 @@ class Row:
     gains: list[Flip]
     harms_left: int
     gains_left: int
+    losses: list[str]
+    """What the losses have in common."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +237,13 @@ def _row(c: Comparison, key: str) -> Row:
         gains=[_short_flip(f) for f in gains[:MAX_GAINS]],
         harms_left=max(0, len(harms) - MAX_LOSSES),
         gains_left=max(0, len(gains) - MAX_GAINS),
+        losses=words.losses(c),
     )
 
 
 def _short_flip(f: Flip) -> Flip:
-    return Flip(prompt=shorten(f.prompt), before=shorten(f.before), after=shorten(f.after), gained=f.gained)
+    texts = {key: shorten(getattr(f, key)) for key in ("prompt", "before", "after")}
+    return f.model_copy(update=texts)
 
 
 def _evidence_note(run: Run) -> str:
