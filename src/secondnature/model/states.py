@@ -74,8 +74,8 @@ def _kept(index: int, layer: Any, config: Any) -> Keeps:
     if kind in (BothLayer, _BOTH_SLIDING):
         return Keeps(True, layer.number_of_states)
     raise UnsupportedModel(
-        f"layer {index} of a model of type {config.model_type} keeps another state ({kind.__name__}) than attention or a "
-        "recurrence",
+        f"layer {index} of a model of type {config.model_type} keeps another state ({kind.__name__}) than "
+        "attention or a recurrence",
         "models of this kind cannot be served and trained yet",
     )
 
