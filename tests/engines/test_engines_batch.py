@@ -19,7 +19,7 @@ from engine_models import (
 )
 from transformers import AutoModelForCausalLM, DeepseekV32Config, MistralConfig
 
-from secondnature.engines.base import GenerationRequest, score_request
+from secondnature.engines.generation import GenerationRequest, score_request
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.rows import BatchRows
 from secondnature.errors import UnsupportedModel

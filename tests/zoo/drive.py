@@ -26,7 +26,7 @@ from served_home import Served, serve
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from secondnature import wire
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local import self_test as engine_test
 from secondnature.engines.local.engine import Engine
 from secondnature.model.limits import context_limit

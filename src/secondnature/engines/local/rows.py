@@ -317,6 +317,15 @@ class BatchRows:
         self.window.end += shift
 
 
+def token_bytes(config: Any, itemsize: int) -> int:
+    """What the keys and values of one token take, over all layers of attention, `itemsize` bytes a number."""
+    text = config.get_text_config(decoder=True)
+    num_layers = sum(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in layer_kinds(config))
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * num_layers * int(heads) * int(size) * itemsize
+
+
 def _stacked(old: Tensor | None, new: Tensor | None, rows: Sequence[int]) -> Tensor | None:
     if new is None:
         return None
