@@ -45,25 +45,25 @@ class Keeps:
     """Pairs of a convolution's columns (B, channels, kernel) and a recurrent state (B, ...)."""
 
 
-def kept(model: Any) -> list[Keeps]:
-    """Per layer of a transformers causal language model what it keeps.
+def kept(config: Any) -> list[Keeps]:
+    """Per layer of a causal language model of transformers what it keeps.
 
     Raises:
         UnsupportedModel: a layer keeps something else, or transformers' cache has no word for it.
     """
     try:
-        layers = DynamicCache(config=model.config).layers
+        layers = DynamicCache(config=config).layers
     except (KeyError, TypeError, AttributeError) as e:  # a kind of layer that its own table does not have
         raise UnsupportedModel(
-            f"{type(model).__name__} keeps a state that transformers' cache does not know ({e!r})",
+            f"a {config.model_type} keeps a state that transformers' cache does not know ({e!r})",
             "models of this kind cannot be served and trained yet",
         ) from e
     if not layers:
-        return [Keeps(True, 0)] * int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    return [_kept(index, layer, model) for index, layer in enumerate(layers)]
+        return [Keeps(True, 0)] * int(config.get_text_config(decoder=True).num_hidden_layers)
+    return [_kept(index, layer, config) for index, layer in enumerate(layers)]
 
 
-def _kept(index: int, layer: Any, model: Any) -> Keeps:
+def _kept(index: int, layer: Any, config: Any) -> Keeps:
     kind = type(layer)
     if kind in (DynamicLayer, DynamicSlidingWindowLayer):
         return Keeps(True, 0)
@@ -74,7 +74,7 @@ def _kept(index: int, layer: Any, model: Any) -> Keeps:
     if kind in (BothLayer, _BOTH_SLIDING):
         return Keeps(True, layer.number_of_states)
     raise UnsupportedModel(
-        f"layer {index} of {type(model).__name__} keeps another state ({kind.__name__}) than attention or a "
+        f"layer {index} of a {config.model_type} keeps another state ({kind.__name__}) than attention or a "
         "recurrence",
         "models of this kind cannot be served and trained yet",
     )

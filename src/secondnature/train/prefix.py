@@ -200,7 +200,7 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     if not more_ids:
         return base
     inputs = [base.last_id, *more_ids[:-1]]
-    wanted = kept(model)
+    wanted = kept(model.config)
     cache = _writable(wanted, base)
     ids = torch.tensor([inputs], device=next(model.parameters()).device)
     body = getattr(model, "base_model", model)  # nobody asks for logits

@@ -179,7 +179,7 @@ class BatchRows:
         self.device: torch.device = next(model.parameters()).device
         self.lengths: list[int] = []
         self.window = Window()
-        self._kept = kept(model)
+        self._kept = kept(model.config)
         self.layers = [self._layer(keeps) for keeps in self._kept]
         self.cache = Cache(layers=self.layers)
 
@@ -320,7 +320,9 @@ class BatchRows:
 def token_bytes(config: Any, itemsize: int) -> int:
     """What the keys and values of one token take, over all layers of attention, `itemsize` bytes a number."""
     text = config.get_text_config(decoder=True)
-    num_layers = sum(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in layer_kinds(config))
+    num_layers = sum(keeps.attention for keeps in kept(config))
+    if not num_layers:
+        return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * num_layers * int(heads) * int(size) * itemsize
