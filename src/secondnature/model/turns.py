@@ -106,21 +106,23 @@ def end_ids(tokenizer: Any, settings: Any = None) -> frozenset[int]:
 
     `settings`: a generation config besides, for a model that is not in files.
     """
-    written = template_end(tokenizer)
     more = _ids(getattr(settings, "eos_token_id", None))
-    return _named(tokenizer) | more | (frozenset() if written is None else {written})
+    return frozenset(more).union(*_ends_by(tokenizer).values())
+
+
+def _ends_by(tokenizer: Any) -> dict[str, frozenset[int]]:
+    """What files, tokenizer and chat template name, each."""
+    written = template_end(tokenizer)
+    by_template = {} if written is None else {"the chat template": frozenset({written})}
+    return _named_by(tokenizer) | by_template
 
 
 def endings(tokenizer: Any) -> list[Ending]:
     """The tokens that end an answer, by id, each with its text and who names it."""
-    written = template_end(tokenizer)
-    by = _named_by(tokenizer) | ({} if written is None else {"the chat template": frozenset({written})})
+    by = _ends_by(tokenizer)
     ids = sorted(frozenset[int]().union(*by.values()))
-    texts = (str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids)
-    return [
-        Ending(i, text, tuple(who for who, named in by.items() if i in named))
-        for i, text in zip(ids, texts, strict=True)
-    ]
+    who = {i: tuple(name for name, named in by.items() if i in named) for i in ids}
+    return [Ending(i, str(tokenizer.decode([i], skip_special_tokens=False)), who[i]) for i in ids]
 
 
 def literals(tokenizer: Any) -> dict[str, int]:
