@@ -149,6 +149,8 @@ class Life:
     def keep(self, reason: str) -> None:
         """The commit: from this rename on, the lesson is part of the weights. Raises StorageError: it is not."""
         job = self._job
+        if job.lesson.version == job.lesson.parent:
+            reason += "; no weight changed"
         kept = job.lesson.model_copy(
             update={"state": "kept", "reason": reason, "ended_at": utc_now(), "trial_until": None}
         )

@@ -426,6 +426,15 @@ class Health(Body):
     detail: str = ""
 
 
+class EndToken(Body):
+    """A token that ends an answer."""
+
+    id: int
+    text: str
+    named_by: list[str]
+    """Who says so: files, the tokenizer, the chat template."""
+
+
 class Wiring(Body):
     """`GET /v1/wiring`: what the running engine computes with."""
 
@@ -444,3 +453,5 @@ class Wiring(Body):
     """The prefix cache: there is none, it is off, or its blocks are salted with the epoch."""
     problems: list[str]
     """What does not hold; empty where all is well."""
+    ends: list[EndToken] = []
+    """What ends an answer, whoever asks for it."""
