@@ -129,7 +129,6 @@ class Door:
         keys: ours; all of them open completions, the one that teaches opens all of vLLM's routes.
         in_band: takes corrections out of conversations; None: they are messages like others.
         engine_keys: vLLM's own (`--api-key`); none: its routes are open.
-        shows_tools: the model's chat template shows tools.
         on_load: told how many of vLLM's requests are being answered, whenever that changes.
         on_startup: called once, when vLLM's application has started.
         on_shutdown: called once, before vLLM's application is told to end.
@@ -145,7 +144,6 @@ class Door:
         keys: Keys,
         in_band: InBand | None,
         engine_keys: Sequence[str],
-        shows_tools: bool,
         on_load: Callable[[int], None],
         on_startup: Callable[[], None],
         on_shutdown: Callable[[], Awaitable[None]],
@@ -157,7 +155,6 @@ class Door:
         self._keys = keys
         self._in_band = in_band
         self._engine_keys = [key.encode() for key in engine_keys]
-        self._shows_tools = shows_tools
         self._on_load = on_load
         self._on_startup = on_startup
         self._on_shutdown = on_shutdown
@@ -316,7 +313,7 @@ class Door:
         version = self._clock.read().version
 
         def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
-            return overheard(path, bytes(asked), bytes(said), version, shows_tools=self._shows_tools)
+            return overheard(path, bytes(asked), bytes(said), version)
 
         self._memory.remember(found[1].decode(), Unread(asked, said, read))
         return True
