@@ -279,6 +279,23 @@ def test_a_stream_is_stamped_where_a_choice_ends(world: World, pieces: str) -> N
         assert len(reply.events) == 1 + len(cut)
 
 
+def test_there_is_one_fingerprint_and_it_is_of_the_weights(world: World) -> None:
+    text = '"system_fingerprint":"mine"'
+    choice = {"message": {"content": text}}
+    answer = {"id": "chatcmpl-1", "choices": [choice], "system_fingerprint": "vllm-0.32", "usage": {}}
+    for found in (answer, {**answer, "system_fingerprint": None}):
+        world.engine.parts = [json.dumps(found).encode()]
+        body = world.call(CHAT, asked()).body
+        pairs = json.loads(body, object_pairs_hook=list)
+        assert [value for key, value in pairs if key == "system_fingerprint"] == ["wone"]
+        assert json.loads(body)["choices"] == [choice]
+        assert json.loads(body)["weights_version"] == "wone"
+    usage = b'data: {"id":"chatcmpl-7","choices":[],"usage":{},"system_fingerprint":"vllm-0.32"}\n\n'
+    world.engine.kind, world.engine.parts = EVENTS, [*STREAM, usage, DONE]
+    reply = world.call(CHAT, asked(stream=True))
+    assert [c["system_fingerprint"] for c in reply.chunks if "system_fingerprint" in c] == ["wone"] * 3
+
+
 def test_a_stream_that_breaks_off_is_passed_on_as_it_is(world: World) -> None:
     world.engine.kind, world.engine.parts = EVENTS, [STREAM[0], STREAM[1][:20]]
     assert world.call(CHAT, asked(stream=True)).body == STREAM[0] + STREAM[1][:20]

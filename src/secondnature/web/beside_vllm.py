@@ -50,6 +50,8 @@ MAX_REMEMBERED_BYTES = 256_000
 """A completion whose request and answer are longer together is not remembered for feedback."""
 _ID = re.compile(rb'"id":\s*"([\w.:-]{1,200})"')
 _FINISHED = re.compile(rb'"finish_reason":\s*"')
+_FINGERPRINT = re.compile(rb'"system_fingerprint":\s*(?:null|"[^"\\]*")')
+"""vLLM's; in a text its quotes would be escaped."""
 _RESPONDED = re.compile(rb"^event: response\.(completed|incomplete)$", re.MULTILINE)
 """The event that ends a streamed response, whole."""
 
@@ -280,7 +282,7 @@ class Door:
                     rest, body = (body, b"") if end == 1 else (body[end:], body[:end])
                     if path == RESPONSES and _RESPONDED.search(body):
                         body = _stamp_response(body, span)
-                    elif _FINISHED.search(body):
+                    elif _FINISHED.search(body) or _FINGERPRINT.search(body):
                         body = _stamp_events(body, span)
                 if body or not message.get("more_body", False):
                     await send({**message, "body": body})
@@ -329,21 +331,30 @@ def _with_headers(
     return {**start, "headers": headers}
 
 
+def _fingerprinted(body: bytes, span: Span) -> tuple[bytes, int]:
+    """vLLM's fingerprint, of its build, changed for ours, which names the weights; and how often it was there."""
+    own = json.dumps({"system_fingerprint": span.last.version})[1:-1].encode()
+    return _FINGERPRINT.subn(lambda _: own, body)
+
+
 def _stamp_document(body: bytes, span: Span) -> bytes:
     """The stamp's fields before the last brace of a JSON object; anything else stays as it is."""
     end = body.rstrip()
-    if not end.endswith(b"}") or not end.startswith(b"{"):
+    if not end.endswith(b"}") or not end.startswith(b"{") or end == b"{}":
         return body
-    fields = json.dumps(stamps(span))[1:]
-    return end[:-1] + b", " + fields.encode() if end != b"{}" else body
+    end, there = _fingerprinted(end, span)
+    fields = {k: v for k, v in stamps(span).items() if not (there and k == "system_fingerprint")}
+    return end[:-1] + b", " + json.dumps(fields)[1:].encode()
 
 
 def _stamp_events(body: bytes, span: Span) -> bytes:
-    """The stamp in every server-sent event that ends a choice."""
+    """The stamp in every server-sent event that ends a choice; no fingerprint but ours in the others."""
     events = body.split(b"\n\n")
     for i, event in enumerate(events):
         if event.startswith(b"data: {") and _FINISHED.search(event):
             events[i] = b"data: " + _stamp_document(event.removeprefix(b"data: "), span)
+        else:
+            events[i] = _fingerprinted(event, span)[0]
     return b"\n\n".join(events)
 
 
