@@ -17,7 +17,7 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from secondnature.engines.base import Span
+from secondnature.engines.generation import Span
 from secondnature.engines.stamps import Clock
 from secondnature.errors import SecondnatureError, TooLarge, Unauthorized
 from secondnature.lessons.memory import Memory, Said, Unread

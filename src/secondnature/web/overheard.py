@@ -41,6 +41,7 @@ def overheard(path: str, asked: bytes, said: bytes, version: str) -> Said:
         whole = said.lstrip().startswith(b"{")
         parts = _whole(path, json.loads(said)) if whole else _streamed(path, said)
         demanded = bool(request.get("tools")) and request.get("tool_choice") not in (None, "none", "auto")
+        options = _template_options(path, request)
         calls = parts.calls or demanded or (prompt is not None and len(prompt) < _num_turns(path, request))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise BadInput(
@@ -52,7 +53,16 @@ def overheard(path: str, asked: bytes, said: bytes, version: str) -> Said:
             "this completion cannot be corrected: it calls tools, or its conversation does",
             "corrections hold plain turns: POST /v1/corrections takes a conversation of these",
         )
-    return Said(prompt, parts.text, version, parts.finish)
+    return Said(prompt, parts.text, version, parts.finish, options)
+
+
+def _template_options(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a chat's template was told besides."""
+    if path != CHAT:
+        return {}
+    effort = request.get("reasoning_effort")
+    named = {} if effort is None else {"reasoning_effort": effort}
+    return named | dict(request.get("chat_template_kwargs") or {})
 
 
 def _prompt(path: str, request: dict[str, Any]) -> list[Message] | None:

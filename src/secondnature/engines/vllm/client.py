@@ -15,13 +15,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from secondnature.engines.base import (
+from secondnature.engines.base import GenerationHandle, Limits
+from secondnature.engines.generation import (
     Finished,
     FinishReason,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    Limits,
     Span,
     TokenLogprob,
 )

@@ -184,12 +184,13 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     """Make the engine's weights those that the home's log stands for. Nothing was served yet."""
     arena, directory = shared.arena, shared.directory
     headers = {name: names.Header.of(tensor) for name, tensor in arena.tensors.items()}
-    arena.seen_as(names.views(names.plan(directory, headers), arena.tensors))
+    parts = names.plan(directory, headers, device=names.device_of(arena.tensors))
+    arena.seen_as(names.views(parts, arena.tensors))
     dtypes = {name: tensor.dtype for name, tensor in arena.tensors.items()}
     hasher = ContentHasher(home.base_version())
     for name, tensor in checkpoint.stream(directory, dtypes):
         hasher.add(name, tensor)
-        if not torch.equal(tensor, arena.tensors[name]):
+        if not torch.equal(tensor, arena.tensors[name].cpu()):
             raise UnsupportedModel(
                 f"{name}: the engine holds other values than {directory}",
                 "it changes weights while loading them, and a lesson's undo would not know how",
