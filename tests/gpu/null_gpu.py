@@ -16,6 +16,8 @@ from secondnature.errors import SecondnatureError
 from secondnature.wire import Client
 
 ROOT = Path(__file__).parents[2]
+NULL = ROOT / "tests" / "gpu" / "null"
+"""What plays what kernels should have done, where `plays`."""
 KEY = "the-key-of-the-tests"
 START_TIMEOUT_S = 280.0
 
@@ -45,10 +47,10 @@ class NullGpu:
         self.dist = entry_points(folder / "dist")
 
     def _start(
-        self, words: tuple[str, ...], variables: dict[str, str], **options: Any
+        self, words: tuple[str, ...], variables: dict[str, str], plays: bool, **options: Any
     ) -> subprocess.Popen[Any]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SECONDNATURE_", "VLLM_", "PYTHON"))}
-        first = f"{self.dist}:{ROOT / 'tests' / 'gpu' / 'null'}:{ROOT / 'tests'}"
+        first = ":".join(map(str, (self.dist, *([NULL] if plays else []))))
         return subprocess.Popen(
             [
                 str(self.kit / "on-null"),
@@ -62,9 +64,13 @@ class NullGpu:
             **options,
         )
 
-    def run(self, *words: str, timeout_s: float = 280, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A command to its end; whatever its status. What it writes is in `stdout`."""
-        process = self._start(words, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def run(
+        self, *words: str, timeout_s: float = 280, variables: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command to its end, whatever its status; nothing is played. What it writes is in `stdout`."""
+        process = self._start(
+            words, variables or {}, plays=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         try:
             output, _ = process.communicate(timeout=timeout_s)
         finally:
@@ -80,6 +86,7 @@ class NullGpu:
             process = self._start(
                 words,
                 {"SECONDNATURE_HOME": str(self.home), "SECONDNATURE_API_KEY": KEY, **variables},
+                plays=True,
                 stdout=output,
                 stderr=output,
             )

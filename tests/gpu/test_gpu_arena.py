@@ -84,7 +84,7 @@ arena.write(host)
 assert arena.writes == (2, 2)
 assert content_id(arena.tensors) == first
 """
-    done = null_gpu.run("python3", "-c", code, NULLGPU_FAULT=str(fault))
+    done = null_gpu.run("python3", "-c", code, variables={"NULLGPU_FAULT": str(fault)})
     assert "said: the GPU failed while weights were written: CUDA error" in done.stdout, done.stdout
     assert done.returncode == 0, done.stdout
 

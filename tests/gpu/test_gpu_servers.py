@@ -143,7 +143,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(null_gpu: NullGpu, what: s
     done = null_gpu.run(
         *("python3", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(EMBEDDED)),
         *("--port", str(free_port()), *words),
-        **{**variables, "SECONDNATURE_HOME": str(null_gpu.home)},
+        variables={**variables, "SECONDNATURE_HOME": str(null_gpu.home)},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("secondnature: ")]
     assert len(lines) == 1, done.stdout[-3000:]
