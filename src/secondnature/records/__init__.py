@@ -35,6 +35,7 @@ from secondnature.records.evidence import (
     Reaches,
     SharedWords,
     TagTest,
+    Taught,
     Verdict,
 )
 from secondnature.records.jsonl import (
@@ -65,9 +66,11 @@ from secondnature.records.lessons import (
 )
 from secondnature.records.probes import (
     Check,
+    GuardPack,
     Outcome,
     Probe,
     Side,
+    guard_name,
 )
 
 __all__ = [
@@ -90,6 +93,7 @@ __all__ = [
     "Example",
     "Flip",
     "GateSettings",
+    "GuardPack",
     "KlMetric",
     "KlSet",
     "Lesson",
@@ -113,6 +117,7 @@ __all__ = [
     "Side",
     "StepMetric",
     "TagTest",
+    "Taught",
     "Text",
     "TokenIds",
     "Unicode",
@@ -120,6 +125,7 @@ __all__ = [
     "describe",
     "describe_errors",
     "digest",
+    "guard_name",
     "parse_json",
     "parse_jsonl",
     "read_jsonl",
