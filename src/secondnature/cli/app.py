@@ -180,6 +180,14 @@ def learn(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be taught, token for token.")
     ] = False,
+    guards: Annotated[
+        str | None,
+        typer.Option(
+            "--guards",
+            metavar="PACKS",
+            help="Of facts,arithmetic,instructions,code,refusal; or none.",
+        ),
+    ] = None,
     report: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report.html"),
     home: HomeOption = None,
     url: UrlOption = None,
@@ -190,7 +198,7 @@ def learn(
     from secondnature.cli.connect import Where
     from secondnature.cli.learn import learn as run
     from secondnature.cli.output import Output
-    from secondnature.cli.sources import LearnFlags
+    from secondnature.cli.sources import LearnFlags, parse_guards
 
     flags = LearnFlags(
         probes,
@@ -206,6 +214,7 @@ def learn(
         seed,
         keep,
         dry_run,
+        parse_guards(guards),
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)
