@@ -323,6 +323,15 @@ def test_a_document_is_remembered(world: World) -> None:
     assert world.memory.recall("cmpl-2").prompt is None
 
 
+def test_what_the_template_was_told_is_remembered(world: World) -> None:
+    world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
+    body = {"messages": [{"role": "user", "content": "Do it."}]}
+    told = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    for more, options in ((told, {"enable_thinking": False, "reasoning_effort": "low"}), ({}, {})):
+        world.call(CHAT, json.dumps({**body, **more}).encode())
+        assert world.memory.recall("chatcmpl-1").options == options
+
+
 def test_what_is_not_text_cannot_be_corrected(world: World) -> None:
     world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
     picture = [{"type": "image_url", "image_url": {"url": "x"}}]
