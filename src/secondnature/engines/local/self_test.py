@@ -71,7 +71,7 @@ def self_test(model: nn.Module) -> float:
 
 
 def _served(model: nn.Module, texts: list[list[int]]) -> list[Tensor]:
-    """The engine's logits of the last `_STEPS` + 1 tokens: of each text, and of the first one read in two pieces."""
+    """The engine's logits of the last `_STEPS` + 1 tokens: of each text, and of the first read in two pieces."""
     prompts = [text[:-_STEPS] for text in texts]
     joining, in_pieces, batch = BatchRows(model), BatchRows(model), BatchRows(model)
     logits = joining.prefill(prompts, 1)
