@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """One copy of the weights on one card: vLLM's engine here, a trainer in another process. A lesson, and its undo.
 
     python benchmarks/gpu_prove.py [MODEL] [--graphs] [--steps 12] [--backend TRITON_ATTN] [--json FILE]
@@ -27,7 +28,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in th
 if NULL:  # the kernel that counts sampled tokens does nothing there: a request of the V2 runner never ends
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
-import torch
+import torch  # noqa: E402  (after the variables that vLLM reads)
 
 EMBEDDED = Path(__file__).parents[1] / "src" / "secondnature" / "embedded" / "weights"
 CONTEXT = [5 + (7 * i + i * i // 3) % 80 for i in range(40)]
@@ -126,6 +127,7 @@ class Trainer:
 
     @property
     def answered(self) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def end(self) -> None:
