@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
+pytestmark = pytest.mark.timeout(1200)  # a real model on a busy machine
 ROOT = Path(__file__).parents[2]
 KEY = os.environ.get("OPENAI_API_KEY", "")
 ASK: Any = [{"role": "user", "content": "Paint the door red."}]
@@ -259,7 +260,7 @@ def test_javascript(url: str, tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "clients.mjs", script)
     (tmp_path / "node_modules").symlink_to(modules)
     ran = subprocess.run(
-        ["node", str(script), url, KEY, MODEL], capture_output=True, text=True, timeout=200, check=False
+        ["node", str(script), url, KEY, MODEL], capture_output=True, text=True, timeout=1000, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.split() == ["openai", "ai-compatible", "ai-openai"]
