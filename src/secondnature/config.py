@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -27,7 +27,17 @@ NOT_SETTINGS = frozenset({"SECONDNATURE_REALDATA"})
 """Variables with our prefix that belong to the tests, not to the settings."""
 FROM_ANY_FOLDER = frozenset(
     {
-        *("model", "port", "engine_threads", "train_threads", "share", "max_rows", "max_queue", "max_jobs"),
+        *(
+            "model",
+            "port",
+            "device",
+            "engine_threads",
+            "train_threads",
+            "share",
+            "max_rows",
+            "max_queue",
+            "max_jobs",
+        ),
         *(
             "max_body_bytes",
             "requests_per_minute",
@@ -72,6 +82,8 @@ class Settings(BaseModel):
     answer before it, from any client whose key may correct."""
     inference_key: SecretStr | None = None
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the local engine and its trainer compute. `cuda`: one GPU, the first of CUDA_VISIBLE_DEVICES."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
     train_threads: Annotated[int, Field(ge=1, le=256)] = 1
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0

@@ -2,7 +2,7 @@
 """Real clients against a real server: a chat, a round of tools, an answer that fits a schema, as their users ask.
 
 A client that is not installed is skipped, and says so. Tools are demanded where the client can: whether a small
-model calls one by itself is not the question here.
+model calls one by itself, or ever ends a list of calls, is not the question here.
 """
 
 from __future__ import annotations
@@ -85,12 +85,16 @@ def test_litellm(url: str) -> None:
     assert "".join(
         c.choices[0].delta.content or "" for c in litellm.completion(**given, max_tokens=8, stream=True)
     )
-    called = litellm.completion(**given, tools=[PAINT], tool_choice="required").choices[0].message
+    demand: Any = {"tools": [PAINT], "tool_choice": "required", "parallel_tool_calls": False}
+    called = litellm.completion(**given, **demand).choices[0].message
     assert called.tool_calls[0].function.name == "paint"
     assert Door.model_validate_json(
         litellm.completion(**given, response_format=Door).choices[0].message.content
     )
+    long = [{"role": "user", "content": "Paint the door red. " * 5_000}]
     with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion(**{**given, "messages": long})
+    with pytest.raises(litellm.BadRequestError):
         litellm.completion(**given, max_tokens=900_000)
 
 
@@ -135,7 +139,8 @@ def test_pydantic_ai(url: str) -> None:
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=url, api_key=KEY))
     assert Agent(model, model_settings={"max_tokens": 8}).run_sync("Paint the door red.").output
     for output in (Door, NativeOutput(Door)):
-        assert isinstance(Agent(model, output_type=output).run_sync("Paint the door red.").output, Door)
+        agent = Agent(model, output_type=output, model_settings={"parallel_tool_calls": False})
+        assert isinstance(agent.run_sync("Paint the door red.").output, Door)
 
 
 def test_instructor(url: str) -> None:
@@ -162,7 +167,8 @@ def test_smolagents(url: str) -> None:
         """
         return f"painted {twice}"
 
-    caller = smolagents.OpenAIServerModel(MODEL, api_base=url, api_key=KEY, max_tokens=200)
+    one_call: Any = {"max_tokens": 200, "parallel_tool_calls": False}
+    caller = smolagents.OpenAIServerModel(MODEL, api_base=url, api_key=KEY, **one_call)
     called = caller.generate(asked, tools_to_call_from=[paint])
     assert called.tool_calls[0].function.name == "paint"
 

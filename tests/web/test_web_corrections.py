@@ -150,7 +150,7 @@ def test_an_answer_cut_short_is_not_taught_as_ended(server: Running) -> None:
     cut = {"prompt": "Use red.", "said": "Why not", "chosen": "Done.", "finish_reason": "length"}
     planner = server.parts.runner._planner  # pyright: ignore[reportPrivateUsage]
     rejected = [
-        planner._work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
+        planner._encoder.work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
         for more in ({}, {"finish_reason": "stop"})
     ]
     assert rejected[0] is not None
