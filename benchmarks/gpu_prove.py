@@ -28,7 +28,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in th
 if NULL:  # the kernel that counts sampled tokens does nothing there: a request of the V2 runner never ends
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
-import torch  # noqa: E402
+import torch  # noqa: E402  (after the variables that vLLM reads)
 
 EMBEDDED = Path(__file__).parents[1] / "src" / "secondnature" / "embedded" / "weights"
 CONTEXT = [5 + (7 * i + i * i // 3) % 80 for i in range(40)]

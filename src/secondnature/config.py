@@ -102,9 +102,9 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 16_000_000
     requests_per_minute: Annotated[int, Field(ge=1, le=10_000_000)] = 6000
     """Per client address, over all routes."""
-    ignore_tools: bool = False
-    """Accept `tools` that the model's chat template does not show; the header `x-tools-ignored` says how many.
-    False: such a request is refused, with what to turn off."""
+    ignore_tools: bool = True
+    """Answer chats with `tools` that the model's chat template does not show, without showing them; the header
+    `x-tools-ignored` says how many. False: such a request is refused, with what to turn off."""
     trial_lease_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 3600.0
     """A lesson on trial that nobody keeps within this time is undone."""
     checkpoint_after_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 600.0

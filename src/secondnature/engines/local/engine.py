@@ -27,14 +27,11 @@ from typing import Any, Self
 
 import torch
 
-from secondnature.engines.base import (
-    EngineMetrics,
-    GenerationHandle,
+from secondnature.engines.base import EngineMetrics, GenerationHandle, Limits, WeightsClock
+from secondnature.engines.generation import (
     GenerationRequest,
     GenerationResult,
-    Limits,
     Stamp,
-    WeightsClock,
     score_request,
 )
 from secondnature.engines.local.answer import Answer

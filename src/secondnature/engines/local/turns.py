@@ -19,7 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from secondnature.engines.base import EngineMetrics, FinishReason, WeightsClock
+from secondnature.engines.base import EngineMetrics, WeightsClock
+from secondnature.engines.generation import FinishReason
 from secondnature.engines.local.answer import Answer, not_finite
 from secondnature.engines.local.grammar import Shape
 from secondnature.engines.local.rows import BatchRows
