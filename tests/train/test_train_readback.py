@@ -30,7 +30,9 @@ def counting(first: float, num_reads: int, log: list[str]) -> Reading[float]:
 @pytest.mark.parametrize("at_once", [False, True])
 def test_each_gets_its_own_numbers_and_the_results_keep_their_order(at_once: bool) -> None:
     log: list[str] = []
-    found = together([counting(10.0, 2, log), counting(20.0, 0, log), counting(30.0, 1, log)], at_once=at_once)
+    found = together(
+        [counting(10.0, 2, log), counting(20.0, 0, log), counting(30.0, 1, log)], at_once=at_once
+    )
     assert found == [12.0, 20.0, 31.0]
     assert log == (["10.0", "30.0", "10.1"] if at_once else ["10.0", "10.1", "30.0"])
 
