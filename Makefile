@@ -8,7 +8,7 @@ VLLM   := .venv-vllm
 CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-peers test-null-gpu test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo test test-clients test-clients-vllm test-null-gpu test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ $(CLIENTS)/.smollm2: $(STAMP) $(CLIENTS)/.installed
 
 test-clients: $(CLIENTS)/.smollm2  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
+
+test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers (smollm2: after test-clients)
+	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
 # are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.

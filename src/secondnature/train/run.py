@@ -112,8 +112,11 @@ class TrainingRun:
         means = {on: self._after(on, before, report, phases) for on, before in kl.items() if before}
         each = phases.begin("saving the optimizer's state", len(self.optimizer.state_dict()[0]))
         sha256 = save_optimizer(self.optimizer, Path(job.optimizer_out), each)
-        moved = [] if self._on_gpu else [m.model_dump() for m in self.optimizer.moved()]
-        return wire.Done(job.job, steps, loss, means, moved, stopped_by, sha256)
+        moved = [] if self._on_gpu else self.optimizer.moved()
+        if moved and stopped_by != "learned" and not any(m.written for m in moved):
+            stopped_by = "nothing moved"  # whatever else ended it: this is what there is to know
+        told = [m.model_dump() for m in moved]
+        return wire.Done(job.job, steps, loss, means, told, stopped_by, sha256)
 
     # ------------------------------------------------------------------------- before the first write
 
