@@ -8,7 +8,7 @@ VLLM   := .venv-vllm
 CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-clients-vllm test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo test test-clients test-clients-vllm test-null-gpu test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +83,12 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 
 test-vllm: $(VLLM)/.installed  ## the plug-in in real vLLM (CPU build): eager, compiled, dense
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine
+
+# A null GPU is a fake CUDA runtime (memory, copies and IPC real, kernels do nothing) with the Python of a GPU machine;
+# KIT is the folder that has its `on-null`.
+test-null-gpu: $(STAMP)  ## real torch IPC and vLLM's CUDA build without a GPU: make test-null-gpu KIT=FOLDER
+	@test -x "$(KIT)/on-null" || { echo "found no on-null in KIT='$(KIT)'; give the folder of a null GPU"; exit 2; }
+	NULL_GPU_KIT="$(abspath $(KIT))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu --timeout 900
 
 bench-vllm: $(VLLM)/.installed  ## the figures inside vLLM, beside vLLM without the plug-in: 50 minutes
 	$(VLLM)/bin/python benchmarks/run.py --vllm

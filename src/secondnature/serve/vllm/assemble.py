@@ -156,7 +156,7 @@ def _teach(
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
-        wiring=lambda: _wiring(client, loop),
+        wiring=lambda: _wiring(client, loop, tokenizer),
     )
     home.bind(directory, load.fingerprint(directory), log.base_version, "vllm")
     return teaching, engine
@@ -202,7 +202,7 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     return Clock(arena, log.kept_version()), log
 
 
-def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
+def _wiring(client: Any, loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Wiring:
     """What the worker says of the running model. Raises WeightsError: it does not answer."""
     import vllm
 
@@ -220,7 +220,13 @@ def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
     if cache == "unsalted":
         found["problems"].append("the prefix cache is not salted with the epoch")
     return Wiring.model_validate(
-        {"engine": "vllm", "engine_version": str(vllm.__version__), "cache": cache, **found}
+        {
+            "engine": "vllm",
+            "engine_version": str(vllm.__version__),
+            "cache": cache,
+            "ends": [e._asdict() for e in turns.endings(tokenizer)],
+            **found,
+        }
     )
 
 
