@@ -93,10 +93,12 @@ def test_an_answer_ends_at_what_any_file_or_the_template_calls_an_end(talker: Se
     )
 
 
-def test_a_text_that_is_continued_ends_there_too(talker: Server) -> None:
-    body = {"model": "tiny", "prompt": [USER, 5, END, ASSISTANT], "temperature": 0, "max_tokens": 60}
-    answer = talker.client.request("POST", "/v1/completions", body=body)
-    assert answer["choices"][0]["finish_reason"] == "stop"
+def test_a_text_that_is_continued_ends_there_too(talker: Server, tokenizer: Any) -> None:
+    prompt = encode_chat(tokenizer, user(WHOLE))
+    body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 60, "return_token_ids": True}
+    (choice,) = talker.client.request("POST", "/v1/completions", body=body)["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["token_ids"].index(END) == len(choice["token_ids"]) - 1
 
 
 SPELLED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
@@ -194,7 +196,9 @@ def test_what_cannot_be_read_so_is_refused(vllm_environment: None, tokenizer: An
 
     from secondnature.engines.vllm.rendering import Renderer, read_as_taught
 
-    with pytest.raises(ConfigError, match=r"by its object, lessons by the chat template.*--tokenizer-mode hf"):
+    with pytest.raises(
+        ConfigError, match=r"by its object, lessons by the chat template.*--tokenizer-mode hf"
+    ):
         read_as_taught(SimpleNamespace(renderer=object()), tokenizer)
     words = Words(tokenizer, [SPELLS])
     renderer: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=50))
