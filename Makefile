@@ -74,7 +74,8 @@ test-clients: $(CLIENTS)/.smollm2 $(CLIENTS)/js/.installed  ## openai, litellm, 
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers (smollm2: after test-clients)
-	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
+	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --timeout 1200 \
+		--override-ini filterwarnings=default
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
 # are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.
