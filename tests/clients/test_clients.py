@@ -173,7 +173,7 @@ def test_guidance(url: str) -> None:
 
 
 @pytest.mark.parametrize("tokenized", [True, False])
-def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
+def test_lm_eval(url: str, tokenizer_directory: Path, tokenized: bool) -> None:
     """Its log-likelihoods are the server's own sums, also where the model would end after the continuation."""
     pytest.importorskip("lm_eval")
     openai = pytest.importorskip("openai")
@@ -184,7 +184,7 @@ def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
     scored = LocalCompletionsAPI(
         base_url=f"{url}/completions",
         model=MODEL,
-        tokenizer=str(model),
+        tokenizer=str(tokenizer_directory),
         tokenized_requests=tokenized,
         batch_size=2,
     )
@@ -196,7 +196,7 @@ def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
     ]
     asked: Any = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = [x[0] for x in scored.loglikelihood(asked, disable_tqdm=True)]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     with openai.OpenAI(base_url=url, api_key=KEY) as client:
         for (context, continuation), sum_found in zip(pairs, found, strict=True):
             before = tokenizer(context, add_special_tokens=False)["input_ids"]

@@ -34,6 +34,7 @@ from secondnature.report.view import view
 
 WHEN = datetime(2026, 1, 2, tzinfo=UTC)
 FORMAT_1 = (Path(__file__).parent / "certificates_of_format_1.jsonl").read_text("utf-8").splitlines()
+FORMAT_2 = (Path(__file__).parent / "certificates_of_format_2.jsonl").read_text("utf-8").splitlines()
 WORDS: dict[str, set[Decision]] = {
     "improved": {"gained"},
     "held": {"held"},
@@ -336,6 +337,17 @@ def test_a_changed_certificate_of_format_1_is_refused(key: str) -> None:
     data = json.loads(FORMAT_1[0]) | {"verdict": "undone"}
     with pytest.raises(BadRecord, match="verdict"):
         verify(Evidence.model_validate(data))
+
+
+@pytest.mark.parametrize("line", FORMAT_2)
+def test_a_certificate_of_format_2_can_be_read_and_verified_but_not_changed(line: str) -> None:
+    old = Evidence.model_validate_json(line)
+    assert old.schema_version == 2
+    verify(old)
+    raw = json.loads(line)
+    raw["comparisons"][1]["p"] = 0.3
+    with pytest.raises(BadRecord, match="changed or damaged"):
+        verify(Evidence.model_validate(raw))
 
 
 def test_a_limit_is_not_minus_nothing() -> None:

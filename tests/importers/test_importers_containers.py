@@ -43,7 +43,9 @@ PACKED: dict[str, bytes] = {
     "pretty array": json.dumps(ROWS, indent=2).encode(),
     "data": json.dumps({"data": ROWS}).encode(),
     "pretty data": json.dumps({"data": ROWS}, indent=2).encode(),
-    "rows of a viewer": json.dumps({"features": "x", "rows": [{"row": r} for r in ROWS]}).encode(),
+    "rows of a viewer": json.dumps(
+        {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(ROWS)]}
+    ).encode(),
     "objects one after another": "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(),
     "gzip": gzip.compress(LINES.encode()),
     "gzip of an array": gzip.compress(json.dumps(ROWS).encode()),
@@ -146,6 +148,14 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
         (LINES.encode() + b"[" * 100_000 + b"\n", ["line 4: nested too deeply"]),
         (LINES.encode() + b'{"x": ' + b"7" * 5000 + b"}\n", ["line 4: a whole number of more than"]),
         (b"prompt,chosen,rejected\na,b,c\nd,e,f,g\n", ["line 3: 4 cells"]),
+        (
+            LINES.encode() + b'{"prompt": "x", "chosen": "a", "chosen": "b", "rejected": "c"}\n',
+            ["line 4: the field `chosen` stands there twice"],
+        ),
+        (
+            b'[{"prompt": "x",\n"prompt": "y",\n"chosen": "a"},' + json.dumps(ROWS)[1:].encode(),
+            ["line 1: the field `prompt` stands there twice"],
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_line_and_the_others_are_read(

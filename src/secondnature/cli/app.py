@@ -6,15 +6,18 @@ The set of options is frozen by tests/cli/options.txt; docs/reference/cli.md des
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
 from secondnature.cli import INTERRUPTED, Finished
-from secondnature.errors import Unreachable
+from secondnature.errors import SecondnatureError, Unreachable
+
+if TYPE_CHECKING:
+    from secondnature.cli.connect import Where
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -86,6 +89,9 @@ def command(run: Callable[P, int]) -> Callable[P, None]:
             code = run(*args, **kwargs)
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except SecondnatureError as e:  # what to do is said as it can be typed
+            e.hint = _where(kwargs).complete(e.hint)
+            raise
         except ValidationError as e:  # our own input is checked where it is read: this is an answer
             raise Unreachable(
                 f"the server's answer is not a {e.title} of this version",
@@ -94,6 +100,13 @@ def command(run: Callable[P, int]) -> Callable[P, None]:
         raise Finished(code)
 
     return wrapped
+
+
+def _where(options: Mapping[str, object]) -> Where:
+    from secondnature.cli.connect import Where
+
+    home, url = options.get("home"), options.get("url")
+    return Where(home if isinstance(home, Path) else None, url if isinstance(url, str) else None)
 
 
 def _version(wanted: bool) -> None:
@@ -130,6 +143,9 @@ def serve(
     engine: Annotated[
         Engine | None, typer.Option("--engine", help="What generates. Default: the home's, else local.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, or cuda: engine and trainer on a GPU. Default cpu.")
+    ] = None,
     train_threads: Annotated[
         int | None, typer.Option("--train-threads", help="Threads of the trainer.")
     ] = None,
@@ -152,6 +168,7 @@ def serve(
         "port": port,
         "host": host,
         "home": home,
+        "device": device,
         "train_threads": train_threads,
         "share": share,
     }

@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 from secondnature.errors import BadRecord, TooLarge
 from secondnature.importers.rows import Place, Row
+from secondnature.records import FieldTwice, each_field_once
 
 __all__ = ["Part", "find_parts"]
 
@@ -215,9 +216,11 @@ Lines = Callable[..., Any]
 def parse(text: str) -> Any:
     """One JSON value. Raises ValueError, with what is wrong."""
     try:
-        return json.loads(text, parse_constant=_not_finite)
+        return json.loads(text, parse_constant=_not_finite, object_pairs_hook=each_field_once)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg}, column {e.colno})") from None
+    except FieldTwice:
+        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError:
@@ -275,20 +278,20 @@ def inner_list(value: Any) -> list[Any] | None:
     outer = cast("dict[str, Any]", value)
     for key in LISTS:
         inner = outer.get(key)
-        if isinstance(inner, dict) and key == "results":  # promptfoo: {"results": {"results": [...]}}
-            return inner_list(cast("dict[str, Any]", inner))
+        if isinstance(inner, dict) and key == "results":  # promptfoo: beside the results lie its prompts
+            return inner_list({key: cast("dict[str, Any]", inner).get(key)})
         if isinstance(inner, list):
             items = cast("list[Any]", inner)
-            others = [k for k, v in outer.items() if k != key and isinstance(v, list)]
+            others = any(isinstance(v, list) for k, v in outer.items() if k not in (key, "features"))
             turns = any(isinstance(i, dict) and ("from" in i or "role" in i) for i in items)
-            if items and all(isinstance(i, dict) for i in items) and not turns and len(others) == 0:
+            if items and all(isinstance(i, dict) for i in items) and not turns and not others:
                 return items
     return None
 
 
 def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
     """Values one after another, in an array or not, each decoded as soon as it is whole."""
-    decoder = json.JSONDecoder(parse_constant=_not_finite)
+    decoder = json.JSONDecoder(parse_constant=_not_finite, object_pairs_hook=each_field_once)
     with lines() as file:
         text, at, number, ended, wanted = "", 0, 1, False, CHUNK
         inside = not array
@@ -312,6 +315,12 @@ def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
                 yield Row(place, problem="nested too deeply")
                 return
             except ValueError as e:
+                twice = _after_twice(text, at) if isinstance(e, FieldTwice) else None
+                if twice is not None:
+                    yield Row(place, problem=str(e))
+                    number += text.count("\n", at, twice)
+                    at, wanted = twice, CHUNK
+                    continue
                 if ended:
                     what = e.msg if isinstance(e, json.JSONDecodeError) else "a number of too many digits"
                     yield Row(place, problem=f"not JSON ({what})")
@@ -334,6 +343,14 @@ def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
                 yield from _unwrapped(place, value)
             number += piece.count("\n")
             at, wanted = end, CHUNK
+
+
+def _after_twice(text: str, at: int) -> int | None:
+    """Where a value ends in which a field stands twice; None: it does not end yet."""
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _whole(name: str, lines: Lines) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from secondnature import storage
 from secondnature.config import Settings
-from secondnature.engines.base import GenerationResult
+from secondnature.engines.generation import GenerationResult
 from secondnature.errors import Cancelled, NotDurable
 from secondnature.evidence.gate import judge_lesson
 from secondnature.lessons.change import CheckIn

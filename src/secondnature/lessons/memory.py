@@ -8,10 +8,12 @@ A completion is known from its first chunk on, with the text so far: who stops a
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 from secondnature.errors import BadInput, NotFound
 from secondnature.records import Message
@@ -35,21 +37,21 @@ class Said:
     weights_version: str
     finish_reason: str | None = None
     """Why it ended; `unfinished`: it has not, or nobody waited for it."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the chat template was told besides (`chat_template_kwargs`)."""
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory, at most."""
-        texts = [m.content for m in self.prompt or ()]
+        texts = [m.content for m in self.prompt or ()] + ([json.dumps(self.options)] if self.options else [])
         return _bytes_of(self.answer) + sum(_bytes_of(text) + OVERHEAD_BYTES for text in texts)
 
 
 class Telling:
     """A completion that is being told: what of it went out so far. `Memory.tell` makes it."""
 
-    def __init__(
-        self, prompt: list[Message] | None, weights_version: str, grown: Callable[[int], None]
-    ) -> None:
-        self._first = Said(prompt, "", weights_version, "unfinished")
+    def __init__(self, first: Said, grown: Callable[[int], None]) -> None:
+        self._first = first
         self._pieces: list[str] = []
         self._grown = grown
 
@@ -109,7 +111,13 @@ class Memory:
             self._nbytes += nbytes
             self._make_room()
 
-    def tell(self, completion_id: str, prompt: list[Message] | None, weights_version: str) -> Telling:
+    def tell(
+        self,
+        completion_id: str,
+        prompt: list[Message] | None,
+        weights_version: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> Telling:
         """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
 
         def grown(nbytes: int) -> None:
@@ -120,7 +128,7 @@ class Memory:
                     self._nbytes += nbytes
                     self._make_room()
 
-        telling = Telling(prompt, weights_version, grown)
+        telling = Telling(Said(prompt, "", weights_version, "unfinished", options or {}), grown)
         self.remember(completion_id, telling)
         return telling
 

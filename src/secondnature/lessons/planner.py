@@ -18,13 +18,25 @@ from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_me
 from secondnature.lessons.prober import named
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import Taught, encode_chat, teach
-from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
+from secondnature.records import (
+    Cause,
+    Correction,
+    KlSet,
+    Message,
+    OptimizerSettings,
+    Probe,
+    Prompt,
+    digest,
+    nothing_asked,
+)
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
 _READ_AS = {"example": "taught", "student": "taught", "development probe": "development probes"}
 _TokenIds = tuple[list[int], list[int], list[int] | None]
 """(context, wanted answer, rejected answer); nobody writes into them."""
+Options = dict[str, Any] | None
+"""What a template is told besides."""
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
@@ -235,7 +247,7 @@ class Planner:
             asked,
             {
                 "example": [self._prompt_of(x.context) for x in examples],
-                "student": [x.context for x in distilled],
+                "student": [x.context for x in distilled] + self._asked_otherwise(corrections),
                 "development probe": [self._prompt_of(x.context) for x in development],
                 "replay": [self._prompt_of(x.context) for x in replay.works],
                 "own answer": [x.context for x in replay.own],
@@ -341,7 +353,8 @@ class Planner:
                 found.leave_out("too long" if isinstance(e, ContextOverflow) else "cannot be taught")
                 continue
             prompt = self._prompt_of(work.context)
-            if tuple(prompt) in asked:
+            otherwise = self._asked_otherwise([item] if isinstance(item, Correction) else [])
+            if any(tuple(ids) in asked for ids in (prompt, *otherwise)):
                 found.leave_out("asked by a probe")
                 continue
             found.samples.append(Sample("replay", prompt, item.prompt))
@@ -356,7 +369,7 @@ class Planner:
         new = [
             Sample(
                 "new",
-                encode_chat(self._tokenizer, c.prompt),
+                encode_chat(self._tokenizer, c.prompt, template_options=c.chat_template_kwargs),
                 c.prompt,
                 c.chosen[0].content if c.chosen else None,
             )
@@ -442,7 +455,7 @@ class Planner:
         texts += [m[0].content for m in (correction.chosen, correction.answered) if m]
         most = sum(len(x.encode()) for x in (*texts, correction.feedback or ""))
         most += MIN_TOKENS_OF_A_TURN * (len(texts) + 1)
-        differs = correction.chosen != correction.rejected
+        differs = correction.chosen != correction.rejected and nothing_asked(correction) is None
         if roles in self._rendered and most < self._limit and differs and (chosen is None or chosen.strip()):
             return None
         reason = self._why_not(correction, distil=chosen is None)
@@ -452,8 +465,10 @@ class Planner:
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
-        found = Distilled(correction, self._context(correction.prompt, label), label)
-        teacher = self._context(teacher_messages(correction, ""), label)
+        _refuse_unasked(correction, label)
+        options = correction.chat_template_kwargs
+        found = Distilled(correction, self._context(correction.prompt, label, options), label)
+        teacher = self._context(teacher_messages(correction, ""), label, options)
         self._check(wire.TokenExample(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
@@ -478,12 +493,14 @@ class Planner:
 
     def _ids(self, correction: Correction, label: str) -> _TokenIds:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
+        _refuse_unasked(correction, label)
         if not correction.chosen[0].content.strip():
             raise BadExample(f"{label}: the wanted answer is blank", "write it, or leave the record out")
-        wanted = self._answer(correction.prompt, correction.chosen[0], label)
+        options = correction.chat_template_kwargs
+        wanted = self._answer(correction.prompt, correction.chosen[0], label, options)
         rejected = None
         if correction.rejected is not None:
-            other = self._answer(correction.prompt, correction.rejected[0], label)
+            other = self._answer(correction.prompt, correction.rejected[0], label, options)
             if other.context != wanted.context:
                 raise BadInput(
                     f"{label}: one of the two answers brings thoughts of its own, the other does not; they are "
@@ -511,18 +528,22 @@ class Planner:
         self._check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 
-    def _context(self, prompt: list[Message], label: str) -> list[int]:
+    def _context(self, prompt: list[Message], label: str, options: Options = None) -> list[int]:
         """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow."""
         with named(label):
-            return encode_chat(self._tokenizer, prompt, limit=self._limit)
+            return encode_chat(self._tokenizer, prompt, limit=self._limit, template_options=options)
 
-    def _answer(self, prompt: list[Message], answer: Message, label: str) -> Taught:
+    def _answer(self, prompt: list[Message], answer: Message, label: str, options: Options = None) -> Taught:
         """An answer as token ids; what cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            found = teach(self._tokenizer, prompt, answer, limit=self._limit)
+            found = teach(self._tokenizer, prompt, answer, limit=self._limit, options=options)
         if found.between:
             self._between.add(tuple(found.between))
         return found
+
+    def _asked_otherwise(self, corrections: list[Correction]) -> list[list[int]]:
+        """As a probe would ask them, the prompts of those that tell the template something of their own."""
+        return [self._context(c.prompt, "") for c in corrections if c.chat_template_kwargs]
 
     def _prompt_of(self, context: list[int]) -> list[int]:
         """What is asked in a context: without what the template writes between its prompt and an answer."""
@@ -534,15 +555,16 @@ class Planner:
     def show(self, plan: Plan) -> dict[str, Any]:
         """What a dry run answers: the plan, and what of it would be taught, decoded."""
         taught = [
-            self._answer(c.prompt, c.chosen[0], "")
+            self._answer(c.prompt, c.chosen[0], "", c.chat_template_kwargs)
             for c in plan.corrections
             if c.chosen and not plan.distilled
         ]
+        doubted = doubts(self._tokenizer, plan.corrections)
         examples = [
             shown(
                 self._tokenizer,
                 work,
-                [*doubts(self._tokenizer, plan.corrections[i]), *taught[i].notes] if i < len(taught) else (),
+                [*doubted[i], *taught[i].notes] if i < len(taught) else (),
             )
             for i, work in enumerate(plan.examples[:MAX_SHOWN])
         ]
@@ -550,17 +572,14 @@ class Planner:
             shown(
                 self._tokenizer,
                 wire.TokenExample(d.context, [], label=d.label),
-                [
-                    f"taught by what was said about it: {comment(d.correction)}",
-                    *doubts(self._tokenizer, d.correction),
-                ],
+                [f"taught by what was said about it: {comment(d.correction)}", *doubted[i]],
             )
-            for d in plan.distilled[:MAX_SHOWN]
+            for i, d in enumerate(plan.distilled[:MAX_SHOWN])
         ]
         return {
             **plan.summary(),
             "shown": examples,
-            "notes": counted(self._tokenizer, plan.corrections, taught),
+            "notes": counted(doubted, taught),
         }
 
     def _check(self, work: wire.TokenExample) -> None:
@@ -576,6 +595,13 @@ class Planner:
                 f"{work.label}: token id {top}; the vocabulary ends at {self._vocab_size - 1}",
                 "were the ids made with this model's tokenizer?",
             )
+
+
+def _refuse_unasked(correction: Correction, label: str) -> None:
+    """Raises BadExample: nobody can have meant this."""
+    reason = nothing_asked(correction)
+    if reason is not None:
+        raise BadExample(f"{label}: {reason}", "write what was asked, or leave the record out")
 
 
 def _refuse_equal(work: wire.TokenExample) -> None:

@@ -32,6 +32,7 @@ from secondnature.errors import (
     WeightsError,
     WrongState,
 )
+from secondnature.evidence.reach import reaches
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
@@ -164,8 +165,15 @@ class Runner:
         plan = self._planner.plan(request, self.ledger.confirmed(), self.log.earlier()[0])
         self._prober.check(request.probes)
         if request.dry_run:
-            return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._planner.show(plan))
+            return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._shown(request, plan))
         return self._do(lambda: self._accept(request, plan, asked))
+
+    def _shown(self, request: TrainRequest, plan: Plan) -> dict[str, Any]:
+        """What a dry run answers: the plan, and what its probes could show."""
+        tries = self.log.num_tries(plan.digests, [c.digest() for c in plan.corrections])
+        found = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries)
+        could_show = None if found is None else found.model_dump(mode="json")
+        return {**self._planner.show(plan), "could_show": could_show}
 
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""

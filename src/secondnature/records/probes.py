@@ -59,6 +59,11 @@ class Probe(Record):
     side: Side = "right"
     margin: tuple[Text, Text] | None = None
     """(wanted, unwanted) answers whose log-probability margin is the smooth curve beside the yes/no."""
+    pin: bool = False
+    """It must not break: passed before a lesson and failed after it, it alone undoes the lesson, however few are
+    asked. A guard all of whose probes are pinned needs no minimum number and no margin."""
+    tags: Annotated[list[Name], Field(max_length=16)] = []
+    """What it belongs to (`refund`, `geography`): whether losses concentrate in a tag is tested."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +71,9 @@ class Probe(Record):
         return with_messages(data)
 
     def digest(self) -> str:
-        """Content hash of the probe (16 hex digits)."""
-        return digest(self.model_dump(mode="json"))
+        """Content hash of the probe (16 hex digits); a probe without pin and tags has the hash it always had."""
+        raw = self.model_dump(mode="json")
+        return digest({k: v for k, v in raw.items() if v or k not in ("pin", "tags")})
 
     @property
     def cluster(self) -> str:

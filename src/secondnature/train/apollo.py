@@ -41,7 +41,7 @@ from secondnature.train.update import (
     write_,
 )
 
-__all__ = ["DEFAULT_LR", "Apollo", "fingerprint", "highest_rank"]
+__all__ = ["DEFAULT_LR", "Apollo", "fingerprint", "highest_rank", "state_bytes"]
 
 FORMAT = "apollo/3"
 DEFAULT_LR = 1e-5
@@ -253,6 +253,13 @@ def highest_rank(model: nn.Module) -> int:
         max((min(parameters[n].shape) for n, rule in _rules(model, 0).items() if rule == "apollo"), default=0)
         - 1
     )
+
+
+def state_bytes(model: nn.Module, rank: int) -> int:
+    """What the moments of this model take at most, but for rows of an untied embedding; only shapes are read."""
+    rules, parameters = _rules(model, rank), dict(model.named_parameters())
+    held = (moment_shape(rules[n], p.shape, rank) for n, p in parameters.items() if rules[n] != "rows")
+    return sum(2 * 4 * math.prod(shape) for shape in held)
 
 
 def _rules(model: nn.Module, rank: int) -> dict[str, Rule]:

@@ -161,9 +161,8 @@ def state_size(model: nn.Module) -> StateSize:
 
 def _measured(model: nn.Module) -> StateSize:
     prefix = freeze(model, [0, 0])
-    sizes = [sum(t.numel() * t.element_size() for t in pair or ()) for pair in prefix.states]
-    fixed = sum(s for s, recurrent in zip(sizes, prefix.recurrent, strict=True) if recurrent)
-    return StateSize(fixed, sum(sizes) - fixed)
+    per_token = sum(t.numel() * t.element_size() for s in prefix.states for t in s.attention or ())
+    return StateSize(prefix.num_bytes - per_token, per_token)
 
 
 def prefixes(

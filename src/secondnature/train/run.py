@@ -63,7 +63,7 @@ def model_in(arena: Arena, directory: Path, layout: wire.Layout) -> nn.Module:
     tensors = arena.tensors
     if layout == "vllm":
         headers = {name: names.Header.of(tensor) for name, tensor in tensors.items()}
-        tensors = names.views(names.plan(directory, headers), tensors)
+        tensors = names.views(names.plan(directory, headers, device=names.device_of(tensors)), tensors)
     return build(directory, tensors)
 
 

@@ -261,7 +261,18 @@ class TrainRequest(Body):
                 raise ValueError(f"development probe {i} has no `prefers`; the trainer looks at margins only")
         if self.probes and self.lesson.behaviour is None:
             raise ValueError("`probes` need `lesson.behaviour`: it says which probes must improve")
+        self._has_margins_of_guards()
         return self
+
+    def _has_margins_of_guards(self) -> None:
+        """Raises ValueError: a margin for a guard that is not asked, perhaps misspelled."""
+        margins = self.gate.guard_margin
+        guards = {p.behaviour for p in self.probes if p.behaviour != self.lesson.behaviour}
+        unknown = sorted(set(margins) - guards) if isinstance(margins, dict) else []
+        if unknown:
+            raise ValueError(
+                f"`gate.guard_margin` names `{unknown[0]}`; the guards are: {', '.join(sorted(guards)) or 'none'}"
+            )
 
 
 class PassedOver(Body):

@@ -27,6 +27,7 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load, names, turns
+from secondnature.model.tools import takes_tools
 from secondnature.serve.vllm import checks
 from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
@@ -79,7 +80,7 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
     loop = asyncio.get_running_loop()
     name = (args.served_model_name or [vllm_config.model_config.model])[0]
     await asyncio.to_thread(found.home.note_settings, settings)
-    teaching, engine = await asyncio.to_thread(
+    teaching, engine, tokenizer = await asyncio.to_thread(
         _teach, manifests[0], settings, found.home, client, vllm_config, args, loop, str(name)
     )
     ours = OwnThread(application(teaching), settings.max_body_bytes)
@@ -103,6 +104,7 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         keys=Keys(talk=None, correct=teaching.correction_key, teach=teaching.key),
         in_band=InBand(teaching.feedback, teaching.model_name) if settings.in_band else None,
         engine_keys=engine_keys,
+        shows_tools=takes_tools(tokenizer),
         on_load=on_load,
         on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
@@ -121,18 +123,24 @@ def _teach(
     args: Any,
     loop: asyncio.AbstractEventLoop,
     model_name: str,
-) -> tuple[Teaching, VllmEngine]:
+) -> tuple[Teaching, VllmEngine, Any]:
     """Everything but the routes; on a thread, for it reads and hashes all weights."""
+    from secondnature.engines.vllm.rendering import read_as_taught, stop_at
+
     torch.set_num_threads(1)
     shared = attach(manifest)
     arena, directory = shared.arena, shared.directory
     clock, log = _truth(shared, home)
     limit = int(vllm_config.model_config.max_model_len)
+    tokenizer = _tokenizer(directory, vllm_config, args)
+    vocab_size = load.read_config(directory).get_text_config(decoder=True).vocab_size
+    read_as_taught(client, tokenizer)
+    stop_at(client, {i for i in chat.end_ids(tokenizer) if i < vocab_size})
     engine = VllmEngine(
         client,
         loop,
         clock,
-        vocab_size=load.read_config(directory).get_text_config(decoder=True).vocab_size,
+        vocab_size=vocab_size,
         max_context=limit,
         load=lambda: arena.load,
         priorities=str(vllm_config.scheduler_config.policy) == "priority",
@@ -146,14 +154,14 @@ def _teach(
         directory=directory,
         engine=engine,
         model=load.skeleton(directory),
-        tokenizer=_tokenizer(directory, vllm_config, args),
+        tokenizer=tokenizer,
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
         wiring=lambda: _wiring(client, loop),
     )
     home.bind(directory, load.fingerprint(directory), log.base_version, "vllm")
-    return teaching, engine
+    return teaching, engine, tokenizer
 
 
 def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
@@ -171,14 +179,6 @@ def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
         tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
     for wrong in chat.look(tokenizer):
         LOG.warning("%s: %s", directory, wrong)
-    written = turns.template_end(tokenizer)
-    if written is not None and not turns.is_named(tokenizer, written):
-        LOG.warning(
-            "%s: the chat template ends an answer with token %d, which vLLM does not stop at; name it in "
-            "`eos_token_id` of generation_config.json",
-            directory,
-            written,
-        )
     return tokenizer
 
 
@@ -186,12 +186,13 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     """Make the engine's weights those that the home's log stands for. Nothing was served yet."""
     arena, directory = shared.arena, shared.directory
     headers = {name: names.Header.of(tensor) for name, tensor in arena.tensors.items()}
-    arena.seen_as(names.views(names.plan(directory, headers), arena.tensors))
+    parts = names.plan(directory, headers, device=names.device_of(arena.tensors))
+    arena.seen_as(names.views(parts, arena.tensors))
     dtypes = {name: tensor.dtype for name, tensor in arena.tensors.items()}
     hasher = ContentHasher(home.base_version())
     for name, tensor in checkpoint.stream(directory, dtypes):
         hasher.add(name, tensor)
-        if not torch.equal(tensor, arena.tensors[name]):
+        if not torch.equal(tensor, arena.tensors[name].cpu()):
             raise UnsupportedModel(
                 f"{name}: the engine holds other values than {directory}",
                 "it changes weights while loading them, and a lesson's undo would not know how",
