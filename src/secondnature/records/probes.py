@@ -11,6 +11,8 @@ from secondnature.records.base import Name, Record, Text, Unicode, digest
 from secondnature.records.conversation import Conversation, with_messages
 
 Side = Literal["right", "other"]
+MAX_ANSWER_TOKENS = 160
+"""Of an answer to a probe."""
 
 
 class Check(Record):
@@ -64,6 +66,8 @@ class Probe(Record):
     asked. A guard all of whose probes are pinned needs no minimum number and no margin."""
     tags: Annotated[list[Name], Field(max_length=16)] = []
     """What it belongs to (`refund`, `geography`): whether losses concentrate in a tag is tested."""
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
+    """The answer is judged as it is after so many tokens, if it has not ended."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,9 +75,9 @@ class Probe(Record):
         return with_messages(data)
 
     def digest(self) -> str:
-        """Content hash of the probe (16 hex digits); a probe without pin and tags has the hash it always had."""
+        """Content hash of the probe (16 hex digits); a probe without what came later has the hash it always had."""
         raw = self.model_dump(mode="json")
-        return digest({k: v for k, v in raw.items() if v or k not in ("pin", "tags")})
+        return digest({k: v for k, v in raw.items() if v or k not in ("pin", "tags", "max_tokens")})
 
     @property
     def cluster(self) -> str:
@@ -88,5 +92,6 @@ class Outcome(Record):
     """`Probe.digest`."""
     passed: bool
     answer: str = ""
+    """As far as it was generated: to where its check was decided."""
     margin: float | None = None
     """log p(wanted) - log p(unwanted), nats over the whole answers; None where the probe names no pair."""
