@@ -36,6 +36,7 @@ from secondnature.train.guard import (
     vocab_size,
 )
 from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
+from secondnature.train.memory import room
 from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
 
@@ -144,6 +145,8 @@ def train_step(
                 margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
         return weighted
 
+    if not recompute:
+        max_tokens = min(max_tokens, room(model))
     if objective == "sdft":
         max_tokens = min(max_tokens, max(1, MAX_SDFT_LOGITS // vocab_size(model)))
     with contextlib.ExitStack() as stack:
