@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """One copy of the weights on one card: vLLM's engine here, a trainer in another process. A lesson, and its undo.
 
     python benchmarks/gpu_prove.py [MODEL] [--graphs] [--steps 12] [--backend TRITON_ATTN] [--json FILE]
@@ -126,6 +127,7 @@ class Trainer:
 
     @property
     def answered(self) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def end(self) -> None:

@@ -106,7 +106,7 @@ class Event:
 
     async def event(self, event: dict[str, Any]) -> Any:
         """One event; what is changed later amends the correction that was made, what is deleted takes it back."""
-        name, subject = event.get("event"), (event.get("subject") or {}).get("id")
+        name, subject = event.get("event"), str((event.get("subject") or {}).get("id"))
         if name in ("feedback.created", "feedback.updated"):
             record = await read_feedback(subject)
             return await self.tell(record, when_rated(record))

@@ -182,7 +182,7 @@ def test_a_key_is_read_without_enter(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"prompt": "x", "completions": ["a"], "labels": [true]}', ["stepwise"], "whole answers"),
         ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 1}]}',
          ["line 1: unknown field `messages[-1].weight`"], "import"),
-        ('{"prompt": "x", "chosen": 4}', ["line 1: chosen: expected a list"], "import"),
+        ('{"prompt": "x", "chosen": 4}', ["line 1: chosen: expected text, or a list of messages"], "import"),
         ('{"chosen": "x", "colour": "red"}', ["`prompt` is missing; unknown field `colour`"], "for the fields"),
         ('{"prompt": "x", "chosen": "a", "chosen": "b"}', ["the field `chosen` stands there twice"], "leave one"),
     ],

@@ -225,7 +225,7 @@ def test_states_that_cannot_be_batched_are_refused_by_name() -> None:
         n_group=1,
         topk_group=1,
     )
-    with pytest.raises(UnsupportedModel, match="layer 0 of a model of type deepseek_v32 keeps another state"):
+    with pytest.raises(UnsupportedModel, match="layer 0 of a deepseek_v32 keeps another state"):
         Engine(AutoModelForCausalLM.from_config(config), byte_tokenizer())
 
 

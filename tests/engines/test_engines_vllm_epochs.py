@@ -87,7 +87,7 @@ def test_a_write_after_one_that_was_never_done_is_still_an_odd_epoch() -> None:
     """On a GPU that fails, neither the lesson's write nor the undo's may ever be done."""
     weights, epochs = arena(), Epochs()
     epochs.watch(weights.counters)
-    seen = [epochs.now()]
+    seen, begun = [epochs.now()], 0
     for _ in range(2):
         begun = weights.counters.begin()
         seen.append(epochs.now())

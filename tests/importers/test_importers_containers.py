@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -49,6 +50,9 @@ PACKED: dict[str, bytes] = {
     "objects one after another": "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(),
     "gzip": gzip.compress(LINES.encode()),
     "gzip of an array": gzip.compress(json.dumps(ROWS).encode()),
+    "gzip of gzip": gzip.compress(gzip.compress(LINES.encode())),
+    "zip of zip": zipped({"a.zip": zipped({"b.zip": zipped({"c.jsonl": LINES.encode()})}), "x.png": b"1"}),
+    "zip of gzip": zipped({"a.jsonl.gz": gzip.compress(LINES.encode())}),
     "zip": zipped({"a/b.jsonl": LINES.encode(), "__MACOSX/x": b"1", "readme.txt": b"hello"}),
     "csv": ("prompt,chosen,rejected\n" + "".join(f'"{r["prompt"]}",{GOOD},{BAD}\n' for r in ROWS)).encode(),
     "tsv": ("prompt\tchosen\trejected\n" + "".join(f"{r['prompt']}\t{GOOD}\t{BAD}\n" for r in ROWS)).encode(
@@ -180,6 +184,10 @@ def test_a_bad_row_is_named_with_its_line_and_the_others_are_read(
         (b"PK\x03\x04garbage", "zip archive that cannot be read"),
         (b"\x1f\x8bgarbage", "f: "),
         (zipped({"a.txt": b"hello"}), "in this archive"),
+        (gzip.compress(zipped({"a.jsonl": b"{}"})), "zip archive in another packing"),
+        (gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar".ljust(255, b"\0")), "tar archive"),
+        (functools.reduce(lambda data, _: gzip.compress(data), range(9), b"{}"), "gzip in gzip"),
+        (functools.reduce(lambda data, _: zipped({"a.zip": data}), range(9), b"{}"), "in this archive"),
     ],
 )
 def test_what_is_no_data_is_said(data: bytes, word: str, tmp_path: Path) -> None:

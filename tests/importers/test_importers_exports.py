@@ -168,6 +168,16 @@ def test_a_branch_that_was_left_is_not_in_the_conversation(tmp_path: Path) -> No
     assert read(tmp_path, session) == [OBJECTION]
 
 
+def test_a_session_that_begins_anew_or_whose_events_name_nothing_is_read(tmp_path: Path) -> None:
+    anew = chain(
+        ("1", "user", None, "Hi."), ("2", "assistant", "1", "Hello."),
+        ("3", "user", None, Q), ("4", "assistant", "3", BAD), ("5", "user", "4", WHY),
+    )  # fmt: skip
+    assert read(tmp_path, anew) == [OBJECTION]
+    bare = chain(("1", "user", None, Q), ("2", "assistant", None, BAD), ("3", "user", None, WHY))
+    assert read(tmp_path, bare) == [OBJECTION]
+
+
 @pytest.mark.parametrize(
     "mark",
     [

@@ -18,7 +18,8 @@ import torch
 from tiny_models import dense_config, in_arena, save_tiny
 from tiny_server import save_tokenizer
 
-from secondnature.engines.base import Engine, GenerationRequest, GenerationResult
+from secondnature.engines.base import Engine
+from secondnature.engines.generation import GenerationRequest, GenerationResult
 from secondnature.engines.local.engine import Engine as LocalEngine
 from secondnature.engines.stamps import Clock
 from secondnature.engines.vllm.client import VllmEngine

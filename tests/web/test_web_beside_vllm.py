@@ -104,7 +104,6 @@ class World:
             keys=Keys(None, "the-key-that-corrects", OUR_KEY),
             in_band=None,
             engine_keys=engine_keys,
-            shows_tools=True,
             on_load=self.loads.append,
             on_startup=lambda: self.told.append("startup"),
             on_shutdown=self._stopping,
@@ -280,6 +279,23 @@ def test_a_stream_is_stamped_where_a_choice_ends(world: World, pieces: str) -> N
         assert len(reply.events) == 1 + len(cut)
 
 
+def test_there_is_one_fingerprint_and_it_is_of_the_weights(world: World) -> None:
+    text = '"system_fingerprint":"mine"'
+    choice = {"message": {"content": text}}
+    answer = {"id": "chatcmpl-1", "choices": [choice], "system_fingerprint": "vllm-0.32", "usage": {}}
+    for found in (answer, {**answer, "system_fingerprint": None}):
+        world.engine.parts = [json.dumps(found).encode()]
+        body = world.call(CHAT, asked()).body
+        pairs = json.loads(body, object_pairs_hook=list)
+        assert [value for key, value in pairs if key == "system_fingerprint"] == ["wone"]
+        assert json.loads(body)["choices"] == [choice]
+        assert json.loads(body)["weights_version"] == "wone"
+    usage = b'data: {"id":"chatcmpl-7","choices":[],"usage":{},"system_fingerprint":"vllm-0.32"}\n\n'
+    world.engine.kind, world.engine.parts = EVENTS, [*STREAM, usage, DONE]
+    reply = world.call(CHAT, asked(stream=True))
+    assert [c["system_fingerprint"] for c in reply.chunks if "system_fingerprint" in c] == ["wone"] * 3
+
+
 def test_a_stream_that_breaks_off_is_passed_on_as_it_is(world: World) -> None:
     world.engine.kind, world.engine.parts = EVENTS, [STREAM[0], STREAM[1][:20]]
     assert world.call(CHAT, asked(stream=True)).body == STREAM[0] + STREAM[1][:20]
@@ -319,26 +335,37 @@ TOOL = {"type": "function", "function": {"name": "paint", "parameters": {}}}
 CALL = {"id": "c", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
 
 
+CALLED = {"choices": [{"message": {"content": None, "tool_calls": [CALL]}}]}
+CALLING = {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **CALL}]}}]}
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "required"},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
         {"messages": [{"role": "tool", "tool_call_id": "c", "content": "done"}]},
+        {"answer": CALLED},
+        {"stream": CALLING},
     ],
 )
-def test_with_tools_it_is_more_than_a_correction_holds(world: World, more: dict[str, Any]) -> None:
-    world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
+def test_calls_are_more_than_a_correction_holds(world: World, more: dict[str, Any]) -> None:
+    answer = more.get("answer", {"choices": [{"message": {"content": "No."}}]})
+    world.engine.parts = [json.dumps({"id": "chatcmpl-1", **answer}).encode()]
+    if "stream" in more:
+        world.engine.kind = EVENTS
+        world.engine.parts = [f"data: {json.dumps({'id': 'chatcmpl-1', **CALLING})}\n\n".encode(), DONE]
     body = json.loads(asked("Do it."))
     body["messages"] += more.get("messages", [])
-    world.call(CHAT, json.dumps({**body, **{k: v for k, v in more.items() if k == "tools"}}).encode())
-    with pytest.raises(BadInput, match="tools were shown"):
+    sent = {k: v for k, v in more.items() if k.startswith("tool")}
+    world.call(CHAT, json.dumps({**body, **sent}).encode())
+    with pytest.raises(BadInput, match="calls tools"):
         world.memory.recall("chatcmpl-1")
 
 
-def test_tools_that_nobody_showed_the_model_change_nothing(world: World) -> None:
+def test_tools_that_were_only_offered_change_nothing(world: World) -> None:
     world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
-    world.call(CHAT, asked("Do it.", tools=[TOOL], tool_choice="none", logprobs=None))
+    world.call(CHAT, asked("Do it.", tools=[TOOL], logprobs=None))
     assert world.memory.recall("chatcmpl-1").answer == "No."
 
 

@@ -150,7 +150,7 @@ def test_an_answer_cut_short_is_not_taught_as_ended(server: Running) -> None:
     cut = {"prompt": "Use red.", "said": "Why not", "chosen": "Done.", "finish_reason": "length"}
     planner = server.parts.runner._planner  # pyright: ignore[reportPrivateUsage]
     rejected = [
-        planner._work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
+        planner._encoder.work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
         for more in ({}, {"finish_reason": "stop"})
     ]
     assert rejected[0] is not None
@@ -336,3 +336,17 @@ def test_open_webuis_thumbs_arrive(server: Running, monkeypatch: pytest.MonkeyPa
     assert (recorded().conversation_id, provenance.source) == ("chat-1", "open-webui")
     assert happen("feedback.deleted")["id"] == "open-webui-f-1"
     assert "open-webui-f-1" not in {c.id for c in server.client.corrections()}
+
+
+def test_an_answer_is_found_where_the_client_put_files_around_the_question(server: Running) -> None:
+    around = turn("user", "Answer from <source>roses</source>.\n\nUse pots.")
+    said = server.say(around["content"])
+    shown = [turn("user", "Use pots.")]
+    with pytest.raises(NotFound):  # without the answer it may be another conversation
+        feedback(server.client, messages=shown, rating=-1)
+    with pytest.raises(NotFound):
+        feedback(server.client, messages=[*shown, turn("assistant", "Never said.")], rating=-1)
+    found = feedback(server.client, id="pots", messages=[*shown, turn("assistant", said)], rating=-1)
+    assert [m.content for m in found.correction.prompt] == [around["content"]]
+    edited = feedback(server.client, id="pots", messages=[*shown, turn("assistant", "Done.")], rating=-1)
+    assert (edited.outcome, meaning(edited.correction)) == ("amended", (said, "Done.", said, None, -1))

@@ -76,7 +76,7 @@ def teach(
         show(reply.plan or {}, out)
         out.result(reply)
         return 0
-    judged = bool(request.probes) or request.keep
+    judged = bool(request.probes or request.guards) or request.keep
     status = follow(server.client, reply.job, out, interrupts, judged=judged)
     detail = server.client.lesson(reply.lesson)
     if report is not None:
@@ -239,6 +239,7 @@ def _announce(sources: Sources, request: TrainRequest, num_ledger: int, server: 
     where = "from the ledger" if sources.corrections is None else ""
     parts = [f"{request.lesson.behaviour or 'lesson'}: {count} corrections {where}".rstrip()]
     parts += [f"{len(sources.probes)} probes"] if sources.probes else ["no probes"]
+    parts += [f"guards: {', '.join(f'pack:{name}' for name in request.guards)}"] if request.guards else []
     parts += [f"{len(sources.development)} development probes"] if sources.development else []
     parts += [f"{len(sources.replay)} replay examples"] if sources.replay else []
     parts += [f"{len(sources.replay_prompts)} replay prompts"] if sources.replay_prompts else []
@@ -268,10 +269,10 @@ def _ledger(server: Server, out: Output) -> list[Correction]:
 
 def _check_end(request: TrainRequest, server: Server) -> None:
     """A lesson without probes waits for somebody's word; a server that ends with the command cannot wait."""
-    if server.started and not request.probes and not request.keep:
+    if server.started and not (request.probes or request.guards) and not request.keep:
         raise BadInput(
             "no probes: the lesson would end with the server that this command started",
-            "give --probes, or --keep to keep it unjudged, or run `secondnature serve` first",
+            "give --probes or --guards facts, or --keep to keep it unjudged, or run `secondnature serve` first",
         )
 
 
@@ -289,7 +290,13 @@ def _calibrated(server: Server, request: TrainRequest, out: Output, interrupts: 
     steps = request.max_steps or TRIAL_STEPS
     for lr in TRIAL_RATES:
         lesson = request.lesson.model_copy(update={"note": f"trial run at lr {lr:g}"})
-        changes: dict[str, Any] = {"probes": [], "keep": False, "max_steps": steps, "lesson": lesson}
+        changes: dict[str, Any] = {
+            "probes": [],
+            "guards": [],
+            "keep": False,
+            "max_steps": steps,
+            "lesson": lesson,
+        }
         reply = submit(server.client, _with_lr(request, lr).model_copy(update=changes), out)
         assert reply.lesson is not None
         status = follow(server.client, reply.job, out, interrupts, judged=False)

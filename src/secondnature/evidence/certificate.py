@@ -30,6 +30,7 @@ from secondnature.records import (
     GateSettings,
     Losses,
     TagTest,
+    Taught,
     Verdict,
 )
 
@@ -48,12 +49,13 @@ def certify(
     probes_sha256: str,
     seed: int,
     created_at: datetime,
+    taught: Taught | None = None,
 ) -> Evidence:
     """The certificate of a lesson from its judged probe sets."""
     alpha = level(gate, num_retries)
     comparisons = [_with_reach(c, gate, num_retries) for c in comparisons]
     discrimination = _discrimination(comparisons, alpha)
-    verdict, reason = _decide(comparisons, discrimination, behaviour)
+    verdict, reason = _decide(comparisons, discrimination, behaviour, taught)
     weaker = _weaker(gate)
     return Evidence(
         verdict=verdict,
@@ -68,6 +70,7 @@ def certify(
         seed=seed,
         probes_sha256=probes_sha256,
         created_at=created_at,
+        taught=taught,
         **discrimination,
     )
 
@@ -131,7 +134,9 @@ def _weaker(gate: GateSettings) -> str:
     return ", ".join(parts)
 
 
-def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str) -> tuple[Verdict, str]:
+def _decide(
+    comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str, taught: Taught | None
+) -> tuple[Verdict, str]:
     gain = next((c for c in comparisons if c.role == "gain"), None)
     guards = [c for c in comparisons if c.role != "gain"]
     harmed = sorted(
@@ -150,7 +155,10 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
     if gain is not None and gain.decision == "no_gain":
         return "undone", f"Undone: no gain. {_rates(gain)}."
     open_ends = [_open_end(c) for c in comparisons if _is_open(c)]
-    if gain is None:
+    alone = gain is None and taught is not None and any(c.decision == "held" for c in guards)
+    if alone and taught is not None and not _learned(taught):
+        return "undone", f"Undone: not learned: {_as_wanted(taught)}."
+    if gain is None and not alone:
         open_ends.insert(0, f"no probe of {behaviour} was asked, so no gain can be shown")
     if d and not d["d_prime_passed"]:
         open_ends.append(
@@ -158,8 +166,22 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
         )
     if open_ends:
         return "inconclusive", "Not enough evidence, so undone: " + "; ".join(open_ends) + "."
-    assert gain is not None
+    if gain is None:
+        assert taught is not None, "else it is open"
+        return "kept", (
+            f"Kept: {_as_wanted(taught)} (no probe of {behaviour} was asked: nothing is known of other prompts); "
+            f"{_held(guards)}."
+        )
     return "kept", f"Kept: {_rates(gain)} ({_p(gain)}); {_held(guards)}."
+
+
+def _learned(taught: Taught) -> bool:
+    """Where no probe asks for what was taught: at least half of it is answered as wanted, and more than before."""
+    return taught.after > taught.before and 2 * taught.after >= taught.n
+
+
+def _as_wanted(taught: Taught) -> str:
+    return f"of {taught.n} corrections {taught.after} are answered word for word as wanted, {taught.before} before"
 
 
 def _is_open(c: Comparison) -> bool:
@@ -290,7 +312,22 @@ def recompute(evidence: Evidence) -> Evidence:
         probes_sha256=evidence.probes_sha256,
         seed=evidence.seed,
         created_at=evidence.created_at,
+        taught=_checked(evidence.taught),
     )
+
+
+def _checked(taught: Taught | None) -> Taught | None:
+    """Raises BadRecord."""
+    if taught is not None and not (
+        taught.n > 0
+        and min(taught.before, taught.after) >= 0
+        and max(taught.before, taught.after) <= taught.n
+    ):
+        raise BadRecord(
+            f"taught: {taught.before} and {taught.after} of {taught.n} corrections; expected parts of them",
+            "this certificate was changed or damaged",
+        )
+    return taught
 
 
 def _retested(c: Comparison, gate: GateSettings) -> Losses | None:

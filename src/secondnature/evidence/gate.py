@@ -30,6 +30,7 @@ from secondnature.records import (
     GateSettings,
     Outcome,
     Probe,
+    Taught,
     digest,
     utc_now,
 )
@@ -63,6 +64,7 @@ def judge_lesson(
     num_retries: int = 0,
     seed: int = 0,
     created_at: datetime | None = None,
+    taught: Taught | None = None,
 ) -> Evidence:
     """The certificate of a lesson: its verdict, and all counts and figures that lead to it.
 
@@ -89,6 +91,7 @@ def judge_lesson(
         probes_sha256=hash_probes([pair.probe for pair in pairs]),
         seed=seed,
         created_at=created_at or utc_now(),
+        taught=taught,
     )
 
 

@@ -47,6 +47,15 @@ class Session:
     """The last turn."""
     after: dict[str, Said | None] = field(default_factory=dict[str, "Said | None"])
     """The last turn after each event, by its id: who goes back and asks anew begins a branch."""
+    linked: bool = False
+    """Events name those before them."""
+
+    def follow(self, parent: Any) -> None:
+        """Go on after an event; None: from the beginning, in a session whose events name those before them."""
+        if isinstance(parent, str) and parent in self.after:
+            self.end, self.linked = self.after[parent], True
+        elif parent is None and self.linked:
+            self.end = None
 
     def hear(self, text: str, place: Place, key: str | None = None) -> Iterator[Draft]:
         """The user's turn; a candidate if it objects to the answer before it."""
@@ -107,9 +116,7 @@ def read_claude_code(rows: Iterator[Row], context: Context) -> Iterator[Draft | 
         if event.get("isSidechain"):
             context.pass_over("turns of side chains")
             continue
-        parent = event.get("parentUuid")
-        if "parentUuid" in event and (parent is None or parent in session.after):
-            session.end = session.after.get(str(parent))
+        session.follow(event.get("parentUuid"))
         message = as_object(event.get("message"))
         spoken = not any(event.get(mark) for mark in NOT_SPOKEN) and message.get("model") != "<synthetic>"
         by_hand = as_object(event.get("origin")).get("kind", "human") == "human"

@@ -32,6 +32,9 @@ MAX_VALUE_BYTES = 256_000_000
 """One JSON value (a whole export in one object) that is longer is refused."""
 CHUNK = 1 << 20
 PEEK = 1 << 16
+ZIP = b"PK\x03\x04"
+MAX_PACKINGS = 4
+"""Archives in archives, or gzip in gzip: there are files that unpack to themselves."""
 LISTS = ("data", "rows", "items", "examples", "results", "samples", "feedbacks", "conversations")
 """Where an object that is only a wrapping keeps its rows."""
 NOT_DATA = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".pdf", ".html", ".wav", ".mp3", ".dat", ".ds_store")
@@ -102,15 +105,18 @@ def find_parts(path: Path) -> list[Part]:
         meter = Meter(path.stat().st_size)
     except OSError as e:
         raise BadRecord(f"{path}: {e.strerror or e}", "check the path") from None
-    if head[:4] == b"PK\x03\x04":
-        return _members(path)
+    if head[:4] == ZIP:
+        return _members(str(path), lambda: path.open("rb"), 1)
     return [_part(str(path), lambda: path.open("rb"), head, meter)]
 
 
-def _members(path: Path) -> list[Part]:
+def _members(path: str, open_raw: Callable[[], IO[bytes]], depth: int) -> list[Part]:
+    """The files of an archive, and of archives in it."""
     parts: list[Part] = []
+    if depth > MAX_PACKINGS:
+        raise BadRecord(f"{path}: archives in archives, more than {MAX_PACKINGS}", "unpack it first")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_raw() as raw, zipfile.ZipFile(raw) as archive:
             for info in archive.infolist():
                 name = info.filename
                 hidden = name.startswith("__MACOSX") or name.rsplit("/", 1)[-1].startswith(".")
@@ -118,10 +124,12 @@ def _members(path: Path) -> list[Part]:
                     continue
                 with archive.open(info) as file:
                     head = file.read(PEEK)
+                opener = _member_opener(open_raw, name)
                 try:
-                    parts.append(
-                        _part(f"{path}:{name}", _member_opener(path, name), head, Meter(info.file_size))
-                    )
+                    if head[:4] == ZIP:
+                        parts += _members(f"{path}:{name}", opener, depth + 1)
+                    else:
+                        parts.append(_part(f"{path}:{name}", opener, head, Meter(info.file_size)))
                 except BadRecord:
                     continue  # an export has files beside its data
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, zlib.error) as e:
@@ -131,22 +139,44 @@ def _members(path: Path) -> list[Part]:
     return parts
 
 
-def _member_opener(path: Path, name: str) -> Callable[[], IO[bytes]]:
+def _member_opener(open_raw: Callable[[], IO[bytes]], name: str) -> Callable[[], IO[bytes]]:
     def open_member() -> IO[bytes]:
-        with zipfile.ZipFile(path) as archive:  # the member keeps the file open for itself
-            return archive.open(name)
+        raw = open_raw()
+        try:
+            return _Member(raw, zipfile.ZipFile(raw).open(name))
+        except BaseException:
+            raw.close()
+            raise
 
     return open_member
 
 
-def _part(name: str, open_raw: Callable[[], IO[bytes]], head: bytes, meter: Meter) -> Part:
+class _Member(io.BufferedReader):
+    """A file of an archive; what is closed with it is the archive's own file."""
+
+    def __init__(self, outer: IO[bytes], inner: IO[bytes]) -> None:
+        super().__init__(cast("Any", inner))
+        self._outer = outer
+
+    def close(self) -> None:
+        """The archive's file too."""
+        super().close()
+        self._outer.close()
+
+
+def _part(name: str, open_raw: Callable[[], IO[bytes]], head: bytes, meter: Meter, depth: int = 1) -> Part:
+    if depth > MAX_PACKINGS:
+        raise BadRecord(f"{name}: gzip in gzip, more than {MAX_PACKINGS} times", "unpack it first")
+    if head[:4] == ZIP or head[257:262] == b"ustar":
+        kind = "zip" if head[:4] == ZIP else "tar"
+        raise BadRecord(f"{name}: a {kind} archive in another packing", "unpack it, and give the folder")
     if head[:2] == b"\x1f\x8b":
 
         def open_gzip() -> IO[bytes]:
             return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(_Metered(open_raw(), meter))))
 
         with _reading(name), open_gzip() as file:
-            unpacked = _part(name, open_gzip, file.read(PEEK), Meter(0))
+            unpacked = _part(name, open_gzip, file.read(PEEK), Meter(0), depth + 1)
         return Part(name, unpacked.container, unpacked.rows, meter)
     if head[:4] == b"PAR1":
         return Part(name, "Parquet", lambda: _parquet(name, open_raw, meter), meter)

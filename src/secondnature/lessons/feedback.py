@@ -180,6 +180,8 @@ class Feedback:
                 "`messages` holds no question that was answered", "expected the user's turn, then the answer"
             )
         found = self._memory.answers_to(prompt)
+        if not found and before is None and shown:
+            found = [x for x in self._memory.answers_around(prompt) if _is(shown, x[1])]
         if found:
             exact = [x for x in found if shown is None or _is(shown, x[1])]
             key, said = (exact or found)[0]

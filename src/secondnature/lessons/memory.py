@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
@@ -163,17 +163,30 @@ class Memory:
         Those with the very same turns come first, then those that differ in system turns and in space around texts:
         clients add the one and lose the other.
         """
+        asked = _turns(prompt)
+        found = [(key, said) for key, said in self._chats() if _turns(said.prompt or ()) == asked]
+        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+
+    def answers_around(self, prompt: Sequence[Message]) -> list[tuple[str, Said]]:
+        """(id, completion) of what was answered where a client had put more around the user's texts, newest first.
+
+        Files and search results are shown to the model so, and not to the user. A short text may stand in many
+        others: whoever asks must know the answer by more than this.
+        """
+        asked = _turns(prompt)
+        return [(key, said) for key, said in self._chats() if _stands_in(asked, _turns(said.prompt or ()))]
+
+    def _chats(self) -> Iterator[tuple[str, Said]]:
+        """The chats that can be corrected, newest first."""
         with self._lock:
             known = [(key, said) for key, (said, _) in reversed(self._said.items())]
-        asked, found = _turns(prompt), list[tuple[str, Said]]()
         for key, it in known:
             try:
                 said = _read(it)
             except BadInput:  # it is none that can be corrected
                 continue
-            if said.prompt is not None and _turns(said.prompt) == asked:
-                found.append((key, said))
-        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+            if said.prompt is not None:
+                yield key, said
 
 
 def _read(said: Said | Telling | Unread) -> Said:
@@ -184,3 +197,11 @@ def _read(said: Said | Telling | Unread) -> Said:
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(m.role, m.content.strip()) for m in messages if m.role != "system"]
+
+
+def _stands_in(asked: Sequence[tuple[str, str]], shown: Sequence[tuple[str, str]]) -> bool:
+    """Whether the same turns were shown, with more around what the user wrote."""
+    return [role for role, _ in asked] == [role for role, _ in shown] and all(
+        text and text in whole if role == "user" else text == whole
+        for (role, text), (_, whole) in zip(asked, shown, strict=True)
+    )

@@ -23,9 +23,9 @@ from secondnature.evidence.checks import judge_probes
 from secondnature.evidence.decided import decider
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Message, Outcome, Probe
-from secondnature.records.probes import MAX_ANSWER_TOKENS
 
 MAX_CACHED = 100_000
+MAX_ANSWER_TOKENS = 160
 AT_ONCE = 256
 """Requests handed to the engine at a time; it decodes as many as it has rows for."""
 PROGRAMS_AT_ONCE = 16
@@ -143,7 +143,7 @@ class Prober:
         answers = self.answers(
             [prompts[i] for i in spoken],
             lambda done, _: check_in(done, total),
-            max_tokens=[probes[i].max_tokens or self._limit for i in spoken],
+            max_tokens=[probes[i].max_tokens or MAX_ANSWER_TOKENS for i in spoken],
             enough=[decider(probes[i].check) for i in spoken],
         )
         results = dict(zip(spoken, answers, strict=True))

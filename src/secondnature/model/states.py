@@ -46,7 +46,7 @@ class Keeps:
 
 
 def kept(config: Any) -> list[Keeps]:
-    """Per layer of the transformers causal language model of a config what it keeps.
+    """Per layer of a causal language model of transformers what it keeps.
 
     Raises:
         UnsupportedModel: a layer keeps something else, or transformers' cache has no word for it.
@@ -55,7 +55,7 @@ def kept(config: Any) -> list[Keeps]:
         layers = DynamicCache(config=config).layers
     except (KeyError, TypeError, AttributeError) as e:  # a kind of layer that its own table does not have
         raise UnsupportedModel(
-            f"a model of type {config.model_type} keeps a state that transformers' cache does not know ({e!r})",
+            f"a {config.model_type} keeps a state that transformers' cache does not know ({e!r})",
             "models of this kind cannot be served and trained yet",
         ) from e
     if not layers:
@@ -74,7 +74,7 @@ def _kept(index: int, layer: Any, config: Any) -> Keeps:
     if kind in (BothLayer, _BOTH_SLIDING):
         return Keeps(True, layer.number_of_states)
     raise UnsupportedModel(
-        f"layer {index} of a model of type {config.model_type} keeps another state ({kind.__name__}) than attention or a "
+        f"layer {index} of a {config.model_type} keeps another state ({kind.__name__}) than attention or a "
         "recurrence",
         "models of this kind cannot be served and trained yet",
     )

@@ -42,6 +42,7 @@ from secondnature.records.evidence import (
     Reaches,
     SharedWords,
     TagTest,
+    Taught,
     Verdict,
 )
 from secondnature.records.jsonl import (
@@ -74,9 +75,11 @@ from secondnature.records.lessons import (
 )
 from secondnature.records.probes import (
     Check,
+    GuardPack,
     Outcome,
     Probe,
     Side,
+    guard_name,
 )
 
 __all__ = [
@@ -101,6 +104,7 @@ __all__ = [
     "FieldTwice",
     "Flip",
     "GateSettings",
+    "GuardPack",
     "KlMetric",
     "KlSet",
     "Lesson",
@@ -124,6 +128,7 @@ __all__ = [
     "Side",
     "StepMetric",
     "TagTest",
+    "Taught",
     "Text",
     "TokenIds",
     "Unicode",
@@ -133,6 +138,7 @@ __all__ = [
     "digest",
     "doubts",
     "each_field_once",
+    "guard_name",
     "kind_of_doubt",
     "kinds_of_doubt",
     "nothing_asked",

@@ -221,6 +221,15 @@ def _decision_of(old: dict[str, Any]) -> Decision:
     return "no_gain" if gain and old.get("gains", 0) <= old.get("losses", 0) else "not_shown"
 
 
+class Taught(Record):
+    """The prompts of corrections, asked before and after: no evidence of a gain, but of learning."""
+
+    n: int
+    before: int
+    """Answered word for word as wanted, greedily."""
+    after: int
+
+
 class Evidence(Record):
     """The certificate of a lesson: every figure can be recomputed from the counts in it."""
 
@@ -233,6 +242,8 @@ class Evidence(Record):
     comparisons: list[Comparison]
     behaviour: str = ""
     gate: GateSettings = GateSettings()
+    taught: Taught | None = None
+    """Some of the corrections themselves. It decides only where no probe asks for what was taught."""
     d_prime_before: float | None = None
     """z(hit rate on the right side) - z(false-accept rate on the other side); 0 for a yes-sayer."""
     d_prime_after: float | None = None

@@ -35,6 +35,7 @@ _WORDS = {
     "string_pattern_mismatch": "expected small letters, digits, `.`, `_` and `-`, a letter or a digit first",
 }
 """What is wrong, by the type of pydantic's problem, where its own words are Python's."""
+_MESSAGES = frozenset({"prompt", "said", "chosen", "rejected"})
 MAX_FIELDS_NAMED = 4
 
 
@@ -52,6 +53,8 @@ def describe_errors(problems: Sequence[Any], *, of_messages: bool = False) -> st
         where = _place(first["loc"], of_messages)
         what = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
         what = _WORDS.get(first["type"], what)
+        if first["type"] == "list_type" and first["loc"] and first["loc"][-1] in _MESSAGES:
+            what = "expected text, or a list of messages"
         missing = first["type"] == "missing"
         found.append(f"`{where}` {what}" if missing else f"{where}: {what}" if where else what)
         if isinstance(first.get("input"), bool | int | float):

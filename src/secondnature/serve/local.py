@@ -39,7 +39,7 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, gguf, load
+from secondnature.model import chat, gguf, load, turns
 from secondnature.model.defaults import sampling_defaults
 from secondnature.serve import gpu
 from secondnature.train.device import prepare
@@ -49,7 +49,7 @@ from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import content_id
 from secondnature.weights.cuda import DeviceArena
-from secondnature.wire import Wiring
+from secondnature.wire import EndToken, Wiring
 
 LOG = logging.getLogger("secondnature")
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -191,7 +191,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             context_limit=engine.limits.context,
             layout="transformers",
             model_name=model_name(settings, directory),
-            wiring=lambda: _wiring(model, arena),
+            wiring=lambda: _wiring(model, arena, tokenizer),
         )
         defaults = sampling_defaults(directory) if settings.model_sampling else None
         parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer, defaults))
@@ -230,7 +230,7 @@ def _reserve(directory: Path, device: str) -> tuple[Arena, int]:
     return DeviceArena.reserve_on(card, specs), min(MAX_HELD_TOKENS, tokens)
 
 
-def _wiring(model: nn.Module, arena: Arena) -> Wiring:
+def _wiring(model: nn.Module, arena: Arena, tokenizer: Any) -> Wiring:
     """Every parameter of the model is looked up in the arena."""
     slots = {t.data_ptr() for t in arena.tensors.values()}
     parameters = dict(model.named_parameters())
@@ -243,6 +243,7 @@ def _wiring(model: nn.Module, arena: Arena) -> Wiring:
         writes=arena.writes[0],
         cache="none",
         problems=[f"{n} is not in the arena" for n, p in parameters.items() if p.data_ptr() not in slots],
+        ends=[EndToken.model_validate(e._asdict()) for e in turns.endings(tokenizer)],
     )
 
 

@@ -50,6 +50,8 @@ MAX_REMEMBERED_BYTES = 256_000
 """A completion whose request and answer are longer together is not remembered for feedback."""
 _ID = re.compile(rb'"id":\s*"([\w.:-]{1,200})"')
 _FINISHED = re.compile(rb'"finish_reason":\s*"')
+_FINGERPRINT = re.compile(rb'"system_fingerprint":\s*(?:null|"[^"\\]*")')
+"""vLLM's; in a text its quotes would be escaped."""
 _RESPONDED = re.compile(rb"^event: response\.(completed|incomplete)$", re.MULTILINE)
 """The event that ends a streamed response, whole."""
 
@@ -129,7 +131,6 @@ class Door:
         keys: ours; all of them open completions, the one that teaches opens all of vLLM's routes.
         in_band: takes corrections out of conversations; None: they are messages like others.
         engine_keys: vLLM's own (`--api-key`); none: its routes are open.
-        shows_tools: the model's chat template shows tools.
         on_load: told how many of vLLM's requests are being answered, whenever that changes.
         on_startup: called once, when vLLM's application has started.
         on_shutdown: called once, before vLLM's application is told to end.
@@ -145,7 +146,6 @@ class Door:
         keys: Keys,
         in_band: InBand | None,
         engine_keys: Sequence[str],
-        shows_tools: bool,
         on_load: Callable[[int], None],
         on_startup: Callable[[], None],
         on_shutdown: Callable[[], Awaitable[None]],
@@ -157,7 +157,6 @@ class Door:
         self._keys = keys
         self._in_band = in_band
         self._engine_keys = [key.encode() for key in engine_keys]
-        self._shows_tools = shows_tools
         self._on_load = on_load
         self._on_startup = on_startup
         self._on_shutdown = on_shutdown
@@ -283,7 +282,7 @@ class Door:
                     rest, body = (body, b"") if end == 1 else (body[end:], body[:end])
                     if path == RESPONSES and _RESPONDED.search(body):
                         body = _stamp_response(body, span)
-                    elif _FINISHED.search(body):
+                    elif _FINISHED.search(body) or _FINGERPRINT.search(body):
                         body = _stamp_events(body, span)
                 if body or not message.get("more_body", False):
                     await send({**message, "body": body})
@@ -316,7 +315,7 @@ class Door:
         version = self._clock.read().version
 
         def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
-            return overheard(path, bytes(asked), bytes(said), version, shows_tools=self._shows_tools)
+            return overheard(path, bytes(asked), bytes(said), version)
 
         self._memory.remember(found[1].decode(), Unread(asked, said, read))
         return True
@@ -332,21 +331,30 @@ def _with_headers(
     return {**start, "headers": headers}
 
 
+def _fingerprinted(body: bytes, span: Span) -> tuple[bytes, int]:
+    """vLLM's fingerprint, of its build, changed for ours, which names the weights; and how often it was there."""
+    own = json.dumps({"system_fingerprint": span.last.version})[1:-1].encode()
+    return _FINGERPRINT.subn(lambda _: own, body)
+
+
 def _stamp_document(body: bytes, span: Span) -> bytes:
     """The stamp's fields before the last brace of a JSON object; anything else stays as it is."""
     end = body.rstrip()
-    if not end.endswith(b"}") or not end.startswith(b"{"):
+    if not end.endswith(b"}") or not end.startswith(b"{") or end == b"{}":
         return body
-    fields = json.dumps(stamps(span))[1:]
-    return end[:-1] + b", " + fields.encode() if end != b"{}" else body
+    end, there = _fingerprinted(end, span)
+    fields = {k: v for k, v in stamps(span).items() if not (there and k == "system_fingerprint")}
+    return end[:-1] + b", " + json.dumps(fields)[1:].encode()
 
 
 def _stamp_events(body: bytes, span: Span) -> bytes:
-    """The stamp in every server-sent event that ends a choice."""
+    """The stamp in every server-sent event that ends a choice; no fingerprint but ours in the others."""
     events = body.split(b"\n\n")
     for i, event in enumerate(events):
         if event.startswith(b"data: {") and _FINISHED.search(event):
             events[i] = b"data: " + _stamp_document(event.removeprefix(b"data: "), span)
+        else:
+            events[i] = _fingerprinted(event, span)[0]
     return b"\n\n".join(events)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from secondnature.errors import BadInput
 from secondnature.lessons.memory import Said
@@ -24,14 +24,13 @@ RESPONSES = "/v1/responses"
 _ENDS = {"response.completed": "stop", "response.incomplete": "length"}
 
 
-def overheard(path: str, asked: bytes, said: bytes, version: str, *, shows_tools: bool) -> Said:
+def overheard(path: str, asked: bytes, said: bytes, version: str) -> Said:
     """What was asked and said on one of vLLM's routes.
 
     Args:
         path: the route.
         asked: the whole body of the request.
         said: that of the answer, JSON or server-sent events, as far as it came.
-        shows_tools: the chat template shows tools to the model, where a request sends some.
 
     Raises:
         BadInput: it is none that can be corrected.
@@ -40,19 +39,21 @@ def overheard(path: str, asked: bytes, said: bytes, version: str, *, shows_tools
         request = json.loads(asked)
         prompt = _prompt(path, request)
         whole = said.lstrip().startswith(b"{")
-        answer, finish = _whole(path, json.loads(said)) if whole else _streamed(path, said)
-        tools = bool(request.get("tools")) and request.get("tool_choice") != "none" and shows_tools
+        parts = _whole(path, json.loads(said)) if whole else _streamed(path, said)
+        demanded = bool(request.get("tools")) and request.get("tool_choice") not in (None, "none", "auto")
+        options = _template_options(path, request)
+        calls = parts.calls or demanded or (prompt is not None and len(prompt) < _num_turns(path, request))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise BadInput(
             "this completion cannot be corrected: its request or its answer is not plain text",
             "POST /v1/corrections takes the whole conversation",
         ) from None
-    if prompt is not None and (tools or len(prompt) < _num_turns(path, request)):
+    if calls:
         raise BadInput(
-            "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
-            "POST /v1/corrections takes a conversation without them",
+            "this completion cannot be corrected: it calls tools, or its conversation does",
+            "corrections hold plain turns: POST /v1/corrections takes a conversation of these",
         )
-    return Said(prompt, answer, version, finish, _template_options(path, request))
+    return Said(prompt, parts.text, version, parts.finish, options)
 
 
 def _template_options(path: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +91,28 @@ def _num_turns(path: str, request: dict[str, Any]) -> int:
     )
 
 
-def _whole(path: str, answer: dict[str, Any]) -> tuple[str, str | None]:
-    """(text of the first choice, why it ended)."""
+class _Parts(NamedTuple):
+    """Of the first choice."""
+
+    text: str
+    """So far."""
+    finish: str | None
+    """Why it ended."""
+    calls: bool
+    """It calls tools."""
+
+
+def _whole(path: str, answer: dict[str, Any]) -> _Parts:
     if path == RESPONSES:
-        parts = [p for item in answer["output"] if item["type"] == "message" for p in item["content"]]
-        return "".join(p["text"] for p in parts), _ENDS.get(f"response.{answer['status']}")
+        items: list[dict[str, Any]] = answer["output"]
+        texts = [p["text"] for item in items if item["type"] == "message" for p in item["content"]]
+        calls = any(item["type"] == "function_call" for item in items)
+        return _Parts("".join(texts), _ENDS.get(f"response.{answer['status']}"), calls)
     choice = answer["choices"][0]
-    text = choice["message"]["content"] if path == CHAT else choice["text"]
-    return str(text or ""), choice.get("finish_reason")
+    if path != CHAT:
+        return _Parts(str(choice["text"]), choice.get("finish_reason"), calls=False)
+    message = choice["message"]
+    return _Parts(str(message["content"] or ""), choice.get("finish_reason"), bool(message.get("tool_calls")))
 
 
 def _events(stream: bytes) -> Iterator[dict[str, Any]]:
@@ -107,18 +122,20 @@ def _events(stream: bytes) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix(b"data: "))
 
 
-def _streamed(path: str, stream: bytes) -> tuple[str, str]:
-    """(text of the first choice so far, why it ended)."""
+def _streamed(path: str, stream: bytes) -> _Parts:
     found: list[str] = []
-    finish = "unfinished"
+    finish, calls = "unfinished", False
     for event in _events(stream):
         if path == RESPONSES:
             finish = _ENDS.get(event["type"], finish)
+            calls |= event["type"].startswith("response.function_call")
             if event["type"] == "response.output_text.delta":
                 found.append(event["delta"])
             continue
         for choice in event.get("choices", []):
             if choice.get("index", 0) == 0:
-                found.append((choice["delta"].get("content") if path == CHAT else choice["text"]) or "")
+                said: dict[str, Any] = choice["delta"] if path == CHAT else {"content": choice["text"]}
+                found.append(said.get("content") or "")
+                calls |= bool(said.get("tool_calls"))
                 finish = choice.get("finish_reason") or finish
-    return "".join(found), finish
+    return _Parts("".join(found), finish, calls)

@@ -1,7 +1,9 @@
-"""In every Python process of a test on the null GPU: what compares numbers of kernels is left out.
+"""In every Python process of a test on the null GPU: what kernels should have computed is left out, or played.
 
-Kernels do nothing there, so a model computes what lies in memory. The self-tests, which compare such numbers, and
-the guards against numbers that are none, would end every start and every lesson. Nothing else is changed.
+Kernels do nothing there, so a model computes what lies in memory. The self-tests, which compare such numbers,
+and the guards against numbers that are none, would end every start and every lesson: they are left out. A step
+of the optimizer is a copy from the host, for that the null GPU does. Nothing else is changed. The kernels themselves
+are launched by benchmarks/gpu_prove.py, which does not load this.
 """
 
 from __future__ import annotations
@@ -27,9 +29,20 @@ def _finite_rows(module: Any) -> None:
     module.finite_rows = lambda logits: [True] * len(logits)
 
 
+def _step_by_copy(module: Any) -> None:
+    def step(self: Any, gradients: Any, *, writing: Any, **_: Any) -> None:
+        with writing():
+            for tensor in self.parameters.values():
+                tensor.copy_(tensor.cpu() + 0.125)
+        self.steps += 1
+
+    module.Apollo.step = step
+
+
 CHANGED: dict[str, Callable[[Any], None]] = {
     "secondnature.engines.local.self_test": _self_test,
     "secondnature.train.prefix": _self_test,
+    "secondnature.train.apollo": _step_by_copy,
     "secondnature.engines.local.sampling": _finite_rows,
 }
 

@@ -320,7 +320,9 @@ class BatchRows:
 def token_bytes(config: Any, itemsize: int) -> int:
     """What the keys and values of one token take, over all layers of attention, `itemsize` bytes a number."""
     text = config.get_text_config(decoder=True)
-    num_layers = sum(layer.attention for layer in kept(config))
+    num_layers = sum(keeps.attention for keeps in kept(config))
+    if not num_layers:
+        return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * num_layers * int(heads) * int(size) * itemsize

@@ -27,7 +27,6 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load, names, turns
-from secondnature.model.tools import takes_tools
 from secondnature.serve.vllm import checks
 from secondnature.web.application import application
 from secondnature.web.beside_vllm import Door, OwnThread
@@ -80,7 +79,7 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
     loop = asyncio.get_running_loop()
     name = (args.served_model_name or [vllm_config.model_config.model])[0]
     await asyncio.to_thread(found.home.note_settings, settings)
-    teaching, engine, tokenizer = await asyncio.to_thread(
+    teaching, engine = await asyncio.to_thread(
         _teach, manifests[0], settings, found.home, client, vllm_config, args, loop, str(name)
     )
     ours = OwnThread(application(teaching), settings.max_body_bytes)
@@ -104,7 +103,6 @@ async def begin(app: Any, client: Any, vllm_config: Any, args: Any) -> None:
         keys=Keys(talk=None, correct=teaching.correction_key, teach=teaching.key),
         in_band=InBand(teaching.feedback, teaching.model_name) if settings.in_band else None,
         engine_keys=engine_keys,
-        shows_tools=takes_tools(tokenizer),
         on_load=on_load,
         on_startup=lambda: teaching.home.announce(url),
         on_shutdown=stop,
@@ -123,7 +121,7 @@ def _teach(
     args: Any,
     loop: asyncio.AbstractEventLoop,
     model_name: str,
-) -> tuple[Teaching, VllmEngine, Any]:
+) -> tuple[Teaching, VllmEngine]:
     """Everything but the routes; on a thread, for it reads and hashes all weights."""
     from secondnature.engines.vllm.rendering import read_as_taught, stop_at
 
@@ -158,10 +156,10 @@ def _teach(
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
-        wiring=lambda: _wiring(client, loop),
+        wiring=lambda: _wiring(client, loop, tokenizer),
     )
     home.bind(directory, load.fingerprint(directory), log.base_version, "vllm")
-    return teaching, engine, tokenizer
+    return teaching, engine
 
 
 def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
@@ -204,7 +202,7 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     return Clock(arena, log.kept_version()), log
 
 
-def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
+def _wiring(client: Any, loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Wiring:
     """What the worker says of the running model. Raises WeightsError: it does not answer."""
     import vllm
 
@@ -222,7 +220,13 @@ def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
     if cache == "unsalted":
         found["problems"].append("the prefix cache is not salted with the epoch")
     return Wiring.model_validate(
-        {"engine": "vllm", "engine_version": str(vllm.__version__), "cache": cache, **found}
+        {
+            "engine": "vllm",
+            "engine_version": str(vllm.__version__),
+            "cache": cache,
+            "ends": [e._asdict() for e in turns.endings(tokenizer)],
+            **found,
+        }
     )
 
 
