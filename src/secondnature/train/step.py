@@ -29,12 +29,14 @@ from secondnature.train.forest import MAX_BYTES, MAX_TOKENS, forwards, portions
 from secondnature.train.guard import (
     Bounds,
     check_examples,
+    check_finite,
     check_loss,
     check_tensors,
     limit_norm_,
     vocab_size,
 )
 from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
+from secondnature.train.memory import room
 from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
 from secondnature.train.readback import floats
@@ -148,6 +150,8 @@ def train_step(
             margins[i] = value
         return weighted
 
+    if not recompute:
+        max_tokens = min(max_tokens, room(model))
     if objective == "sdft":
         max_tokens = min(max_tokens, max(1, MAX_SDFT_LOGITS // vocab_size(model)))
     with contextlib.ExitStack() as stack:
@@ -163,16 +167,18 @@ def train_step(
             if taught:
                 torch.stack([weighted[i] for i in taught]).sum().backward()
                 try:
-                    grad_norm = check_tensors(gradients, f"{_named(taught)}: the gradient")
+                    check_finite(gradients, f"{_named(taught)}: the gradient")
                 except NonFinite:
                     for i in taught if len(taught) > 1 else []:  # whose fault is it? one by one, to say so
                         gradients.clear()
                         score(prefix, [i])[i].backward()
-                        check_tensors(gradients, f"{_named([i])}: the gradient")
+                        check_finite(gradients, f"{_named([i])}: the gradient")
                     raise
             del prefix, weighted  # or the next would be computed while they are still in memory
             num_read += len(chosen)
             each(num_read)
+        if gradients:
+            grad_norm = check_tensors(gradients, f"{_named(range(len(batch)))}: the gradient")
         if bounds is not None:  # of the examples: the anchors' pull is as strong as it is asked to be
             bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
         drift = _hold(model, gradients, anchors, anchor_weight, lambda: each(num_read)) if anchors else None
@@ -229,7 +235,7 @@ def _hold(
         drifted = [d for d in found if float(d.detach()) >= HELD]
         if drifted:
             (torch.stack(drifted).sum() * (weight / len(anchors))).backward()
-            check_tensors(gradients, "replay: the gradient")
+            check_finite(gradients, "replay: the gradient")
     return total / len(anchors)
 
 
