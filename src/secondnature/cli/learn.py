@@ -138,6 +138,11 @@ def conclude(
         from secondnature.report.words import kl
 
         out.say(f"moved:  {kl(lesson.kl)}")
+    if evidence is not None:
+        from secondnature.report.words import style
+
+        for line in style(evidence.comparisons):
+            out.say(f"style:  {line}")
     if lesson.stopped_by:
         steps = f"{lesson.steps:,} step{'s'[: lesson.steps != 1]}"
         out.say(f"trained: {steps}, then {why_stopped(lesson.stopped_by)}")

@@ -300,7 +300,7 @@ def recompute(evidence: Evidence) -> Evidence:
             pins=(c.pinned, c.pinned_before, c.pinned_losses),
             lost=_retested(c, evidence.gate),
         )
-        kept = {k: getattr(c, k) for k in ("flips", "mean_margin_before", "mean_margin_after")}
+        kept = {k: getattr(c, k) for k in ("flips", "style", "mean_margin_before", "mean_margin_after")}
         comparisons.append(fresh.model_copy(update=kept))
     return certify(
         comparisons,

@@ -7,16 +7,16 @@ in a file of correct answers. Nothing here refuses anything: each finding names 
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
+from secondnature.evidence.texts import opening, words
 from secondnature.records import Correction, Probe
 
-__all__ = ["Finding", "lint", "lint_form", "opening"]
+__all__ = ["Finding", "lint", "lint_form"]
 
 SHINGLE_WORDS = 8
 NEAR = 0.8
@@ -28,7 +28,6 @@ BARE_WORDS = 3
 MIN_FOR_FORM = 3
 """Fewer answers have no form."""
 MAX_LINES = 8
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ def lint(
     ]
 
 
-def opening(text: str, num_words: int = 2) -> str:
-    """The first words of a text, in lower case."""
-    return " ".join(w.lower() for w in _WORD.findall(text)[:num_words])
-
-
 def lint_form(wanted: Sequence[str], own: Sequence[str], where: str) -> list[Finding]:
     """The form of wanted answers beside the model's own answers to the same prompts."""
     if len(wanted) < MIN_FOR_FORM:
@@ -94,12 +88,8 @@ def lint_form(wanted: Sequence[str], own: Sequence[str], where: str) -> list[Fin
     ]
 
 
-def _words(text: str) -> list[str]:
-    return [w.lower() for w in _WORD.findall(text)]
-
-
 def _length(text: str) -> int:
-    return len(_WORD.findall(text))
+    return len(words(text))
 
 
 def _short(text: str, limit: int = 60) -> str:
@@ -115,7 +105,7 @@ def _where(numbers: Iterable[int]) -> str:
 
 
 def _key(c: Correction | Probe) -> tuple[str, ...]:
-    return tuple(f"{m.role} {' '.join(_words(m.content)) or m.content}" for m in c.prompt)
+    return tuple(f"{m.role} {' '.join(words(m.content)) or m.content}" for m in c.prompt)
 
 
 def _answer(c: Correction) -> str:
@@ -150,11 +140,11 @@ def _near_copies(
     taught: Sequence[tuple[int, Correction]], asked: Sequence[tuple[int, Probe]]
 ) -> list[Finding]:
     """Probes that ask nearly what is taught: they measure memory, not what was meant."""
-    texts = [_words(c.prompt[-1].content) for _, c in taught]
+    texts = [words(c.prompt[-1].content) for _, c in taught]
     index = _Near(texts)
     pairs: list[tuple[int, int]] = []
     for number, probe in asked:
-        found = index.nearest(_words(probe.prompt[-1].content))
+        found = index.nearest(words(probe.prompt[-1].content))
         if found is not None:
             pairs.append((number, taught[found][0]))
     if not pairs:
@@ -182,26 +172,26 @@ class _Near:
         self._count = Counter(w for s in self._sets for w in s)
         self._shingles = {s: i for i, t in enumerate(texts) for s in _shingles(t)}
         self._rare: dict[str, list[int]] = defaultdict(list)
-        for i, words in enumerate(self._sets):
-            for word in self._rarest(words):
+        for i, found in enumerate(self._sets):
+            for word in self._rarest(found):
                 self._rare[word].append(i)
 
-    def _rarest(self, words: frozenset[str]) -> list[str]:
-        ranked = sorted(words, key=lambda w: (self._count[w], w))
+    def _rarest(self, found: frozenset[str]) -> list[str]:
+        ranked = sorted(found, key=lambda w: (self._count[w], w))
         return ranked[: len(ranked) - ceil(NEAR * len(ranked)) + 1]
 
     def nearest(self, text: list[str]) -> int | None:
         for shingle in _shingles(text):
             if shingle in self._shingles:
                 return self._shingles[shingle]
-        words = frozenset(text)
-        candidates = {i for w in self._rarest(words) for i in self._rare.get(w, ())}
-        near = [i for i in candidates if len(words & self._sets[i]) >= NEAR * len(words | self._sets[i])]
+        asked = frozenset(text)
+        candidates = {i for w in self._rarest(asked) for i in self._rare.get(w, ())}
+        near = [i for i in candidates if len(asked & self._sets[i]) >= NEAR * len(asked | self._sets[i])]
         return min(near, default=None)
 
 
-def _shingles(words: list[str]) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)]
+def _shingles(text: list[str]) -> list[tuple[str, ...]]:
+    return [tuple(text[i : i + SHINGLE_WORDS]) for i in range(len(text) - SHINGLE_WORDS + 1)]
 
 
 def _skew(taught: Sequence[tuple[int, Correction]]) -> list[Finding]:
