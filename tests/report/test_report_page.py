@@ -6,7 +6,6 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import report_fixture as fixture
@@ -307,7 +306,6 @@ def test_what_would_steer_or_reorder_is_visible_on_the_page_and_in_the_table(tmp
 
 def test_what_losses_share_and_how_answers_sound_is_on_the_page() -> None:
     guard = fixture.comparison("code", "guard", n=300, before=300, gains=0, losses=5, passed=False)
-    harm: dict[str, Any] = {"harm_p": 0.016, "harm_alpha": 0.025, "harmed": True}
     tag = TagTest(
         tag="refund",
         n=5,
