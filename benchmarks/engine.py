@@ -17,7 +17,7 @@ import torch
 from common import THREADS, Settings, alternate, load, prompt_ids, ratio, say, spread, timed
 from transformers import AutoModelForCausalLM
 
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 
 PAD_ID = 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_models import END, byte_tokenizer, generate_alone, make_model, prompts, speaking_model
 
-from secondnature.engines.base import Delta, Finished, GenerationRequest, Stamp, score_request
+from secondnature.engines.generation import Delta, Finished, GenerationRequest, Stamp, score_request
 from secondnature.engines.local.engine import Engine, Unchanging
 from secondnature.errors import (
     BadExample,

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from secondnature.engines.base import Delta, GenerationRequest, PromptScored
+from secondnature.engines.generation import Delta, GenerationRequest, PromptScored, Sampling
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.sampling import Sampler, likely
 from secondnature.engines.local.text import vocabulary
@@ -61,7 +61,7 @@ def test_what_is_left_is_what_transformers_leaves(
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits).softmax(-1)  # pyright: ignore[reportArgumentType]
     probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    sampler = Sampler(temperature, top_p, top_k=top_k, min_p=min_p)
+    sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p))
     left = likely(probs, [sampler] * len(logits))
     found = torch.zeros_like(left).scatter(-1, order, left / left.sum(-1, keepdim=True))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
@@ -73,16 +73,15 @@ def test_penalties_and_biases_are_those_of_transformers_and_of_openais_formula()
     logits = rows(2, 1)
     repeated = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + said]), logits.clone())  # pyright: ignore[reportArgumentType]
     found = logits[0].clone()
-    Sampler(repetition_penalty=1.7, prompt_ids=prompt, token_ids=said).move(found)
+    Sampler(Sampling(repetition_penalty=1.7), prompt, said).move(found)
     torch.testing.assert_close(found, repeated[0], atol=0, rtol=0)
     expected = logits[0].clone()
     for token, times in ((9, 1), (7, 3)):
         expected[token] -= 0.5 * times + 0.25
     expected[11] += 4.0
     found = logits[0].clone()
-    Sampler(
-        frequency_penalty=0.5, presence_penalty=0.25, logit_bias={11: 4.0}, prompt_ids=prompt, token_ids=said
-    ).move(found)
+    how = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias={11: 4.0})
+    Sampler(how, prompt, said).move(found)
     torch.testing.assert_close(found, expected)
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import dense_config, in_arena, save_tiny
 from tiny_server import save_tokenizer
 
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.text import decoder
 from secondnature.errors import BadInput

@@ -18,7 +18,7 @@ from engine_models import (
     speaking_model,
 )
 
-from secondnature.engines.base import Delta, Finished, GenerationRequest, GenerationResult
+from secondnature.engines.generation import Delta, Finished, GenerationRequest, GenerationResult, Sampling
 from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.sampling import Sampler, finite_rows, sample
 from secondnature.engines.local.text import Detokenizer, StopScanner, decoder
@@ -118,7 +118,7 @@ def test_sampling_follows_the_distribution() -> None:
         expected = torch.where(before < top_p, probs, 0.0)
         expected /= expected.sum()
         num = 20_000
-        sampler = Sampler(temperature, top_p, seed=11)
+        sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, seed=11))
         counts = torch.bincount(torch.tensor(sample(logits.repeat(num, 1), [sampler] * num)), minlength=5)
         spread = 5 * (num * expected * (1 - expected)).sqrt() + 1e-9
         assert ((counts - num * expected).abs() <= spread).all()
@@ -127,8 +127,8 @@ def test_sampling_follows_the_distribution() -> None:
 def test_sampling_at_the_edges() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.999, -3.0]])
     for temperature in (0.0, 5e-324, 1e-12):
-        assert sample(logits, [Sampler(temperature, seed=0)]) == [1]
-    assert sample(logits, [Sampler(1.0, top_p=1e-9, seed=0)]) == [1]
+        assert sample(logits, [Sampler(Sampling(temperature=temperature, seed=0))]) == [1]
+    assert sample(logits, [Sampler(Sampling(top_p=1e-9, seed=0))]) == [1]
     bad = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("-inf"), 1.0], [float("inf"), 1.0]])
     assert finite_rows(bad) == [True, False, False, False]
     for request in (

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from secondnature.engines.base import GenerationHandle, GenerationRequest
+from secondnature.engines.base import GenerationHandle
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.stamps import Clock
 from secondnature.engines.vllm.client import AT_ONCE, AT_ONCE_UNDER_LOAD, VllmEngine
 from secondnature.errors import ContextOverflow, Unreachable

@@ -352,7 +352,16 @@ def test_a_certificate_of_format_2_can_be_read_and_verified_but_not_changed(line
 
 def test_a_limit_is_not_minus_nothing() -> None:
     clusters = [(2, 0, 0)] * 44 + [(1, 0, 0)] * 212
-    figures = {"n": 300, "num_seeds": 256, "before": 300, "gains": 0, "losses": 0}
-    found = compare(name="code", role="guard", clusters=clusters, gate=GateSettings(), **figures)
+    found = compare(
+        name="code",
+        role="guard",
+        n=300,
+        num_seeds=256,
+        before=300,
+        gains=0,
+        losses=0,
+        clusters=clusters,
+        gate=GateSettings(),
+    )
     assert found.difference_interval is not None
     assert math.copysign(1.0, found.difference_interval[1]) == 1.0

@@ -28,7 +28,7 @@ import torch
 from tiny_server import Running, running
 from transformers import AutoModelForCausalLM
 
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.model.chat import encode_chat, read_tokenizer
 from secondnature.records import Probe

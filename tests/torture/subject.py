@@ -25,12 +25,11 @@ from tiny_models import llama_config, save_tiny
 from tiny_server import LOW_GATE, WORDS, correction, save_tokenizer
 
 from secondnature.config import Settings
-from secondnature.engines.base import (
+from secondnature.engines.base import GenerationHandle, Limits
+from secondnature.engines.generation import (
     Finished,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    Limits,
     Span,
     Stamp,
     TokenLogprob,

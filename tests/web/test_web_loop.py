@@ -12,12 +12,15 @@ from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_server import KEY, Running
 
-from secondnature.engines.base import GenerationRequest
+from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.errors import Busy
 from secondnature.model import chat, lengths
+from secondnature.web import bodies
 from secondnature.web.guards import Guards, Keys
 from secondnature.wire import Client
 
@@ -104,6 +107,89 @@ def test_a_text_that_cannot_fit_holds_nobody_up(server: Running, path: str, body
     assert (reply.status_code, error["type"]) == (400, "ContextOverflow"), error
     assert "maximum context length is 256 tokens" in error["message"]
     assert max(gaps) < max(before) + LIMIT_S, (gaps, before)
+
+
+def test_a_body_of_millions_of_values_holds_nobody_up(server: Running) -> None:
+    """The C parser of JSON would stand in everybody's way until it is through."""
+    body = b'{"prompt": [' + b"[], " * 3_000_000 + b"[]]}"
+
+    def ask() -> httpx2.Response:
+        headers = {"content-type": "application/json"}
+        where = server.url + "/v1/completions"
+        return httpx2.post(where, content=body, headers=headers, trust_env=False, timeout=120)
+
+    before = longest_gaps(server, lambda: time.sleep(1))[:2]
+    *gaps, reply = longest_gaps(server, ask)
+    assert "a list of 3000001 prompts" in reply.json()["error"]["message"]
+    assert max(gaps) < max(before) + LIMIT_S, (gaps, before)
+
+
+def test_large_bodies_are_read_in_their_lane_as_small_ones_are(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with one is said in the same words."""
+    threads: list[str] = []
+    limit = server.parts.engine.limits.context
+    parse = bodies.parse
+
+    def noted(body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(body)
+
+    monkeypatch.setattr(bodies, "parse", noted)
+
+    def answers(size: int) -> list[tuple[int, Any]]:
+        filler = "a" * size
+        turns = [{"role": "user", "content": "Say tea."}]
+        asked: list[tuple[str, Any]] = [
+            ("/v1/chat/completions", {"messages": turns, "user": "b", "safety_identifier": filler}),
+            ("/v1/chat/completions", {"messages": turns, "top_p": 2, "colour": filler}),
+            ("/v1/completions", {"prompt": [1] * (limit + size), "max_tokens": 1}),
+            ("/v1/responses", {"input": "Say tea.", "max_output_tokens": 4, "safety_identifier": filler}),
+            ("/v1/responses", {"input": 3, "safety_identifier": filler}),
+        ]
+        found: list[tuple[int, Any]] = []
+        for path, body in asked:
+            reply = post(server, path, body)
+            error = reply.json().get("error") or {}
+            found.append((reply.status_code, [error.get(k) for k in ("type", "param", "code")]))
+        for cut in (f'{{"user": "{filler}"', f'{{"user": "{filler}", "messages": {"[" * size}'):
+            reply = httpx2.post(
+                server.url + "/v1/chat/completions",
+                content=cut,
+                headers={"content-type": "application/json"},
+                trust_env=False,
+                timeout=60,
+            )
+            found.append((reply.status_code, reply.json()["error"]["message"]))
+        return found
+
+    small = answers(10)
+    assert [status for status, _ in small] == [200, 400, 400, 200, 400, 400, 400]
+    assert not threads
+    assert answers(bodies.LARGE_BYTES) == small
+    assert threads == ["secondnature-read"] * len(small)
+
+
+@settings(max_examples=50)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+        lambda part: st.lists(part) | st.dictionaries(st.text(), part) | st.lists(st.integers(), min_size=90),
+    )
+)
+def test_a_large_body_is_read_as_json_reads_it(value: Any) -> None:
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        assert bodies.parse(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "cut", ["[1, 2", "[{n}, ]", "[{n},, 1]", "[{n} 1]", "[{n}, 01]", "[{n}, -]", "[" * 9999]
+)
+def test_what_is_no_json_is_none(cut: str) -> None:
+    text = cut.replace("{n}", ", ".join(map(str, range(300))))
+    with pytest.raises(ValueError):  # noqa: PT011  (json's own words)
+        bodies.parse(text.encode())
 
 
 def test_texts_that_have_to_be_encoded_wait_for_each_other_and_nobody_for_them(

@@ -22,7 +22,7 @@ from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
 from secondnature.evidence.lint import Finding
-from secondnature.records import Correction, LookMetric, to_jsonl
+from secondnature.records import Correction, LookMetric, kinds_of_doubt, to_jsonl
 from secondnature.wire import Client, JobStatus, LessonDetail, TrainReply, TrainRequest
 
 TRIAL_RATES = (1e-5, 1e-4, 1e-3)
@@ -60,6 +60,8 @@ def learn(
         if not flags.dry_run:
             _check_end(request, server)
         out.note(_announce(sources, request, len(ledger or []), server))
+        if not flags.dry_run:  # which says them one by one
+            _say_doubts(ledger or sources.corrections or [], out)
         try:
             if calibrate:
                 request = _with_lr(request, _calibrated(server, request, out, interrupts))
@@ -91,7 +93,7 @@ def teach(
     detail = server.client.lesson(reply.lesson)
     if report is not None:
         try:
-            write_report(detail, report)
+            write_report(detail, report, server.where)
         except SecondnatureError as e:  # the lesson has ended, and how it ended must be said
             out.note(f"no report: {e.type}: {e}", style="bold red")
             report = None
@@ -212,8 +214,8 @@ def check_report_path(report: Path) -> None:
         )
 
 
-def write_report(detail: LessonDetail, report: Path) -> None:
-    """Draw the report of one lesson from what the server says of it.
+def write_report(detail: LessonDetail, report: Path, where: Where) -> None:
+    """Draw the report of one lesson from what the server says of it; its commands lead to that server.
 
     Raises:
         StorageError: the report could not be written. The lesson's end is not touched by that.
@@ -222,7 +224,7 @@ def write_report(detail: LessonDetail, report: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="secondnature-") as name:
         try:
-            write(write_run(detail, Path(name)), report)
+            write(write_run(detail, Path(name)), report, where.flags())
         except OSError as e:
             raise StorageError(
                 f"{report}: {e.strerror or e}",
@@ -259,6 +261,12 @@ def _announce(sources: Sources, request: TrainRequest, num_ledger: int, server: 
     parts += [f"{len(sources.replay)} replay examples"] if sources.replay else []
     parts += [f"{len(sources.replay_prompts)} replay prompts"] if sources.replay_prompts else []
     return ", ".join(parts) + f"; weights {server.health.weights_version}"
+
+
+def _say_doubts(corrections: list[Correction], out: Output) -> None:
+    """What may be meant otherwise than it is taken, by its kind."""
+    for kind, number in kinds_of_doubt(corrections).items():
+        out.note(f"{number:,} of {len(corrections):,}: {kind} (--dry-run shows it)", style="yellow")
 
 
 def _ledger(server: Server, out: Output) -> list[Correction]:

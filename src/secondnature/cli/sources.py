@@ -257,9 +257,12 @@ def _read_corrections(path: Path) -> list[Correction]:
         found = sight(path)
         if found is None:
             raise
+        line = shlex.join(["secondnature", "import", str(path), "--out", "corrections.jsonl"])
+        let = f"let it be read: {line}" if found.importable else found.to_do
+        if found.direct:
+            raise BadRecord(f"{e.message}; the file is {found.what}", f"{e.hint}; or {let}") from None
         raise BadRecord(
-            f"{e.message}; the file is {found}",
-            f"{e.hint}; or let it be read: secondnature import {shlex.quote(str(path))} --out corrections.jsonl",
+            f"{path} is {found.what}; `learn` reads a correction on each line, as JSON", let
         ) from None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from secondnature.engines.base import Stamp
+from secondnature.engines.generation import Stamp
 from secondnature.weights.arena import Arena
 
 

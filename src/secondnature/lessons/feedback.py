@@ -180,6 +180,8 @@ class Feedback:
                 "`messages` holds no question that was answered", "expected the user's turn, then the answer"
             )
         found = self._memory.answers_to(prompt)
+        if not found and before is None and shown:
+            found = [x for x in self._memory.answers_around(prompt) if _is(shown, x[1])]
         if found:
             exact = [x for x in found if shown is None or _is(shown, x[1])]
             key, said = (exact or found)[0]
@@ -213,7 +215,11 @@ def _of(before: Correction) -> _About:
     said = None
     if before.answered is not None:
         said = Said(
-            before.prompt, before.answered[0].content, before.weights_version or "", before.finish_reason
+            before.prompt,
+            before.answered[0].content,
+            before.weights_version or "",
+            before.finish_reason,
+            before.chat_template_kwargs or {},
         )
     return _About(before.prompt, said, before.completion_id)
 
@@ -244,6 +250,7 @@ def _correction(body: wire.FeedbackRequest, about: _About, before: Correction | 
         id=body.id or (before.id if before is not None else None),
         completion_id=about.completion_id,
         weights_version=said.weights_version or None if said is not None else None,
+        chat_template_kwargs=(dict(said.options) or None) if said is not None else None,
         **fields,
     )
 

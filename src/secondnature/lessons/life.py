@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from secondnature import storage
 from secondnature.config import Settings
-from secondnature.engines.base import GenerationResult
+from secondnature.engines.generation import GenerationResult
 from secondnature.errors import Cancelled, NotDurable
 from secondnature.evidence.gate import judge_lesson
 from secondnature.lessons.change import CheckIn
@@ -167,6 +167,8 @@ class Life:
     def keep(self, reason: str) -> None:
         """The commit: from this rename on, the lesson is part of the weights. Raises StorageError: it is not."""
         job = self._job
+        if job.lesson.version == job.lesson.parent:
+            reason += "; no weight changed"
         kept = job.lesson.model_copy(
             update={"state": "kept", "reason": reason, "ended_at": utc_now(), "trial_until": None}
         )

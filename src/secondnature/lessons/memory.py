@@ -8,10 +8,12 @@ A completion is known from its first chunk on, with the text so far: who stops a
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 from secondnature.errors import BadInput, NotFound
 from secondnature.records import Message
@@ -35,21 +37,21 @@ class Said:
     weights_version: str
     finish_reason: str | None = None
     """Why it ended; `unfinished`: it has not, or nobody waited for it."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the chat template was told besides (`chat_template_kwargs`)."""
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory, at most."""
-        texts = [m.content for m in self.prompt or ()]
+        texts = [m.content for m in self.prompt or ()] + ([json.dumps(self.options)] if self.options else [])
         return _bytes_of(self.answer) + sum(_bytes_of(text) + OVERHEAD_BYTES for text in texts)
 
 
 class Telling:
     """A completion that is being told: what of it went out so far. `Memory.tell` makes it."""
 
-    def __init__(
-        self, prompt: list[Message] | None, weights_version: str, grown: Callable[[int], None]
-    ) -> None:
-        self._first = Said(prompt, "", weights_version, "unfinished")
+    def __init__(self, first: Said, grown: Callable[[int], None]) -> None:
+        self._first = first
         self._pieces: list[str] = []
         self._grown = grown
 
@@ -109,7 +111,13 @@ class Memory:
             self._nbytes += nbytes
             self._make_room()
 
-    def tell(self, completion_id: str, prompt: list[Message] | None, weights_version: str) -> Telling:
+    def tell(
+        self,
+        completion_id: str,
+        prompt: list[Message] | None,
+        weights_version: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> Telling:
         """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
 
         def grown(nbytes: int) -> None:
@@ -120,7 +128,7 @@ class Memory:
                     self._nbytes += nbytes
                     self._make_room()
 
-        telling = Telling(prompt, weights_version, grown)
+        telling = Telling(Said(prompt, "", weights_version, "unfinished", options or {}), grown)
         self.remember(completion_id, telling)
         return telling
 
@@ -155,17 +163,30 @@ class Memory:
         Those with the very same turns come first, then those that differ in system turns and in space around texts:
         clients add the one and lose the other.
         """
+        asked = _turns(prompt)
+        found = [(key, said) for key, said in self._chats() if _turns(said.prompt or ()) == asked]
+        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+
+    def answers_around(self, prompt: Sequence[Message]) -> list[tuple[str, Said]]:
+        """(id, completion) of what was answered where a client had put more around the user's texts, newest first.
+
+        Files and search results are shown to the model so, and not to the user. A short text may stand in many
+        others: whoever asks must know the answer by more than this.
+        """
+        asked = _turns(prompt)
+        return [(key, said) for key, said in self._chats() if _stands_in(asked, _turns(said.prompt or ()))]
+
+    def _chats(self) -> Iterator[tuple[str, Said]]:
+        """The chats that can be corrected, newest first."""
         with self._lock:
             known = [(key, said) for key, (said, _) in reversed(self._said.items())]
-        asked, found = _turns(prompt), list[tuple[str, Said]]()
         for key, it in known:
             try:
                 said = _read(it)
             except BadInput:  # it is none that can be corrected
                 continue
-            if said.prompt is not None and _turns(said.prompt) == asked:
-                found.append((key, said))
-        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+            if said.prompt is not None:
+                yield key, said
 
 
 def _read(said: Said | Telling | Unread) -> Said:
@@ -176,3 +197,11 @@ def _read(said: Said | Telling | Unread) -> Said:
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(m.role, m.content.strip()) for m in messages if m.role != "system"]
+
+
+def _stands_in(asked: Sequence[tuple[str, str]], shown: Sequence[tuple[str, str]]) -> bool:
+    """Whether the same turns were shown, with more around what the user wrote."""
+    return [role for role, _ in asked] == [role for role, _ in shown] and all(
+        text and text in whole if role == "user" else text == whole
+        for (role, text), (_, whole) in zip(asked, shown, strict=True)
+    )

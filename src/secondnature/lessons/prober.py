@@ -16,13 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from secondnature.engines.base import (
-    Engine,
-    GenerationHandle,
-    GenerationRequest,
-    GenerationResult,
-    score_request,
-)
+from secondnature.engines.base import Engine, GenerationHandle
+from secondnature.engines.generation import GenerationRequest, GenerationResult, score_request
 from secondnature.errors import BadInput, Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
 from secondnature.model.chat import encode_answer, encode_chat

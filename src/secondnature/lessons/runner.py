@@ -39,7 +39,8 @@ from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
 from secondnature.lessons.log import Log
 from secondnature.lessons.own_answers import OwnAnswers
-from secondnature.lessons.planner import Plan, Planner
+from secondnature.lessons.plan import Plan
+from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.trained import Trained

@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 
 from secondnature import wire
-from secondnature.engines.base import GenerationResult
+from secondnature.engines.generation import GenerationResult
 from secondnature.errors import Cancelled
 from secondnature.lessons.change import CheckIn
 from secondnature.lessons.job import Job, Phase

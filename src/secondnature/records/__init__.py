@@ -22,6 +22,13 @@ from secondnature.records.conversation import (
     SampleAnswer,
 )
 from secondnature.records.corrections import CUT_SHORT, Correction, Provenance
+from secondnature.records.doubts import (
+    Contradictions,
+    doubts,
+    kind_of_doubt,
+    kinds_of_doubt,
+    nothing_asked,
+)
 from secondnature.records.evidence import (
     DEFAULT_GUARD_MARGIN,
     EVIDENCE_VERSION,
@@ -43,8 +50,10 @@ from secondnature.records.evidence import (
 from secondnature.records.jsonl import (
     MAX_FILE_BYTES,
     MAX_LINE_BYTES,
+    FieldTwice,
     describe,
     describe_errors,
+    each_field_once,
     line_numbers,
     parse_json,
     parse_jsonl,
@@ -88,12 +97,14 @@ __all__ = [
     "Cause",
     "Check",
     "Comparison",
+    "Contradictions",
     "Conversation",
     "Correction",
     "Decision",
     "ErrorInfo",
     "Evidence",
     "Example",
+    "FieldTwice",
     "Flip",
     "GateSettings",
     "GuardPack",
@@ -130,8 +141,13 @@ __all__ = [
     "describe",
     "describe_errors",
     "digest",
+    "doubts",
+    "each_field_once",
     "guard_name",
+    "kind_of_doubt",
+    "kinds_of_doubt",
     "line_numbers",
+    "nothing_asked",
     "parse_json",
     "parse_jsonl",
     "read_jsonl",

@@ -6,7 +6,7 @@ The page is for reading, so long lists end early and say so; the JSON beside it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -120,10 +120,10 @@ class View:
     commands: list[str]
 
 
-def view(run: Run) -> View:
-    """What the page says about `run`."""
+def view(run: Run, options: Sequence[str] = ()) -> View:
+    """What the page says about `run`; `options`: of the commands that undo."""
     lesson, evidence = run.lesson, run.evidence
-    undo, commands = words.undo(lesson)
+    undo, commands = words.undo(lesson, options)
     text = words.sentence(lesson, evidence)
     said = words.outcome(lesson, evidence)
     comparisons = evidence.comparisons if evidence else []

@@ -6,6 +6,7 @@ A verdict is a word and a mark, never a colour alone. `tone` only chooses the co
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -171,20 +172,24 @@ def sentence(lesson: Lesson, evidence: Evidence | None) -> str:
     }[lesson.state]
 
 
-def undo(lesson: Lesson) -> tuple[str, list[str]]:
-    """What can be undone now: a sentence, and the commands that do it."""
+def undo(lesson: Lesson, options: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """What can be undone now: a sentence, and the commands that do it, with these options."""
+
+    def command(what: str) -> str:
+        return shlex.join(["secondnature", "lessons", what, lesson.id, *options])
+
     if lesson.reverted_by is not None:
         return f"Already taken back by {lesson.reverted_by}.", []
     if lesson.state == "kept":
         return (
             "This takes the lesson back to the byte: the weights, the optimizer's state and the version "
             "are what they were before.",
-            [f"secondnature lessons revert {lesson.id}"],
+            [command("revert")],
         )
     if lesson.state == "on_trial":
         return (
             "The lesson is on trial and is undone when its lease ends. Decide now:",
-            [f"secondnature lessons keep {lesson.id}", f"secondnature lessons revert {lesson.id}"],
+            [command("keep"), command("revert")],
         )
     if lesson.state in {"queued", "running"}:
         return "The lesson has not ended; cancelling its job undoes it.", []

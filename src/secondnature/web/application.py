@@ -20,8 +20,8 @@ from secondnature.engines.local.engine import Engine
 from secondnature.errors import BadInput, SecondnatureError
 from secondnature.lessons.teaching import Teaching
 from secondnature.model.defaults import SamplingDefaults
-from secondnature.web import completions
 from secondnature.web import teaching as routes
+from secondnature.web.completions import Completions
 from secondnature.web.guards import INFERENCE_PATHS, LOOPBACK_HOSTS, LOOPBACK_NAMES, Faults, Guards, Keys
 from secondnature.web.in_band import InBand, Layer
 from secondnature.web.metrics import exposition
@@ -87,18 +87,17 @@ def local_application(
         defaults: how a request that does not say is sampled.
     """
     app = application(teaching, engine)
-    app.include_router(
-        completions.router(
-            engine,
-            tokenizer,
-            teaching.memory,
-            teaching.clock,
-            teaching.model_name,
-            aliases={"default", "secondnature", teaching.settings.model},
-            defaults=defaults,
-            ignore_tools=teaching.settings.ignore_tools,
-        )
+    completions = Completions(
+        engine,
+        tokenizer,
+        teaching.memory,
+        teaching.clock,
+        teaching.model_name,
+        aliases={"default", "secondnature", teaching.settings.model},
+        defaults=defaults,
+        ignore_tools=teaching.settings.ignore_tools,
     )
+    app.include_router(completions.router())
 
     @app.get("/health", responses=UNWELL)
     async def health(response: Response) -> Health:  # pyright: ignore[reportUnusedFunction]

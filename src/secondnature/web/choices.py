@@ -1,24 +1,35 @@
 """From what the engine says to what OpenAI's clients read: choices, log-probabilities, usage (server).
 
 The same for answers that come whole and for those that come in pieces: a `Choice` is one answer to one prompt, and
-knows how far its text has come, so that offsets go on counting from piece to piece.
+knows how far its text has come, so that offsets go on counting from piece to piece. `ChoicesForm` puts them into
+one body, or into the pieces of a stream.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secondnature.engines.base import GenerationRequest, GenerationResult, TokenLogprob
+from secondnature.engines.generation import (
+    Delta,
+    Event,
+    GenerationRequest,
+    GenerationResult,
+    PromptScored,
+    TokenLogprob,
+)
 from secondnature.engines.local.text import Entry
-from secondnature.errors import Unreachable
+from secondnature.errors import SecondnatureError, Unreachable
 from secondnature.records import Message
+from secondnature.web.refusals import error_body
+from secondnature.web.stamps import merged, stamps
 from secondnature.web.tool_calls import CallScanner
 from secondnature.web.tools import Asking, tool_calls
 
-__all__ = ["Asked", "Choice", "finish_of", "usage_of"]
+__all__ = ["Asked", "Choice", "ChoicesForm", "finish_of"]
 
 
 @dataclass
@@ -168,8 +179,10 @@ class Asked:
     """A chat's, to be remembered."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the answer says besides the stamp."""
+    template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a chat's template was told besides."""
     has_calls: bool = False
-    """Of tools, or they were shown: more than a correction can hold."""
+    """In the conversation, or one is demanded: more than a correction can hold."""
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """The fields that every body and every piece begins with."""
@@ -190,12 +203,68 @@ def finish_of(result: GenerationResult) -> str:
     raise result.error or Unreachable("the answer was broken off", "ask again")
 
 
-def usage_of(results: Sequence[GenerationResult], n: int) -> dict[str, int]:
-    """`usage`: each prompt counts once, however many answers it got.
+@dataclass(frozen=True)
+class ChoicesForm:
+    """How `/v1/chat/completions` and `/v1/completions` write an answer down."""
 
-    Args:
-        results: in the order of the choices: `n` of each prompt.
-    """
-    prompt = sum(r.num_prompt_tokens for r in results[::n])
-    answer = sum(r.num_completion_tokens for r in results)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    n: int
+    """Choices of each prompt."""
+    include_usage: bool = False
+    """At the end of a stream."""
+
+    def whole(self, asked: Asked, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The body of an answer that comes whole. Raises what ended one that did not come to its end."""
+        choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
+        span = merged([r.weights for r in results])
+        return {
+            **asked.head(stream=False),
+            "choices": choices,
+            "usage": self._usage(results),
+            **stamps(span),
+        }
+
+    async def events(
+        self, asked: Asked, events: AsyncGenerator[tuple[int, Event]], version: str
+    ) -> AsyncGenerator[bytes]:
+        """The pieces of a stream that began with these weights."""
+        head = {**asked.head(stream=True), "system_fingerprint": version}
+        results: dict[int, GenerationResult] = {}
+
+        def chunk(choice: dict[str, Any], **more: Any) -> bytes:
+            return _event({**head, "choices": [choice], **more})
+
+        for choice in asked.choices:
+            if choice.request.score_from is None and (piece := choice.opening(None)) is not None:
+                yield chunk(piece)
+        async for i, event in events:
+            choice = asked.choices[i]
+            if isinstance(event, PromptScored):
+                if (piece := choice.opening(event.tokens)) is not None:
+                    yield chunk(piece)
+                continue
+            if isinstance(event, Delta):
+                yield chunk(choice.piece(event.text, event.tokens))
+                continue
+            results[i] = event.result
+            try:
+                finish = finish_of(event.result)
+            except SecondnatureError as e:
+                yield _event(error_body(e))
+                return
+            if (piece := choice.calls()) is not None:
+                yield chunk(piece)
+            yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
+        if self.include_usage:
+            usage = self._usage([results[i] for i in range(len(asked.choices))])
+            yield _event({**head, "choices": [], "usage": usage})
+        yield b"data: [DONE]\n\n"
+
+    def _usage(self, results: Sequence[GenerationResult]) -> dict[str, int]:
+        """Of all choices, in order: each prompt counts once, however many answers it got."""
+        prompt = sum(r.num_prompt_tokens for r in results[:: self.n])
+        answer = sum(r.num_completion_tokens for r in results)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _event(payload: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"

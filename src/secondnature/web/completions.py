@@ -1,49 +1,46 @@
-"""The OpenAI-compatible routes of the local engine: models, chat completions, completions (server).
+"""The OpenAI-compatible routes of the local engine: models, chat completions, completions, responses (server).
 
 What the official client sends works unchanged; what would change an answer and cannot be honoured is refused by
 name, never silently ignored. Every answer is stamped with the weights that gave it: `weights_version`,
 `weights_span`, `trial` and `system_fingerprint` in the body, `x-weights-version`, `x-weights-span` and
 `x-weights-trial` in the headers (a stream says there what it began with, and in its last chunk what it saw).
 
-The event loop computes nothing: texts are rendered, measured and encoded in lanes beside it, and so are answers
-with many log-probabilities. A client that leaves takes its request with it, all of its choices.
+The event loop computes nothing: large bodies are read, texts rendered, measured and encoded in lanes beside it, and
+so are answers with many log-probabilities. A client that leaves takes its request with it, all of its choices.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Collection
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from secondnature.engines.base import (
+from secondnature.engines.base import Engine
+from secondnature.engines.generation import (
     Delta,
-    Engine,
     Event,
     Finished,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    PromptScored,
     Span,
 )
 from secondnature.engines.local.text import vocabulary
 from secondnature.engines.stamps import Clock
-from secondnature.errors import BadInput, SecondnatureError
-from secondnature.lessons.memory import Memory, Said, Unread
+from secondnature.errors import BadInput
+from secondnature.lessons.memory import Memory, Said, Telling, Unread
 from secondnature.model.chat import encode_chat, encode_text
 from secondnature.model.defaults import SamplingDefaults
-from secondnature.web import responses
-from secondnature.web.choices import Asked, Choice, finish_of, usage_of
+from secondnature.web.bodies import reading
+from secondnature.web.choices import Asked, Choice, ChoicesForm
 from secondnature.web.lanes import Lanes, while_connected
-from secondnature.web.refusals import error_body, unknown_model
-from secondnature.web.stamps import headers_of, merged, stamps
+from secondnature.web.refusals import unknown_model
+from secondnature.web.responses import ResponseForm
+from secondnature.web.running import Running, Stream
+from secondnature.web.stamps import headers_of, merged
 from secondnature.web.teaching import ERRORS
 from secondnature.web.tools import Asking, asking
 from secondnature.wire import ChatCompletionRequest, CompletionRequest
@@ -56,225 +53,225 @@ CLIENT_LEFT = 499
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`."""
 
-AnyRequest = ChatCompletionRequest | CompletionRequest
+
+class Form(Protocol):
+    """How an answer is written down for the client that asked."""
+
+    def whole(self, asked: Asked, results: list[GenerationResult]) -> dict[str, Any]:
+        """The body of an answer that comes whole. Raises what ended one that did not come to its end."""
+        ...
+
+    def events(
+        self, asked: Asked, events: AsyncGenerator[tuple[int, Event]], version: str
+    ) -> AsyncGenerator[bytes]:
+        """The pieces of a stream that began with these weights."""
+        ...
 
 
-def router(
-    engine: Engine,
-    tokenizer: Any,
-    memory: Memory,
-    clock: Clock,
-    model_name: str,
-    *,
-    aliases: Collection[str] = (),
-    defaults: SamplingDefaults | None = None,
-    ignore_tools: bool = False,
-) -> APIRouter:
-    """The inference routes of one engine.
+class Completions:
+    """Inference by one engine, as OpenAI's clients ask for it.
 
     Args:
         aliases: names that a request may call the model by, besides its own.
         defaults: how a request that does not say is sampled.
         ignore_tools: tools that the chat template does not show are accepted, and a header says so.
     """
-    routes = APIRouter(responses=ERRORS)
-    started = int(time.time())
-    lanes = Lanes()
-    entry = vocabulary(tokenizer)
 
-    def card() -> dict[str, Any]:
-        made = {"id": model_name, "object": "model", "created": started, "owned_by": "secondnature"}
-        return {**made, "max_model_len": engine.limits.context, "weights_version": clock.read().version}
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        memory: Memory,
+        clock: Clock,
+        model_name: str,
+        *,
+        aliases: Collection[str] = (),
+        defaults: SamplingDefaults | None = None,
+        ignore_tools: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._memory = memory
+        self._clock = clock
+        self._model_name = model_name
+        self._aliases = aliases
+        self._defaults = defaults or SamplingDefaults()
+        self._ignore_tools = ignore_tools
+        self._started = int(time.time())
+        self._lanes = Lanes()
+        self._entry = vocabulary(tokenizer)
 
-    def check_model(name: str | None) -> None:
-        if name is not None and name != model_name and name not in aliases:
-            raise unknown_model(name, model_name)
+    def router(self) -> APIRouter:
+        """The routes, for any FastAPI application."""
+        routes = APIRouter(responses=ERRORS, route_class=reading())
+        routes.add_api_route("/v1/models", self.models)
+        routes.add_api_route("/v1/models/{model_id:path}", self.model)
+        routes.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        routes.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        routes.add_api_route("/v1/responses", self.respond, methods=["POST"])
+        return routes
 
-    @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def models(self) -> dict[str, Any]:
         """The one model that is served."""
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [self._card()]}
 
-    @routes.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def model(self, model_id: str) -> dict[str, Any]:
         """The model by its name; another name is 404."""
-        check_model(model_id)
-        return card()
+        self._check_model(model_id)
+        return self._card()
 
-    @routes.post("/v1/chat/completions")
-    async def chat(body: ChatCompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """One answer to a conversation, or `n`; with `stream`, as server-sent events."""
+        size = body.num_characters()
+        return await self._answer(request, body, size, _choices(body), lambda: self._chat(body, "chatcmpl-"))
 
-        return await _serve(request, body, body.num_characters(), lambda: chat_asked(body, "chatcmpl-"))
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue texts or token ids: one choice for each prompt and each of `n`."""
+        size = sum(map(len, body.prompt))
+        return await self._answer(request, body, size, _choices(body), lambda: self._texts(body))
 
-    def chat_asked(body: ChatCompletionRequest, prefix: str) -> Asked:
+    async def respond(self, body: ResponsesRequest, request: Request) -> Response:
+        """A chat in OpenAI's newer form; with `stream`, as server-sent events."""
+        chat = body.chat()
+        size = chat.num_characters()
+        return await self._answer(request, body, size, ResponseForm(body), lambda: self._chat(chat, "resp_"))
+
+    # ---------------------------------------------------------------------------------------- what is asked
+
+    def _card(self) -> dict[str, Any]:
+        made = {"id": self._model_name, "object": "model", "created": self._started}
+        of_ours = {
+            "max_model_len": self._engine.limits.context,
+            "weights_version": self._clock.read().version,
+        }
+        return {**made, "owned_by": "secondnature", **of_ours}
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model_name and name not in self._aliases:
+            raise unknown_model(name, self._model_name)
+
+    def _chat(self, body: ChatCompletionRequest, prefix: str) -> Asked:
         """A chat, ready for the engine; the id of its answer begins with `prefix`."""
-        how = asking(engine, tokenizer, body, ignore_tools=ignore_tools)
+        how = asking(self._engine, self._tokenizer, body, ignore_tools=self._ignore_tools)
         ids = encode_chat(
-            tokenizer,
+            self._tokenizer,
             how.messages,
-            limit=engine.limits.context,
+            limit=self._engine.limits.context,
             tools=how.tools,
             template_options=body.template_options(),
         )
-        wanted = [_chat_request(body, ids, how, defaults, i) for i in range(body.n)]
-        choices = [Choice(i, request, True, asking=how) for i, request in enumerate(wanted)]
-        prompt = None if how.has_calls else body.plain()
-        identity = prefix + secrets.token_hex(12)
-        now = int(time.time())
-        return Asked(identity, model_name, now, True, choices, prompt, how.headers, how.has_calls)
+        choices = [
+            Choice(i, _chat_request(body, ids, how, self._defaults, i), True, asking=how)
+            for i in range(body.n)
+        ]
+        return Asked(
+            prefix + secrets.token_hex(12),
+            self._model_name,
+            int(time.time()),
+            True,
+            choices,
+            prompt=None if how.has_calls else body.plain(),
+            headers=how.headers,
+            template_options=body.template_options(),
+            has_calls=how.has_calls,
+        )
 
-    @routes.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        """Continue texts or token ids: one choice for each prompt and each of `n`."""
+    def _texts(self, body: CompletionRequest) -> Asked:
+        """Texts and token ids, ready for the engine."""
+        choices: list[Choice] = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                ids = encode_text(self._tokenizer, prompt, limit=self._engine.limits.context)
+                written = prompt
+            else:
+                ids, written = prompt, str(self._tokenizer.decode(prompt)) if body.echo else ""
+            echoed = written if body.echo else None
+            first = self._entry(ids[0]) if ids and body.echo else None
+            for i in range(body.n):
+                request = _text_request(body, ids, self._defaults, i)
+                choices.append(Choice(len(choices), request, False, echoed, first))
+        return Asked("cmpl-" + secrets.token_hex(12), self._model_name, int(time.time()), False, choices)
 
-        def work() -> Asked:
-            choices: list[Choice] = []
-            for prompt in body.prompt:
-                if isinstance(prompt, str):
-                    ids, written = encode_text(tokenizer, prompt, limit=engine.limits.context), prompt
-                else:
-                    ids, written = prompt, str(tokenizer.decode(prompt)) if body.echo else ""
-                echoed = written if body.echo else None
-                first = entry(ids[0]) if ids and body.echo else None
-                for i in range(body.n):
-                    wanted = _text_request(body, ids, defaults, i)
-                    choices.append(Choice(len(choices), wanted, False, echoed, first))
-            return Asked("cmpl-" + secrets.token_hex(12), model_name, int(time.time()), False, choices)
+    # --------------------------------------------------------------------------------------- what is answered
 
-        return await _serve(request, body, sum(map(len, body.prompt)), work)
-
-    @routes.post("/v1/responses")
-    async def respond(body: ResponsesRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        """A chat in OpenAI's newer form; with `stream`, as server-sent events."""
-        check_model(body.model)
-
-        async def answer() -> Response:
-            chat = body.chat()
-            asked = await lanes.run(chat.num_characters(), lambda: chat_asked(chat, "resp_"))
-            handles = _submit(engine, asked)
-            if body.stream:
-                headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"}
-                events = responses.events(asked, body, _remembered(asked, _each(handles)))
-                return _Stream(handles, events, headers | dict(asked.headers))
-            result = (await _all(handles))[0]
-            content = _json(responses.whole(asked, body, result))
-            _remember(asked, result)
-            headers = headers_of(result.weights) | dict(asked.headers)
-            return Response(content, media_type="application/json", headers=headers)
-
-        found = await while_connected(request, answer())
-        return Response(status_code=CLIENT_LEFT) if found is None else found
-
-    def _remembered(
-        asked: Asked, events: AsyncGenerator[tuple[int, Event]]
-    ) -> AsyncGenerator[tuple[int, Event]]:
-        """A stream's events; from now on its answer is known, with the text that has passed."""
-        telling = memory.tell(asked.id, asked.prompt, clock.read().version)
-
-        async def passing() -> AsyncGenerator[tuple[int, Event]]:
-            async for i, event in events:
-                if i == 0 and isinstance(event, Delta):
-                    telling.add(event.text)
-                if i == 0 and isinstance(event, Finished) and event.result.error is None:
-                    _remember(asked, event.result)
-                yield i, event
-
-        return passing()
-
-    async def _serve(request: Request, body: AnyRequest, size: int, work: Callable[[], Asked]) -> Response:
-        check_model(body.model)
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatCompletionRequest | CompletionRequest | ResponsesRequest,
+        size: int,
+        form: Form,
+        ask: Callable[[], Asked],
+    ) -> Response:
+        """The answer to a request of so many characters, which `ask` makes ready, in its form."""
+        self._check_model(body.model)
 
         async def answer() -> Response:
-            asked = await lanes.run(size, work)
-            handles = _submit(engine, asked)
-            if body.stream:
-                return _streamed(handles, asked, body)
-            results = await _all(handles)
-            scored = sum(len(r.prompt_tokens) + len(r.tokens) for r in results)
-            written = scored * CHARACTERS_PER_SCORED_TOKEN * (1 + (asked.choices[0].request.logprobs or 0))
-            content = await lanes.run(written, lambda: _json(_whole(asked, results, body.n)))
-            _remember(asked, results[0])
-            span = merged([r.weights for r in results])
-            headers = headers_of(span) | dict(asked.headers)
-            return Response(content, media_type="application/json", headers=headers)
+            asked = await self._lanes.run(size, ask)
+            running = Running(self._engine, [choice.request for choice in asked.choices])
+            return (
+                self._stream(asked, running, form) if body.stream else await self._whole(asked, running, form)
+            )
 
         # a stream looks for its client's leaving by itself
         found = await while_connected(request, answer())
         return Response(status_code=CLIENT_LEFT) if found is None else found
 
-    def _streamed(handles: list[GenerationHandle], asked: Asked, body: AnyRequest) -> Response:
-        headers = headers_of(Span.begin(clock.read())) | {"cache-control": "no-cache"} | dict(asked.headers)
-        return _Stream(handles, _events(handles, asked, body), headers)
+    async def _whole(self, asked: Asked, running: Running, form: Form) -> Response:
+        results = await running.results()
+        scored = sum(len(r.prompt_tokens) + len(r.tokens) for r in results)
+        written = scored * CHARACTERS_PER_SCORED_TOKEN * (1 + (asked.choices[0].request.logprobs or 0))
+        content = await self._lanes.run(written, lambda: _json(form.whole(asked, results)))
+        self._remember(asked, results[0])
+        headers = headers_of(merged([r.weights for r in results])) | dict(asked.headers)
+        return Response(content, media_type="application/json", headers=headers)
 
-    def _remember(asked: Asked, result: GenerationResult) -> None:
+    def _stream(self, asked: Asked, running: Running, form: Form) -> Response:
+        stamp = self._clock.read()
+        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, asked.template_options)
+        events = form.events(asked, self._told(asked, telling, running.events()), stamp.version)
+        return Stream(running, events, headers_of(Span.begin(stamp)) | dict(asked.headers))
+
+    def _remember(self, asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        said = Said(asked.prompt, result.text, version, result.finish_reason)
-        memory.remember(asked.id, Unread(b"", b"", _more_than_text) if asked.has_calls else said)
+        said = Said(asked.prompt, result.text, version, result.finish_reason, asked.template_options)
+        how = asked.choices[0].asking
+        calls = asked.has_calls or (how is not None and bool(how.read(result.text)[1]))
+        self._memory.remember(asked.id, Unread(b"", b"", _more_than_text) if calls else said)
 
-    def _whole(asked: Asked, results: Sequence[GenerationResult], n: int) -> dict[str, Any]:
-        choices = [c.whole(r) for c, r in zip(asked.choices, results, strict=True)]
-        span = merged([r.weights for r in results])
-        body = {**asked.head(stream=False), "choices": choices, "usage": usage_of(results, n)}
-        return {**body, **stamps(span)}
-
-    async def _events(
-        handles: list[GenerationHandle], asked: Asked, body: AnyRequest
-    ) -> AsyncGenerator[bytes]:
-        events = _remembered(asked, _each(handles))
-        fingerprint = {"system_fingerprint": clock.read().version}
-        head = asked.head(stream=True)
-        results: dict[int, GenerationResult] = {}
-
-        def chunk(choice: dict[str, Any], **more: Any) -> bytes:
-            return _sse({**head, **fingerprint, "choices": [choice], **more})
-
-        for choice in asked.choices:
-            if choice.request.score_from is None and (piece := choice.opening(None)) is not None:
-                yield chunk(piece)
+    async def _told(
+        self, asked: Asked, telling: Telling, events: AsyncGenerator[tuple[int, Event]]
+    ) -> AsyncGenerator[tuple[int, Event]]:
+        """A stream's events; the text that has passed is known."""
+        how = asked.choices[0].asking
+        scanner = None if how is None else how.scanner()  # what may be a call is not said yet
         async for i, event in events:
-            choice = asked.choices[i]
-            if isinstance(event, PromptScored):
-                if (piece := choice.opening(event.tokens)) is not None:
-                    yield chunk(piece)
-                continue
-            if isinstance(event, Delta):
-                yield chunk(choice.piece(event.text, event.tokens))
-                continue
-            results[i] = event.result
-            try:
-                finish = finish_of(event.result)
-            except SecondnatureError as e:
-                yield _sse(error_body(e))
-                return
-            if (piece := choice.calls()) is not None:
-                yield chunk(piece)
-            yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
-        if body.stream_options is not None and body.stream_options.include_usage:
-            usage = usage_of([results[i] for i in range(len(handles))], body.n)
-            yield _sse({**head, **fingerprint, "choices": [], "usage": usage})
-        yield b"data: [DONE]\n\n"
-
-    return routes
-
-
-# ------------------------------------------------------------------------------------------------ requests
+            if i == 0 and isinstance(event, Delta):
+                telling.add(event.text if scanner is None else scanner.feed(event.text))
+            if i == 0 and isinstance(event, Finished) and event.result.error is None:
+                self._remember(asked, event.result)
+            yield i, event
 
 
 def _more_than_text(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
     raise BadInput(
-        "this completion cannot be corrected: tools were shown to the model, and corrections hold plain turns",
-        "POST /v1/corrections takes a conversation without them",
+        "this completion cannot be corrected: it calls tools, or its conversation does",
+        "corrections hold plain turns: POST /v1/corrections takes a conversation of these",
     )
 
 
-def _sampled(body: AnyRequest, defaults: SamplingDefaults | None, index: int) -> dict[str, Any]:
+def _choices(body: ChatCompletionRequest | CompletionRequest) -> ChoicesForm:
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return ChoicesForm(body.n, include_usage=usage)
+
+
+def _sampled(
+    body: ChatCompletionRequest | CompletionRequest, defaults: SamplingDefaults, index: int
+) -> dict[str, Any]:
     """The fields of a request that say how it is sampled; the i-th answer to a prompt has a seed of its own."""
-    own = defaults or SamplingDefaults()
 
     def chosen(name: str) -> Any:
         given = getattr(body, name)
-        return getattr(own, name) if given is None else given
+        return getattr(defaults, name) if given is None else given
 
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return {
@@ -293,7 +290,7 @@ def _chat_request(
     body: ChatCompletionRequest,
     ids: list[int],
     how: Asking,
-    defaults: SamplingDefaults | None,
+    defaults: SamplingDefaults,
     index: int,
 ) -> GenerationRequest:
     return GenerationRequest(
@@ -307,7 +304,7 @@ def _chat_request(
 
 
 def _text_request(
-    body: CompletionRequest, ids: list[int], defaults: SamplingDefaults | None, index: int
+    body: CompletionRequest, ids: list[int], defaults: SamplingDefaults, index: int
 ) -> GenerationRequest:
     score = body.echo and body.logprobs is not None and len(ids) > 1
     return GenerationRequest(
@@ -319,76 +316,5 @@ def _text_request(
     )
 
 
-def _submit(engine: Engine, asked: Asked) -> list[GenerationHandle]:
-    """All choices' requests, or none."""
-    handles: list[GenerationHandle] = []
-    try:
-        for choice in asked.choices:
-            handles.append(engine.submit(choice.request))
-    except SecondnatureError:
-        _cancel(handles)
-        raise
-    return handles
-
-
-# ------------------------------------------------------------------------------------------------ answers
-
-
-def _cancel(handles: Sequence[GenerationHandle]) -> None:
-    for handle in handles:
-        if not handle.done:
-            handle.cancel()
-
-
-async def _all(handles: Sequence[GenerationHandle]) -> list[GenerationResult]:
-    """Every whole answer, in order; when one fails, or nobody waits any more, the others are cancelled."""
-    try:
-        return await asyncio.gather(*(handle.answer() for handle in handles))
-    finally:
-        _cancel(handles)
-
-
-async def _each(handles: Sequence[GenerationHandle]) -> AsyncGenerator[tuple[int, Event]]:
-    """The events of all choices as they come, each with the choice's index."""
-    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    async def read(index: int, handle: GenerationHandle) -> None:
-        async for event in handle.stream():
-            queue.put_nowait((index, event))
-
-    reading = [asyncio.create_task(read(i, handle)) for i, handle in enumerate(handles)]
-    left = len(handles)
-    try:
-        while left:
-            index, event = await queue.get()
-            left -= isinstance(event, Finished)
-            yield index, event
-    finally:
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
-
-
-class _Stream(StreamingResponse):
-    """A stream whose requests end with it, also where its client left before the first piece."""
-
-    def __init__(
-        self, handles: Sequence[GenerationHandle], events: AsyncGenerator[bytes], headers: dict[str, str]
-    ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._handles = handles
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            _cancel(self._handles)
-
-
 def _json(payload: dict[str, Any]) -> bytes:
     return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _sse(payload: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secondnature.engines.base import Delta, Event, Finished, GenerationResult
+from secondnature.engines.generation import Delta, Event, Finished, GenerationResult
 from secondnature.errors import SecondnatureError
 from secondnature.web.choices import Asked, finish_of
 from secondnature.web.refusals import error_body
@@ -22,7 +22,7 @@ from secondnature.web.tool_calls import Call
 from secondnature.web.tools import Asking
 from secondnature.wire.responses import ResponsesRequest
 
-__all__ = ["events", "whole"]
+__all__ = ["ResponseForm"]
 
 
 def _usage(result: GenerationResult) -> dict[str, Any]:
@@ -103,16 +103,6 @@ def _ended(
     return {**head, **state, "output": output, "usage": _usage(result), **stamps(result.weights)}
 
 
-def whole(asked: Asked, body: ResponsesRequest, result: GenerationResult) -> dict[str, Any]:
-    """The response of an answer that comes whole. Raises what ended one that did not come to its end."""
-    finish = finish_of(result)
-    how = asked.choices[0].asking
-    said, calls = (result.text, []) if how is None else how.read(result.text)
-    status = "incomplete" if finish == "length" else "completed"
-    items = [_message(_new("msg_"), said, status)] if said or not calls else []
-    return _ended(_head(asked, body), [*items, *map(_call, calls)], result, finish)
-
-
 def _new(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
@@ -178,39 +168,55 @@ class _Text:
             yield self.to.done(_message(self.id, self.text, status))
 
 
-async def events(
-    asked: Asked, body: ResponsesRequest, stream: AsyncGenerator[tuple[int, Event]]
-) -> AsyncGenerator[bytes]:
-    """The events of a streamed response."""
-    head = _head(asked, body)
-    how: Asking | None = asked.choices[0].asking
-    scanner = None if how is None else how.scanner()
-    to = _Events()
-    text = _Text(to)
-    yield to.write("response.created", response=head)
-    yield to.write("response.in_progress", response=head)
-    async for _, event in stream:
-        if isinstance(event, Delta):
-            said = event.text if scanner is None else scanner.feed(event.text)
-            for written in text.add(said) if said else ():
+@dataclass(frozen=True)
+class ResponseForm:
+    """How `/v1/responses` writes the one answer to a request down."""
+
+    body: ResponsesRequest
+
+    def whole(self, asked: Asked, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The response of an answer that comes whole. Raises what ended one that did not come to its end."""
+        (result,) = results
+        finish = finish_of(result)
+        how = asked.choices[0].asking
+        said, calls = (result.text, []) if how is None else how.read(result.text)
+        status = "incomplete" if finish == "length" else "completed"
+        items = [_message(_new("msg_"), said, status)] if said or not calls else []
+        return _ended(_head(asked, self.body), [*items, *map(_call, calls)], result, finish)
+
+    async def events(
+        self, asked: Asked, events: AsyncGenerator[tuple[int, Event]], version: str
+    ) -> AsyncGenerator[bytes]:
+        """The events of a streamed response, in OpenAI's order."""
+        head = _head(asked, self.body)
+        how: Asking | None = asked.choices[0].asking
+        scanner = None if how is None else how.scanner()
+        to = _Events()
+        text = _Text(to)
+        yield to.write("response.created", response=head)
+        yield to.write("response.in_progress", response=head)
+        async for _, event in events:
+            if isinstance(event, Delta):
+                said = event.text if scanner is None else scanner.feed(event.text)
+                for written in text.add(said) if said else ():
+                    yield written
+            if not isinstance(event, Finished):
+                continue
+            result = event.result
+            try:
+                finish = finish_of(result)
+            except SecondnatureError as e:
+                failed = {"code": "server_error", "message": str(error_body(e)["error"]["message"])}
+                yield to.write("response.failed", response={**head, "status": "failed", "error": failed})
+                return
+            held, calls = ("", []) if scanner is None or how is None else scanner.end()
+            calls = calls[:1] if how is not None and how.single else calls
+            for written in text.add(held) if held or not calls else ():
                 yield written
-        if not isinstance(event, Finished):
-            continue
-        result = event.result
-        try:
-            finish = finish_of(result)
-        except SecondnatureError as e:
-            failed = {"code": "server_error", "message": str(error_body(e)["error"]["message"])}
-            yield to.write("response.failed", response={**head, "status": "failed", "error": failed})
-            return
-        held, calls = ("", []) if scanner is None or how is None else scanner.end()
-        calls = calls[:1] if how is not None and how.single else calls
-        for written in text.add(held) if held or not calls else ():
-            yield written
-        for written in text.end("incomplete" if finish == "length" else "completed"):
-            yield written
-        for call in calls:
-            for written in to.call(call):
+            for written in text.end("incomplete" if finish == "length" else "completed"):
                 yield written
-        kind = "response.incomplete" if finish == "length" else "response.completed"
-        yield to.write(kind, response=_ended(head, to.output, result, finish))
+            for call in calls:
+                for written in to.call(call):
+                    yield written
+            kind = "response.incomplete" if finish == "length" else "response.completed"
+            yield to.write(kind, response=_ended(head, to.output, result, finish))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from secondnature.engines.base import Span
+from secondnature.engines.generation import Span
 
 __all__ = ["headers_of", "merged", "stamps"]
 

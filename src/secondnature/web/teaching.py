@@ -16,6 +16,7 @@ from secondnature.engines.stamps import Clock
 from secondnature.lessons.feedback import Feedback, Scope
 from secondnature.lessons.runner import Runner
 from secondnature.records import Lesson
+from secondnature.web.bodies import reading
 from secondnature.web.guards import KEY_SCOPE
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def scope_of(request: Request) -> Scope:
 
 def router(runner: Runner, feedback: Feedback, clock: Clock) -> APIRouter:
     """All routes that teach, for any FastAPI application."""
-    routes = APIRouter(responses=ERRORS)
+    routes = APIRouter(responses=ERRORS, route_class=reading())
 
     @routes.post("/v1/feedback", response_model_exclude_none=True)
     def give(body: wire.FeedbackRequest, request: Request) -> wire.FeedbackReply:  # pyright: ignore[reportUnusedFunction]

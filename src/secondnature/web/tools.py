@@ -1,8 +1,9 @@
 """How a chat is asked and its answer read where tools or a shape of the answer are wanted (server).
 
 The template shows the tools, the client runs them: this server only finds the calls. A call that `tool_choice`
-demands is shaped as it is generated, so it always is one. A template that shows no tools is no reason to forget
-them: they are refused, with what to turn off, unless the setting `ignore_tools` says otherwise; then a header does.
+demands is shaped as it is generated, so it always is one. Many templates show no tools, and some clients send
+theirs with every message (Open WebUI: 36). With the setting `ignore_tools` such a chat is answered: what is only
+offered is left out, and a header says so; what is demanded is still made; turns with calls are written as text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Asking", "asking", "tool_calls"]
 
 HINT = (
     "turn tools off in the client (Open WebUI: the model's Function calling: Legacy, and Built-in tools off), or "
-    "serve with the setting `ignore_tools`"
+    "serve with the setting `ignore_tools`, which is the default"
 )
 
 
@@ -47,7 +48,7 @@ class Asking:
     num_ignored: int = 0
     """Tools that were sent and not shown."""
     has_calls: bool = False
-    """Tools were shown, or the conversation has turns with calls: more than a correction can hold."""
+    """The conversation has turns with calls, or one is demanded: more than a correction can hold."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -73,31 +74,32 @@ def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignor
         BadInput: the template shows no tools, a tool that is demanded is not there, or a shape cannot be compiled.
     """
     tools = [] if body.tool_choice == "none" else body.tools
-    ignored = len(tools) if ignore_tools and tools and not takes_tools(tokenizer) else 0
-    if ignored:
-        tools = []
     turns = any(m.tool_calls or m.role == "tool" for m in body.messages)
-    if (tools or turns) and not takes_tools(tokenizer):
+    shown = takes_tools(tokenizer) if tools or turns else True
+    if not shown and not ignore_tools:
         what = f"{len(tools)} tools were sent" if tools else "the conversation has turns with calls of tools"
         error = BadInput(f"{what}, and this model's chat template shows none to the model", HINT)
         raise error.about("tools" if tools else "messages", "unsupported_parameter")
+    demanded = body.tool_choice not in ("none", "auto")
+    ignored = 0 if shown else len(tools)
+    if not shown and not demanded:
+        tools = []
     wanted = body.response_format.wanted()
-    demanded = not ignored and body.tool_choice not in ("none", "auto")
     shapes: list[dict[str, Any]] = [] if wanted is None or demanded else [wanted]
     if demanded:
         shapes.append(_demanded(body, tools))
     elif shapes and tools:  # a call, or an answer that fits
         shapes.append(call_shape(tools, "required"))
     return Asking(
-        [_turn(m) for m in body.messages],
-        [tool.shown() for tool in tools] if tools else None,
+        [_turn(m) if shown else _written(_turn(m)) for m in body.messages],
+        [tool.shown() for tool in tools] if tools and shown else None,
         engine.shape(any_of(shapes)) if shapes else None,
         SPECIAL if tools else (),
         {t.function.name: t.function.parameters or {} for t in tools} if tools else None,
         demanded,
         demanded or not body.parallel_tool_calls,
         ignored,
-        bool(tools) or turns,
+        demanded or turns,
     )
 
 
@@ -129,6 +131,20 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
             {"name": message.name} if message.name else {}
         )
     return turn
+
+
+def _written(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn for a template that knows no tools: calls, and what came of them, as most models write them."""
+    calls = [
+        json.dumps(
+            {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}, ensure_ascii=False
+        )
+        for call in turn.get("tool_calls", ())
+    ]
+    if turn["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+    parts = [turn["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+    return {"role": turn["role"], "content": "\n".join(part for part in parts if part)}
 
 
 def _arguments(text: str) -> Any:

@@ -55,7 +55,8 @@ class FeedbackRequest(Body):
     """Of the answer; known from its first chunk on."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
     """Instead: the conversation, with or without the answer at its end. The server knows what it answered; an
-    answer that is not the one it gave was edited, and is what was wanted."""
+    answer that is not the one it gave was edited, and is what was wanted. Where the client had shown the model more
+    than the user wrote (files, search results), the answer as it was given says which it is."""
     id: Identifier | None = None
     """Of the correction: the client's own name for it, or that of one to amend, which needs no more."""
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
@@ -438,6 +439,15 @@ class Health(Body):
     detail: str = ""
 
 
+class EndToken(Body):
+    """A token that ends an answer."""
+
+    id: int
+    text: str
+    named_by: list[str]
+    """Who says so: files, the tokenizer, the chat template."""
+
+
 class Wiring(Body):
     """`GET /v1/wiring`: what the running engine computes with."""
 
@@ -456,3 +466,5 @@ class Wiring(Body):
     """The prefix cache: there is none, it is off, or its blocks are salted with the epoch."""
     problems: list[str]
     """What does not hold; empty where all is well."""
+    ends: list[EndToken] = []
+    """What ends an answer, whoever asks for it."""

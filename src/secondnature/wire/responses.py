@@ -115,6 +115,8 @@ class ResponsesRequest(_Given):
 
     @model_validator(mode="after")
     def _is_a_chat(self) -> Self:
+        if self.__pydantic_private__:  # it was read before
+            return self
         options: dict[str, Any] = {
             "model": self.model,
             "max_completion_tokens": self.max_output_tokens,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from secondnature.engines.base import (
+from secondnature.engines.base import GenerationHandle
+from secondnature.engines.generation import (
     Delta,
     Finished,
     FinishReason,
-    GenerationHandle,
     GenerationResult,
     PromptScored,
     Span,
@@ -42,19 +42,7 @@ class Answer:
         self.max_tokens = max_tokens
         self.shape: Shape | None = None if request.shape is None else request.shape.fresh()
         self.token_ids: list[int] = []
-        self.sampler = Sampler(
-            request.temperature,
-            request.top_p,
-            request.seed,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            repetition_penalty=request.repetition_penalty,
-            logit_bias=request.logit_bias,
-            prompt_ids=request.prompt_ids,
-            token_ids=self.token_ids,
-        )
+        self.sampler = Sampler(request, request.prompt_ids, self.token_ids)
         self.ids: list[int] = request.prompt_ids
         """What has to be read before the next token can be drawn; longer than the prompt after `set_back`."""
         self.score_from = request.score_from

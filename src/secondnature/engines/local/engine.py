@@ -35,15 +35,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from secondnature.engines.base import (
-    EngineMetrics,
+from secondnature.engines.base import EngineMetrics, GenerationHandle, Limits, WeightsClock
+from secondnature.engines.generation import (
     FinishReason,
-    GenerationHandle,
     GenerationRequest,
     GenerationResult,
-    Limits,
     Stamp,
-    WeightsClock,
     score_request,
 )
 from secondnature.engines.local.answer import Answer, not_finite
@@ -63,8 +60,10 @@ from secondnature.errors import (
 from secondnature.model.load import context_limit
 from secondnature.model.turns import end_ids
 
-__all__ = ["Engine", "Unchanging"]
+__all__ = ["MAX_HELD_TOKENS", "Engine", "Unchanging"]
 
+MAX_HELD_TOKENS = 262_144
+"""Of all rows together, as long as the longest of them."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -94,7 +93,7 @@ class Engine:
         max_waiting_tokens: int = 2_000_000,
         prefill_tokens: int = 256,
         max_context: int | None = None,
-        max_held_tokens: int = 262_144,
+        max_held_tokens: int = MAX_HELD_TOKENS,
         stop_ids: Iterable[int] | None = None,
         threads: int = 1,
         on_step: Sequence[Callable[[Engine], None]] = (),
@@ -512,6 +511,8 @@ class Engine:
         for job in jobs:
             job.see(stamp)
         logits = forward()
+        if logits.is_cuda:  # a kernel that is still to run may read what is written after the next look
+            torch.cuda.current_stream(logits.device).synchronize()
         stamp = self._clock.read()
         for job in jobs:
             job.see(stamp)

@@ -13,70 +13,61 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from secondnature.engines.generation import Sampling
 
 MAX_TOP = 20
 """At most so many alternatives are reported per token."""
 
 
-@dataclass
 class Sampler:
-    """How one request draws its tokens."""
+    """Draws the tokens of one answer."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    top_k: int = 0
-    """0 or less: all tokens."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
-    prompt_ids: Sequence[int] = ()
-    token_ids: Sequence[int] = ()
-    """The answer so far; whoever draws lets it grow."""
-    _random: random.Random = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+    def __init__(self, how: Sampling, prompt_ids: Sequence[int] = (), token_ids: Sequence[int] = ()) -> None:
+        """`token_ids`: the answer so far; whoever draws lets it grow."""
+        self.how = how
+        self._token_ids = token_ids
+        self._random = random.Random(how.seed)
         self._in_prompt = torch.tensor(
-            sorted(set(self.prompt_ids)) if self.repetition_penalty != 1 else [], dtype=torch.long
+            sorted(set(prompt_ids)) if how.repetition_penalty != 1 else [], dtype=torch.long
         )
 
     @property
     def moves_logits(self) -> bool:
         """Whether a bias or a penalty changes the logits themselves."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
-        return bool(self.logit_bias) or any(penalties)
+        penalties = (self.how.presence_penalty, self.how.frequency_penalty, self.how.repetition_penalty - 1)
+        return bool(self.how.logit_bias) or any(penalties)
 
     @property
     def cuts(self) -> bool:
         """Whether improbable tokens are left out."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.how.top_p < 1 or self.how.top_k > 0 or self.how.min_p > 0
 
     def move(self, logits: Tensor) -> None:
         """Bias and penalties, in place; logits: [V], in fp32 or wider."""
-        device = logits.device
-        if self.logit_bias:
-            ids = torch.tensor(list(self.logit_bias), device=device)
-            logits[ids] += torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype, device=device)
-        said, times = torch.tensor(self.token_ids, dtype=torch.long, device=device).unique(return_counts=True)
-        if self.repetition_penalty != 1:
+        how, device = self.how, logits.device
+        if how.logit_bias:
+            ids = torch.tensor(list(how.logit_bias), device=device)
+            logits[ids] += torch.tensor(list(how.logit_bias.values()), dtype=logits.dtype, device=device)
+        said, times = torch.tensor(self._token_ids, dtype=torch.long, device=device).unique(
+            return_counts=True
+        )
+        if how.repetition_penalty != 1:
             seen = torch.cat([self._in_prompt.to(device), said]).unique()
             found = logits[seen]
-            scaled = torch.where(found > 0, found / self.repetition_penalty, found * self.repetition_penalty)
+            scaled = torch.where(found > 0, found / how.repetition_penalty, found * how.repetition_penalty)
             logits[seen] = scaled
-        logits[said] -= self.frequency_penalty * times + self.presence_penalty
+        logits[said] -= how.frequency_penalty * times + how.presence_penalty
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
-        return self.temperature == 0
+        return self.how.temperature == 0
 
     def uniform(self) -> float:
         """The next number of this request's generator, in [0, 1)."""
@@ -109,7 +100,9 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 def _draw(logits: Tensor, samplers: Sequence[Sampler], *, cut: bool) -> list[int]:
     """Tokens by inverse CDF; with `cut`, from those that min_p, top_k and top_p leave."""
     wide = logits.double()
-    temperature = torch.tensor([s.temperature for s in samplers], dtype=torch.float64, device=logits.device)
+    temperature = torch.tensor(
+        [s.how.temperature for s in samplers], dtype=torch.float64, device=logits.device
+    )
     # the maximum goes first: a tiny temperature then gives 0 and -inf, never inf - inf
     probs = ((wide - wide.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
     order: Tensor | None = None
@@ -139,12 +132,12 @@ def likely(probs: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         probs: [B, V], each row from the largest down.
     """
     columns = torch.tensor(
-        [[s.min_p, s.top_p] for s in samplers], dtype=probs.dtype, device=probs.device
+        [[s.how.min_p, s.how.top_p] for s in samplers], dtype=probs.dtype, device=probs.device
     ).unbind(-1)
     min_p, top_p = (c[:, None] for c in columns)
     probs = probs.masked_fill(probs < min_p * probs[:, :1], 0.0)
     width = probs.shape[-1]
-    kth = [min(s.top_k, width) - 1 if s.top_k > 0 else width - 1 for s in samplers]
+    kth = [min(s.how.top_k, width) - 1 if s.how.top_k > 0 else width - 1 for s in samplers]
     probs = probs.masked_fill(probs < probs.gather(-1, torch.tensor(kth, device=probs.device)[:, None]), 0.0)
     mass = probs.cumsum(-1)
     return probs.masked_fill((mass - probs >= top_p * mass[:, -1:]) & (top_p < 1), 0.0)
