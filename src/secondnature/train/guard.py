@@ -111,11 +111,11 @@ def check_examples(model: nn.Module, examples: Sequence[Example], objective: Obj
             )
 
 
-def check_loss(loss: Tensor, example: int) -> None:
+def check_loss(loss: float, example: int) -> None:
     """Raises NonFinite if the loss of an example is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
+    if not math.isfinite(loss):
         raise NonFinite(
-            f"example {example}: the loss is {float(loss.detach())}",
+            f"example {example}: the loss is {loss}",
             "the weights or the learning rate are bad",
         )
 

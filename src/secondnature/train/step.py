@@ -39,6 +39,7 @@ from secondnature.train.losses import Objective, Reference, example_loss, sdft, 
 from secondnature.train.memory import room
 from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
+from secondnature.train.readback import floats
 
 __all__ = ["StepResult", "log_probs", "references", "train_step"]
 
@@ -122,27 +123,31 @@ def train_step(
         distilled = [i for i in chosen if teachers is not None and teachers[i] is not None]
         compared = [i for i in chosen if i not in distilled]
         weighted: dict[int, Tensor] = {}
-
-        def take(i: int, loss: Tensor) -> None:
-            check_loss(loss, i)
-            losses[i] = float(loss.detach())
-            if bounds is not None:
-                bounds.check_loss(losses[i], i)
-            weighted[i] = loss * (batch[i].weight / total_weight)
-
+        found_losses: dict[int, Tensor] = {}
+        found_margins: dict[int, Tensor] = {}
         if distilled:
             logits = continuation_logits(model, prefix, [answers[i][0] for i in distilled])
             for i, logits_TV in zip(distilled, logits, strict=True):
                 teacher = teachers[i] if teachers is not None else None
                 assert teacher is not None, "chosen above"
-                take(i, sdft(teacher, logits_TV))
+                found_losses[i] = sdft(teacher, logits_TV)
         found = iter(_logps(model, prefix, answers, compared) if compared else [])
         for i in compared:
             wanted, *others = [next(found) for _ in answers[i]]
             rejected = others[0] if others else None
-            take(i, example_loss(objective, wanted, rejected, references[i] if references else None))
+            found_losses[i] = example_loss(objective, wanted, rejected, references[i] if references else None)
             if rejected is not None:
-                margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
+                found_margins[i] = sequence_logprob(wanted) - sequence_logprob(rejected)
+        # all of them are computed before the first is read
+        numbers = floats([x.detach() for x in (*found_losses.values(), *found_margins.values())])
+        for i, value in zip(found_losses, numbers, strict=False):
+            check_loss(value, i)
+            losses[i] = value
+            if bounds is not None:
+                bounds.check_loss(value, i)
+            weighted[i] = found_losses[i] * (batch[i].weight / total_weight)
+        for i, value in zip(found_margins, numbers[len(found_losses) :], strict=True):
+            margins[i] = value
         return weighted
 
     if not recompute:
