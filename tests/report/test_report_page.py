@@ -227,7 +227,7 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(tmp_path: Path) -
     ("line", "message"),
     [
         ('{"step": 3}', "line 2: no `kind`"),
-        ('{"kind": "step", "loss": 1.0}', "line 2: step: Field required"),
+        ('{"kind": "step", "loss": 1.0}', "line 2: `step` is missing"),
     ],
 )
 def test_a_broken_metric_line_is_named(tmp_path: Path, line: str, message: str) -> None:
