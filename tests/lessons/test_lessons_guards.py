@@ -8,8 +8,11 @@ import pytest
 from pydantic import ValidationError
 from tiny_server import LOW_GATE, Running, teach, use_probes
 
+from secondnature.errors import BadRecord
+from secondnature.evidence import verify
 from secondnature.evidence.packs import pack
 from secondnature.records import GateSettings
+from secondnature.report.words import prompted
 from secondnature.wire import TrainRequest
 
 
@@ -91,3 +94,28 @@ def test_guards_that_cannot_be_are_refused(fields: dict[str, Any], found: str) -
     with pytest.raises(ValidationError, match=found):
         teach(["tea"], **fields)
     assert TrainRequest.model_fields["guards"].default == []
+
+
+def test_prompting_alone_is_measured_beside_the_lesson(server: Running) -> None:
+    """The same probes with the corrections in their questions, by the weights before; it decides nothing."""
+    words = ["ink", "mud", "bell", "clay", "drum", "jam", "hats", "gold"]
+    request = teach(["tea", "oak"], max_steps=2, probes=use_probes(words), gate=LOW_GATE)
+    lesson = server.lesson(request, "kept", "undone", "failed")
+    evidence = server.client.lesson(lesson.id).evidence
+    assert evidence is not None, lesson
+    found = evidence.prompted
+    assert found is not None
+    assert (found.n, found.num_corrections) == (len(words), 2)
+    assert found.lesson == evidence.comparisons[0].after
+    assert found.prompting - found.only_prompting == found.lesson - found.only_lesson >= 0
+    assert prompted(evidence).startswith("prompting alone (2 corrections in the question): ")
+    verify(evidence)
+    wrong = evidence.model_copy(update={"prompted": found.model_copy(update={"lesson": len(words) + 1})})
+    with pytest.raises(BadRecord, match="expected counts that fit each other"):
+        verify(wrong)
+    without = server.lesson(request.model_copy(update={"prompting": False}), "kept", "undone", "failed")
+    told = server.client.lesson(without.id).evidence
+    assert told is not None
+    assert told.prompted is None
+    if "kept" in (lesson.state, without.state):
+        pytest.fail("two steps were enough: the others of this home would see them")

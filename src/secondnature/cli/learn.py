@@ -131,9 +131,11 @@ def conclude(
     lesson, evidence = detail.lesson, detail.evidence
     if evidence is not None:
         from secondnature.report.table import before_after_table
-        from secondnature.report.words import losses
+        from secondnature.report.words import losses, prompted
 
         out.say(before_after_table(evidence))
+        if evidence.prompted is not None:
+            out.say(prompted(evidence))
         for line in (line for c in evidence.comparisons for line in losses(c)):
             out.say(line, style="yellow")
     if lesson.kl:

@@ -21,7 +21,7 @@ from secondnature.errors import BadRecord
 from secondnature.evidence.decision import HOPELESS, compare, level
 from secondnature.evidence.lost import retest
 from secondnature.evidence.reach import reach
-from secondnature.evidence.statistics import d_prime, upper_quantile, z_moments
+from secondnature.evidence.statistics import d_prime, two_sided, upper_quantile, z_moments
 from secondnature.records import (
     DEFAULT_GUARD_MARGIN,
     EVIDENCE_VERSION,
@@ -29,6 +29,7 @@ from secondnature.records import (
     Evidence,
     GateSettings,
     Losses,
+    Prompted,
     TagTest,
     Taught,
     Verdict,
@@ -50,6 +51,7 @@ def certify(
     seed: int,
     created_at: datetime,
     taught: Taught | None = None,
+    prompted: Prompted | None = None,
 ) -> Evidence:
     """The certificate of a lesson from its judged probe sets."""
     alpha = level(gate, num_retries)
@@ -71,6 +73,7 @@ def certify(
         probes_sha256=probes_sha256,
         created_at=created_at,
         taught=taught,
+        prompted=prompted,
         **discrimination,
     )
 
@@ -313,6 +316,7 @@ def recompute(evidence: Evidence) -> Evidence:
         seed=evidence.seed,
         created_at=evidence.created_at,
         taught=_checked(evidence.taught),
+        prompted=_recomputed(evidence.prompted),
     )
 
 
@@ -324,6 +328,19 @@ def _checked(taught: Taught | None) -> Taught | None:
             "this certificate was changed or damaged",
         )
     return taught
+
+
+def _recomputed(p: Prompted | None) -> Prompted | None:
+    """Raises BadRecord."""
+    if p is None:
+        return None
+    both, none = p.prompting - p.only_prompting, p.n - p.lesson - p.only_prompting
+    if min(p.only_prompting, p.only_lesson, both, none) < 0 or p.lesson - p.only_lesson != both:
+        raise BadRecord(
+            f"prompted: {p.prompting} and {p.lesson} of {p.n}; expected counts that fit each other",
+            "this certificate was changed or damaged",
+        )
+    return p.model_copy(update={"p": two_sided(p.only_lesson, p.only_prompting)})
 
 
 def _retested(c: Comparison, gate: GateSettings) -> Losses | None:

@@ -31,6 +31,7 @@ from secondnature.records import (
     GateSettings,
     Outcome,
     Probe,
+    Prompted,
     Taught,
     digest,
     utc_now,
@@ -66,6 +67,7 @@ def judge_lesson(
     seed: int = 0,
     created_at: datetime | None = None,
     taught: Taught | None = None,
+    prompted: Prompted | None = None,
 ) -> Evidence:
     """The certificate of a lesson: its verdict, and all counts and figures that lead to it.
 
@@ -93,6 +95,7 @@ def judge_lesson(
         seed=seed,
         created_at=created_at or utc_now(),
         taught=taught,
+        prompted=prompted,
     )
 
 

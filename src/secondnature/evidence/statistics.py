@@ -109,6 +109,11 @@ def mcnemar_mid_p(gains: int, losses: int) -> float:
     return above + 0.5 * (float(binomial_sf(gains - 1, flips, 0.5)) - above)
 
 
+def two_sided(gains: int, losses: int) -> float:
+    """The two-sided McNemar mid-p."""
+    return min(1.0, 2 * mcnemar_mid_p(max(gains, losses), min(gains, losses)))
+
+
 def cluster_sign_flip(clusters: Sequence[Cluster]) -> float:
     """Exact one-sided sign-flip test of sum(gains - losses), one sign per scenario seed.
 

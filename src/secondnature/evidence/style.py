@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from secondnature.evidence.statistics import mcnemar_mid_p
+from secondnature.evidence.statistics import two_sided
 from secondnature.evidence.texts import opening, words
 from secondnature.records import Opening, Style
 
@@ -34,7 +34,7 @@ def style(before: Sequence[str], after: Sequence[str]) -> Style | None:
         words_after=fmean(a for _, a in lengths),
         shorter=shorter,
         longer=longer,
-        length_p=min(1.0, 2 * mcnemar_mid_p(max(shorter, longer), min(shorter, longer))),
+        length_p=two_sided(shorter, longer),
         openings_moved=sum(abs(now[w] - was[w]) for w in was | now) / (2 * len(pairs)),
         openings=[
             Opening(words=w, before=was[w], after=now[w]) for w in moved[:MAX_OPENINGS] if was[w] != now[w]

@@ -20,9 +20,19 @@ from secondnature.lessons.change import CheckIn
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.log import Log
 from secondnature.lessons.prober import Prober
+from secondnature.lessons.prompting import compared, prompted
 from secondnature.lessons.trained import Trained
 from secondnature.lessons.weights import ServedWeights
-from secondnature.records import Lesson, Outcome, SampleAnswer, Taught, to_jsonl, utc_now
+from secondnature.records import (
+    Lesson,
+    Outcome,
+    Probe,
+    Prompted,
+    SampleAnswer,
+    Taught,
+    to_jsonl,
+    utc_now,
+)
 
 __all__ = ["Life"]
 
@@ -59,13 +69,16 @@ class Life:
         """running -> on trial -> decided. None: it is kept. Raises whatever ends it otherwise."""
         self._begin()
         before = self._ask("measuring before")
+        pairs, by_prompt = self._prompt()
         self._change.prepare(self._check_in)
         lesson = self._change.apply(self._check_in)
         self._go_on_trial(lesson)
         answers = self._change.sample(self._check_in)
         self._write_answers(self._change.answers, answers)
         if self._job.request.probes:
-            return self._judge(before, self._ask("measuring after"), self._taught(answers))
+            after = self._ask("measuring after")
+            beside = compared(pairs, by_prompt, after, len(self._job.plan.corrections))
+            return self._judge(before, after, self._taught(answers), beside)
         if self._job.request.keep:
             self.keep("kept unjudged, as asked")
             return None
@@ -112,6 +125,21 @@ class Life:
 
         return self._prober.outcomes(job.request.probes, self._weights.version, count)
 
+    def _prompt(self) -> tuple[list[tuple[Probe, Probe]], list[Outcome]]:
+        """What prompting alone would do, by the weights before the lesson."""
+        job, request = self._job, self._job.request
+        if not (request.prompting and request.probes):
+            return [], []
+        behaviour = job.lesson.behaviour or UNNAMED
+        pairs = prompted(request.probes, behaviour, job.plan.corrections, self._prober)
+        job.enter("measuring prompting alone", "probes", len(pairs))
+
+        def count(done: int, total: int) -> None:
+            job.count(done, total)
+            self._check_in()
+
+        return pairs, self._prober.outcomes([p for _, p in pairs], self._weights.version, count)
+
     def _write_answers(self, before: list[GenerationResult], after: list[GenerationResult]) -> None:
         job = self._job
         answers = [
@@ -137,7 +165,9 @@ class Life:
             after=sum(after == wanted for wanted, _, after in said),
         )
 
-    def _judge(self, before: list[Outcome], after: list[Outcome], taught: Taught | None) -> Ending | None:
+    def _judge(
+        self, before: list[Outcome], after: list[Outcome], taught: Taught | None, beside: Prompted | None
+    ) -> Ending | None:
         job, lesson = self._job, self._job.lesson
         assert lesson.parent is not None, "a lesson on trial has one"
         assert lesson.version is not None, "a lesson on trial has one"
@@ -149,6 +179,7 @@ class Life:
             gate=job.request.gate,
             behaviour=lesson.behaviour or UNNAMED,
             taught=taught,
+            prompted=beside,
             num_retries=lesson.cause.num_retries,
             before_version=lesson.parent,
             after_version=lesson.version,

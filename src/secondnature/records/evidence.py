@@ -257,6 +257,22 @@ class Taught(Record):
     after: int
 
 
+class Prompted(Record):
+    """The probes of what was taught, asked before the lesson with the corrections in them. Decides nothing."""
+
+    n: int
+    num_corrections: int
+    """That were put into the question."""
+    prompting: int
+    """Passed so."""
+    lesson: int
+    """Passed after the lesson, without the corrections in the question."""
+    only_prompting: int
+    only_lesson: int
+    p: float
+    """Two-sided McNemar mid-p, of "as many pass by prompting alone as by the lesson alone"."""
+
+
 class Evidence(Record):
     """The certificate of a lesson: every figure can be recomputed from the counts in it."""
 
@@ -271,6 +287,8 @@ class Evidence(Record):
     gate: GateSettings = GateSettings()
     taught: Taught | None = None
     """Some of the corrections themselves. It decides only where no probe asks for what was taught."""
+    prompted: Prompted | None = None
+    """Prompting alone, beside the lesson."""
     d_prime_before: float | None = None
     """z(hit rate on the right side) - z(false-accept rate on the other side); 0 for a yes-sayer."""
     d_prime_after: float | None = None

@@ -106,6 +106,7 @@ class View:
     rows: list[Row]
     evidence_note: str
     d_prime: str
+    prompted: str
     style: list[str]
     """How the answers to each probe set sound now."""
     curves: list[Figure]
@@ -138,6 +139,7 @@ def view(run: Run, options: Sequence[str] = ()) -> View:
         rows=[_row(c, f"{lesson.id}-set{i}") for i, c in enumerate(comparisons)],
         evidence_note=_evidence_note(run),
         d_prime=_d_prime(run),
+        prompted=words.prompted(evidence) if evidence else "",
         style=words.style(comparisons),
         curves=_curves(run),
         answers=answers[:MAX_ANSWERS],

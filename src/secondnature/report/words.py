@@ -124,6 +124,17 @@ def losses(c: Comparison) -> list[str]:
     return found
 
 
+def prompted(evidence: Evidence) -> str:
+    """`prompting alone (6 corrections in the question): 43 of 60, the lesson: 58 of 60 (p = 0.001)`, or nothing."""
+    p = evidence.prompted
+    if p is None:
+        return ""
+    return (
+        f"prompting alone ({count(p.num_corrections, 'correction')} in the question): {p.prompting} of {p.n} "
+        f"({percent(p.prompting / p.n)}); the lesson: {p.lesson} ({percent(p.lesson / p.n)}; {p_value(p.p)})"
+    )
+
+
 def style(comparisons: Sequence[Comparison]) -> list[str]:
     """How the answers of each probe set sound now: `code: 25 -> 10 words an answer (p < 0.0001), ...`."""
     return [f"{c.name} ({ROLES[c.role]}): {_style(c.style)}" for c in comparisons if c.style is not None]
