@@ -138,6 +138,7 @@ NOTHING: dict[str, Any] = {
 
 def test_what_says_nothing_is_as_if_it_had_not_been_sent(client: openai.OpenAI) -> None:
     empty = {"refusal": None, "tool_calls": [], "function_call": None, "audio": None, "annotations": []}
+    empty |= {"reasoning_details": [], "images": [], "provider_specific_fields": {}, "parsed": {"a": 1}}
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "tea."}]
     plain = [{"role": "user", "content": "Say oak."}, {"role": "assistant", "content": "oak!"}]
     bodies: list[dict[str, Any]] = [

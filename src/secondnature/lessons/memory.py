@@ -8,13 +8,15 @@ A completion is known from its first chunk on, with the text so far: who stops a
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 from secondnature.errors import BadInput, NotFound
-from secondnature.records import Message
+from secondnature.records import CalledFunction, Message, ToolCall
 
 __all__ = ["MAX_REMEMBERED", "MAX_REMEMBERED_BYTES", "Memory", "Said", "Telling", "Unread"]
 
@@ -35,21 +37,26 @@ class Said:
     weights_version: str
     finish_reason: str | None = None
     """Why it ended; `unfinished`: it has not, or nobody waited for it."""
+    calls: Sequence[ToolCall] = ()
+    """Of tools, besides the text."""
+    tools: list[dict[str, Any]] | None = None
+    """That the model was shown."""
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory, at most."""
         texts = [m.content for m in self.prompt or ()]
+        calls = [c.function.arguments for m in self.prompt or () for c in m.tool_calls or ()]
+        texts += [*calls, *(c.function.arguments for c in self.calls)]
+        texts += map(json.dumps, self.tools or ())
         return _bytes_of(self.answer) + sum(_bytes_of(text) + OVERHEAD_BYTES for text in texts)
 
 
 class Telling:
     """A completion that is being told: what of it went out so far. `Memory.tell` makes it."""
 
-    def __init__(
-        self, prompt: list[Message] | None, weights_version: str, grown: Callable[[int], None]
-    ) -> None:
-        self._first = Said(prompt, "", weights_version, "unfinished")
+    def __init__(self, first: Said, grown: Callable[[int], None]) -> None:
+        self._first = first
         self._pieces: list[str] = []
         self._grown = grown
 
@@ -109,7 +116,13 @@ class Memory:
             self._nbytes += nbytes
             self._make_room()
 
-    def tell(self, completion_id: str, prompt: list[Message] | None, weights_version: str) -> Telling:
+    def tell(
+        self,
+        completion_id: str,
+        prompt: list[Message] | None,
+        weights_version: str,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Telling:
         """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
 
         def grown(nbytes: int) -> None:
@@ -120,7 +133,7 @@ class Memory:
                     self._nbytes += nbytes
                     self._make_room()
 
-        telling = Telling(prompt, weights_version, grown)
+        telling = Telling(Said(prompt, "", weights_version, "unfinished", tools=tools), grown)
         self.remember(completion_id, telling)
         return telling
 
@@ -174,5 +187,9 @@ def _read(said: Said | Telling | Unread) -> Said:
     return said if isinstance(said, Said) else said.read(said.asked, said.said)
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(m.role, m.content.strip()) for m in messages if m.role != "system"]
+def _turns(messages: Sequence[Message]) -> list[tuple[str, str, list[CalledFunction]]]:
+    return [
+        (m.role, m.content.strip(), [c.function for c in m.tool_calls or ()])
+        for m in messages
+        if m.role != "system"
+    ]

@@ -102,7 +102,7 @@ class OwnAnswers:
         total = num_said * (1 + settings.samples)
         said = self._prober.answers([c.context for c in corrections], lambda done, _: check_in(done, total))
         teachers = [
-            encode_chat(self._tokenizer, teacher_messages(c.correction, r.text))
+            encode_chat(self._tokenizer, teacher_messages(c.correction, r.text), tools=c.correction.tools)
             for c, r in zip(corrections, said, strict=True)
         ]
         rooms = [

@@ -18,11 +18,13 @@ from secondnature.lessons.own_answers import Distilled, Own, comment, teacher_me
 from secondnature.lessons.prober import named
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import Taught, encode_chat, teach
+from secondnature.model.tools import takes_tools
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings, Probe, Prompt, digest
 from secondnature.train.batches import num_replayed
 
 T = TypeVar("T")
 _READ_AS = {"example": "taught", "student": "taught", "development probe": "development probes"}
+_Tools = list[dict[str, Any]] | None
 _TokenIds = tuple[list[int], list[int], list[int] | None]
 """(context, wanted answer, rejected answer); nobody writes into them."""
 DEFAULT_LR = 1e-5
@@ -356,7 +358,7 @@ class Planner:
         new = [
             Sample(
                 "new",
-                encode_chat(self._tokenizer, c.prompt),
+                encode_chat(self._tokenizer, c.prompt, tools=c.tools),
                 c.prompt,
                 c.chosen[0].content if c.chosen else None,
             )
@@ -437,6 +439,9 @@ class Planner:
         if correction.chosen is None and comment(correction) is None:
             return None  # a rating alone: there is nothing that could fail
         chosen = correction.chosen[0].content if correction.chosen else None
+        turns = [*correction.prompt, *(correction.chosen or ()), *(correction.answered or ())]
+        if correction.tools or any(m.has_calls for m in turns):
+            return self._why_not(correction, distil=correction.chosen is None)
         roles = tuple(m.role for m in correction.prompt)
         texts = [m.content for m in correction.prompt]
         texts += [m[0].content for m in (correction.chosen, correction.answered) if m]
@@ -452,8 +457,9 @@ class Planner:
 
     def _distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
-        found = Distilled(correction, self._context(correction.prompt, label), label)
-        teacher = self._context(teacher_messages(correction, ""), label)
+        tools = correction.tools
+        found = Distilled(correction, self._context(correction.prompt, label, tools), label)
+        teacher = self._context(teacher_messages(correction, ""), label, tools)
         self._check(wire.TokenExample(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
@@ -480,10 +486,10 @@ class Planner:
         assert correction.chosen is not None, "only corrections with a wanted answer become examples"
         if not correction.chosen[0].content.strip():
             raise BadExample(f"{label}: the wanted answer is blank", "write it, or leave the record out")
-        wanted = self._answer(correction.prompt, correction.chosen[0], label)
+        wanted = self._answer(correction.prompt, correction.chosen[0], label, correction.tools)
         rejected = None
         if correction.rejected is not None:
-            other = self._answer(correction.prompt, correction.rejected[0], label)
+            other = self._answer(correction.prompt, correction.rejected[0], label, correction.tools)
             if other.context != wanted.context:
                 raise BadInput(
                     f"{label}: one of the two answers brings thoughts of its own, the other does not; they are "
@@ -511,18 +517,28 @@ class Planner:
         self._check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 
-    def _context(self, prompt: list[Message], label: str) -> list[int]:
-        """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow."""
+    def _context(self, prompt: list[Message], label: str, tools: _Tools = None) -> list[int]:
+        """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            return encode_chat(self._tokenizer, prompt, limit=self._limit)
+            self._check_tools(prompt, tools)
+            return encode_chat(self._tokenizer, prompt, limit=self._limit, tools=tools)
 
-    def _answer(self, prompt: list[Message], answer: Message, label: str) -> Taught:
+    def _answer(self, prompt: list[Message], answer: Message, label: str, tools: _Tools = None) -> Taught:
         """An answer as token ids; what cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            found = teach(self._tokenizer, prompt, answer, limit=self._limit)
+            self._check_tools(prompt, tools)
+            found = teach(self._tokenizer, prompt, answer, limit=self._limit, tools=tools)
         if found.between:
             self._between.add(tuple(found.between))
         return found
+
+    def _check_tools(self, prompt: list[Message], tools: _Tools) -> None:
+        """Raises BadInput: the template would leave out what the model was shown."""
+        if (tools or any(m.has_calls for m in prompt)) and not takes_tools(self._tokenizer):
+            raise BadInput(
+                "tools were shown to the model or called, and this model's chat template shows none",
+                "teach it to a model whose template does, or record it without them",
+            )
 
     def _prompt_of(self, context: list[int]) -> list[int]:
         """What is asked in a context: without what the template writes between its prompt and an answer."""
@@ -534,7 +550,7 @@ class Planner:
     def show(self, plan: Plan) -> dict[str, Any]:
         """What a dry run answers: the plan, and what of it would be taught, decoded."""
         taught = [
-            self._answer(c.prompt, c.chosen[0], "")
+            self._answer(c.prompt, c.chosen[0], "", c.tools)
             for c in plan.corrections
             if c.chosen and not plan.distilled
         ]

@@ -365,6 +365,8 @@ def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
 
 
 def _message(given: dict[str, Any]) -> Message:
+    if given["role"] == "tool" or given.get("tool_calls"):
+        raise ValueError("a turn with calls of tools")
     content = given["content"]
     if isinstance(content, list):  # parts; only text can be learned
         content = "".join(part["text"] for part in content)
