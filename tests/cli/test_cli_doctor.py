@@ -41,6 +41,17 @@ def test_it_says_what_the_engine_computes_with(
     assert "local, transformers 5.1" in findings(capsys, home)["wiring"]["found"]
 
 
+def test_it_says_what_ends_a_turn_and_who_says_so(
+    fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = findings(capsys, home)["end of a turn"]
+    wanted = "'<|endoftext|>' (1): config.json; '<|im_end|>' (7): the tokenizer, the chat template"
+    assert (found["level"], found["found"]) == ("ok", wanted)
+    fake.wiring = WELL_WIRED.model_copy(update={"ends": []})
+    found = findings(capsys, home)["end of a turn"]
+    assert (found["level"], "generation_config.json" in found["hint"]) == ("warn", True)
+
+
 def test_it_says_what_of_the_ledger_cannot_be_read(
     fake: Fake, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

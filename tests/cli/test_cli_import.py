@@ -174,6 +174,40 @@ def test_a_key_is_read_without_enter(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(theirs)
 
 
+@pytest.mark.parametrize(
+    ("data", "words", "to_do"),
+    [
+        ('[{"conversations": [{"from": "human", "value": "x"}]}]', ["JSON array of 1 row", "ShareGPT"], "import"),
+        ('{"text": "x"}', ["plain text"], "split it"),
+        ('{"prompt": "x", "completions": ["a"], "labels": [true]}', ["stepwise"], "whole answers"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 1}]}',
+         ["line 1: unknown field `messages[-1].weight`"], "import"),
+        ('{"prompt": "x", "chosen": 4}', ["line 1: chosen: expected text, or a list of messages"], "import"),
+        ('{"chosen": "x", "colour": "red"}', ["`prompt` is missing; unknown field `colour`"], "for the fields"),
+        ('{"prompt": "x", "chosen": "a", "chosen": "b"}', ["the field `chosen` stands there twice"], "leave one"),
+    ],
+)  # fmt: skip
+def test_what_learn_does_not_read_is_named_with_what_to_do(
+    data: str, words: list[str], to_do: str, home: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.jsonl").write_text(data + "\n")
+    assert main(["learn", "f.jsonl", "--home", str(home)]) == 64
+    err = capsys.readouterr().err
+    for word in [*words, to_do]:
+        assert word in err
+    for word in ("Input should", "not JSON", "dictionary", "(and"):
+        assert word not in err
+    assert fake.calls == []
+
+
+def test_learn_says_what_may_be_meant_otherwise(
+    home: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines("f.jsonl", PAIR, {**PAIR, "chosen": BAD, "rejected": GOOD})
+    assert main(["learn", "f.jsonl", "--home", str(home), "--keep"]) == 0
+    assert "1 of 2: contradicts another one" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- hooks
 
 

@@ -286,7 +286,7 @@ def test_a_request_without_an_answer_is_sent_once_more_and_stays_one_lesson(
     assert None not in (first, second)
     fake.mute = 2
     assert main(["learn", str(lesson_dir), "--home", str(home)]) == 69
-    assert "`secondnature lessons log` says whether it was accepted" in capsys.readouterr().err
+    assert f"`secondnature lessons log --home {home}` says whether it was accepted" in capsys.readouterr().err
     file = lesson_dir / "body.json"
     file.write_text(
         '{"examples": [{"context_ids": [1], "continuation_ids": [2]}], "keep": true, "idempotency_key": "mine"}'

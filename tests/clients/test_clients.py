@@ -2,19 +2,23 @@
 """Real clients against a real server: a chat, a round of tools, an answer that fits a schema, as their users ask.
 
 A client that is not installed is skipped, and says so. Tools are demanded where the client can: whether a small
-model calls one by itself is not the question here.
+model calls one by itself, or ever ends a list of calls, is not the question here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
 
+ROOT = Path(__file__).parents[2]
 KEY = os.environ.get("OPENAI_API_KEY", "")
 ASK: Any = [{"role": "user", "content": "Paint the door red."}]
 MODEL = "default"
@@ -80,12 +84,16 @@ def test_litellm(url: str) -> None:
     assert "".join(
         c.choices[0].delta.content or "" for c in litellm.completion(**given, max_tokens=8, stream=True)
     )
-    called = litellm.completion(**given, tools=[PAINT], tool_choice="required").choices[0].message
+    demand: Any = {"tools": [PAINT], "tool_choice": "required", "parallel_tool_calls": False}
+    called = litellm.completion(**given, **demand).choices[0].message
     assert called.tool_calls[0].function.name == "paint"
     assert Door.model_validate_json(
         litellm.completion(**given, response_format=Door).choices[0].message.content
     )
+    long = [{"role": "user", "content": "Paint the door red. " * 5_000}]
     with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion(**{**given, "messages": long})
+    with pytest.raises(litellm.BadRequestError):
         litellm.completion(**given, max_tokens=900_000)
 
 
@@ -130,7 +138,8 @@ def test_pydantic_ai(url: str) -> None:
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=url, api_key=KEY))
     assert Agent(model, model_settings={"max_tokens": 8}).run_sync("Paint the door red.").output
     for output in (Door, NativeOutput(Door)):
-        assert isinstance(Agent(model, output_type=output).run_sync("Paint the door red.").output, Door)
+        agent = Agent(model, output_type=output, model_settings={"parallel_tool_calls": False})
+        assert isinstance(agent.run_sync("Paint the door red.").output, Door)
 
 
 def test_instructor(url: str) -> None:
@@ -157,7 +166,8 @@ def test_smolagents(url: str) -> None:
         """
         return f"painted {twice}"
 
-    caller = smolagents.OpenAIServerModel(MODEL, api_base=url, api_key=KEY, max_tokens=200)
+    one_call: Any = {"max_tokens": 200, "parallel_tool_calls": False}
+    caller = smolagents.OpenAIServerModel(MODEL, api_base=url, api_key=KEY, **one_call)
     called = caller.generate(asked, tools_to_call_from=[paint])
     assert called.tool_calls[0].function.name == "paint"
 
@@ -172,8 +182,110 @@ def test_guidance(url: str) -> None:
     assert isinstance(model["answer"], str)
 
 
+def test_dspy(url: str) -> None:
+    dspy = pytest.importorskip("dspy")
+    lm = dspy.LM(f"openai/{MODEL}", api_base=url, api_key=KEY, max_tokens=60, cache=False)
+    assert lm("Paint the door red.")[0]
+    assert len(lm("Paint the door red.", n=2, temperature=1.0)) == 2
+    assert Door.model_validate_json(lm("Paint the door red.", response_format=Door)[0])
+
+
+def test_openai_agents(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = pytest.importorskip("agents")
+    openai = pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_AGENTS_DISABLE_TRACING", "1")
+
+    @agents.function_tool
+    def paint(colour: Literal["red", "blue"]) -> str:
+        """Paint the door."""
+        return f"painted {colour}"
+
+    async def go() -> None:
+        async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            for kind in (agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel):
+                model = kind(MODEL, client)
+                short = agents.ModelSettings(max_tokens=8)
+                plain = agents.Agent("painter", model=model, model_settings=short)
+                assert (await agents.Runner.run(plain, "Paint the door red.")).final_output
+                demanding = agents.ModelSettings(tool_choice="required", max_tokens=60)
+                tooled = agents.Agent("painter", model=model, model_settings=demanding, tools=[paint])
+                found = await agents.Runner.run(
+                    tooled, "Paint the door red."
+                )  # the call, then what came of it
+                assert any("painted" in str(getattr(item, "output", "")) for item in found.new_items)
+                shaped = agents.Agent("painter", model=model, output_type=Door)
+                assert isinstance((await agents.Runner.run(shaped, "Paint it.")).final_output, Door)
+
+    asyncio.run(go())
+
+
+def test_outlines(url: str) -> None:
+    outlines = pytest.importorskip("outlines")
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+        model = outlines.from_openai(client, MODEL)
+        assert model("Paint the door red.", max_tokens=8)
+        assert Door.model_validate_json(model("Paint the door red.", Door))
+
+
+def test_haystack(url: str) -> None:
+    pytest.importorskip("haystack")
+    from haystack.components.generators.chat import OpenAIChatGenerator
+    from haystack.dataclasses import ChatMessage
+    from haystack.tools import create_tool_from_function
+    from haystack.utils import Secret
+
+    def paint(colour: str) -> str:
+        """Paint the door."""
+        return f"painted {colour}"
+
+    generator = OpenAIChatGenerator(
+        Secret.from_token(KEY), MODEL, api_base_url=url, generation_kwargs={"max_tokens": 60}, max_retries=0
+    )
+    asked = [ChatMessage.from_user("Paint the door red.")]
+    assert generator.run(asked)["replies"][0].text
+    called = generator.run(
+        asked, tools=[create_tool_from_function(paint)], generation_kwargs={"tool_choice": "required"}
+    )
+    assert called["replies"][0].tool_calls[0].tool_name == "paint"
+
+
+def test_inspect_ai(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pytest.importorskip("inspect_ai.model")
+    from inspect_ai.util import json_schema
+
+    monkeypatch.setenv("OURS_API_KEY", KEY)
+    monkeypatch.setenv("OURS_BASE_URL", url)
+    shape = found.ResponseSchema(name="door", json_schema=json_schema(Door))
+
+    async def go() -> None:
+        model = found.get_model(f"openai-api/ours/{MODEL}")
+        assert (
+            await model.generate("Paint the door red.", config=found.GenerateConfig(max_tokens=8))
+        ).completion
+        said = await model.generate("Paint it.", config=found.GenerateConfig(response_schema=shape))
+        assert Door.model_validate_json(said.completion)
+
+    asyncio.run(go())
+
+
+def test_javascript(url: str, tmp_path: Path) -> None:
+    """openai-js and the Vercel AI SDK, from npm."""
+    modules = ROOT / ".venv-clients" / "js" / "node_modules"
+    if shutil.which("node") is None or not modules.is_dir():
+        pytest.skip("no node, or its packages are not there: make test-clients puts them there where npm is")
+    script = tmp_path / "clients.mjs"
+    shutil.copy(Path(__file__).parent / "clients.mjs", script)
+    (tmp_path / "node_modules").symlink_to(modules)
+    ran = subprocess.run(
+        ["node", str(script), url, KEY, MODEL], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.split() == ["openai", "ai-compatible", "ai-openai"]
+
+
 @pytest.mark.parametrize("tokenized", [True, False])
-def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
+def test_lm_eval(url: str, tokenizer_directory: Path, tokenized: bool) -> None:
     """Its log-likelihoods are the server's own sums, also where the model would end after the continuation."""
     pytest.importorskip("lm_eval")
     openai = pytest.importorskip("openai")
@@ -184,7 +296,7 @@ def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
     scored = LocalCompletionsAPI(
         base_url=f"{url}/completions",
         model=MODEL,
-        tokenizer=str(model),
+        tokenizer=str(tokenizer_directory),
         tokenized_requests=tokenized,
         batch_size=2,
     )
@@ -196,7 +308,7 @@ def test_lm_eval(url: str, model: Path, tokenized: bool) -> None:
     ]
     asked: Any = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = [x[0] for x in scored.loglikelihood(asked, disable_tqdm=True)]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     with openai.OpenAI(base_url=url, api_key=KEY) as client:
         for (context, continuation), sum_found in zip(pairs, found, strict=True):
             before = tokenizer(context, add_special_tokens=False)["input_ids"]

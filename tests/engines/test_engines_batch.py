@@ -17,7 +17,7 @@ from engine_models import (
     prompts,
     real_chat_model,
 )
-from transformers import AutoModelForCausalLM, Lfm2Config, MistralConfig
+from transformers import AutoModelForCausalLM, DeepseekV32Config, MistralConfig
 
 from secondnature.engines.generation import GenerationRequest, score_request
 from secondnature.engines.local.engine import Engine
@@ -206,17 +206,26 @@ def test_weights_of_the_arena_kind_are_live(tmp_path: Path) -> None:
 
 
 def test_states_that_cannot_be_batched_are_refused_by_name() -> None:
-    """LFM2 keeps a convolution's state alone."""
-    config = Lfm2Config(
+    """DeepSeek V3.2 keeps keys of a second, smaller attention that picks what the first one sees."""
+    config = DeepseekV32Config(
         vocab_size=260,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        layer_types=["hybrid", "full_attention"],
+        num_key_value_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
     )
-    with pytest.raises(UnsupportedModel, match="layer 0 keeps its state as LinearAttentionAndFull"):
+    with pytest.raises(UnsupportedModel, match="layer 0 of a deepseek_v32 keeps another state"):
         Engine(AutoModelForCausalLM.from_config(config), byte_tokenizer())
 
 

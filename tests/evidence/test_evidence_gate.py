@@ -190,6 +190,19 @@ def test_a_gain_that_may_be_chance_is_inconclusive_with_the_n_that_would_do() ->
     assert f"about {gain.n_needed} probes would do" in evidence.sentence
 
 
+def test_a_number_of_probes_that_nobody_has_is_not_asked_for() -> None:
+    """A fall of 4 points beside a margin of 5: thousands would do; what is said is what these could show."""
+    evidence = learned().ask("code", both=240, losses=30, gains=18, neither=12).judge()
+    code = of(evidence, "code")
+    assert evidence.verdict == "inconclusive"
+    assert code.n_needed is not None
+    assert code.n_needed > 1000
+    assert "would do" not in evidence.sentence
+    assert code.reach is not None
+    assert "at best they rule out a fall of" in evidence.sentence
+    assert "with as many flips one of" in evidence.sentence
+
+
 def test_too_few_probes_are_inconclusive_with_the_n_that_would_do() -> None:
     evidence = learned().ask("code", both=40).judge()
     code = of(evidence, "code")

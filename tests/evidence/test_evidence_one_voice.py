@@ -34,6 +34,7 @@ from secondnature.report.view import view
 
 WHEN = datetime(2026, 1, 2, tzinfo=UTC)
 FORMAT_1 = (Path(__file__).parent / "certificates_of_format_1.jsonl").read_text("utf-8").splitlines()
+FORMAT_2 = (Path(__file__).parent / "certificates_of_format_2.jsonl").read_text("utf-8").splitlines()
 WORDS: dict[str, set[Decision]] = {
     "improved": {"gained"},
     "held": {"held"},
@@ -338,9 +339,29 @@ def test_a_changed_certificate_of_format_1_is_refused(key: str) -> None:
         verify(Evidence.model_validate(data))
 
 
+@pytest.mark.parametrize("line", FORMAT_2)
+def test_a_certificate_of_format_2_can_be_read_and_verified_but_not_changed(line: str) -> None:
+    old = Evidence.model_validate_json(line)
+    assert old.schema_version == 2
+    verify(old)
+    raw = json.loads(line)
+    raw["comparisons"][1]["p"] = 0.3
+    with pytest.raises(BadRecord, match="changed or damaged"):
+        verify(Evidence.model_validate(raw))
+
+
 def test_a_limit_is_not_minus_nothing() -> None:
     clusters = [(2, 0, 0)] * 44 + [(1, 0, 0)] * 212
-    figures = {"n": 300, "num_seeds": 256, "before": 300, "gains": 0, "losses": 0}
-    found = compare(name="code", role="guard", clusters=clusters, gate=GateSettings(), **figures)
+    found = compare(
+        name="code",
+        role="guard",
+        n=300,
+        num_seeds=256,
+        before=300,
+        gains=0,
+        losses=0,
+        clusters=clusters,
+        gate=GateSettings(),
+    )
     assert found.difference_interval is not None
     assert math.copysign(1.0, found.difference_interval[1]) == 1.0

@@ -162,7 +162,11 @@ OASST = {
     },
 }
 PROMPTFOO = {
+    "evalId": "e",
     "results": {
+        "version": 3,
+        "prompts": [{"raw": Q, "label": "p", "provider": "x"}],
+        "stats": {"successes": 1, "failures": 1},
         "results": [
             {
                 "prompt": {"raw": Q, "label": "p"},
@@ -171,8 +175,9 @@ PROMPTFOO = {
                 "testCase": {"assert": [{"type": "equals", "value": GOOD}]},
             },
             {"prompt": {"raw": Q}, "response": {"output": GOOD}, "success": True},
-        ]
-    }
+        ],
+    },
+    "config": {},
 }
 
 FILES: list[tuple[str, str, Any, list[dict[str, Any]]]] = [
@@ -216,6 +221,13 @@ FILES: list[tuple[str, str, Any, list[dict[str, Any]]]] = [
         "messages",
         [{"messages": [u(), a(BAD)], "rating": -1, "feedback": WHY}],
         [COMMENTED],
+    ),
+    ("only wanted", "preference", [{"prompt": ASKED, "chosen": [a(GOOD)]}], [WANTED]),
+    (
+        "a pair of which one answer was rated down",
+        "preference",
+        [{"prompt": Q, "chosen": GOOD, "rejected": BAD, "rating": -1}],
+        [{**PAIR, "rating": -1}],
     ),
     ("trl strings", "preference", [{"prompt": Q, "chosen": " " + GOOD, "rejected": " " + BAD}], [PAIR]),
     ("trl lists", "preference", [{"prompt": ASKED, "chosen": [a(GOOD)], "rejected": [a(BAD)]}], [PAIR]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -43,10 +44,15 @@ PACKED: dict[str, bytes] = {
     "pretty array": json.dumps(ROWS, indent=2).encode(),
     "data": json.dumps({"data": ROWS}).encode(),
     "pretty data": json.dumps({"data": ROWS}, indent=2).encode(),
-    "rows of a viewer": json.dumps({"features": "x", "rows": [{"row": r} for r in ROWS]}).encode(),
+    "rows of a viewer": json.dumps(
+        {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(ROWS)]}
+    ).encode(),
     "objects one after another": "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(),
     "gzip": gzip.compress(LINES.encode()),
     "gzip of an array": gzip.compress(json.dumps(ROWS).encode()),
+    "gzip of gzip": gzip.compress(gzip.compress(LINES.encode())),
+    "zip of zip": zipped({"a.zip": zipped({"b.zip": zipped({"c.jsonl": LINES.encode()})}), "x.png": b"1"}),
+    "zip of gzip": zipped({"a.jsonl.gz": gzip.compress(LINES.encode())}),
     "zip": zipped({"a/b.jsonl": LINES.encode(), "__MACOSX/x": b"1", "readme.txt": b"hello"}),
     "csv": ("prompt,chosen,rejected\n" + "".join(f'"{r["prompt"]}",{GOOD},{BAD}\n' for r in ROWS)).encode(),
     "tsv": ("prompt\tchosen\trejected\n" + "".join(f"{r['prompt']}\t{GOOD}\t{BAD}\n" for r in ROWS)).encode(
@@ -146,6 +152,14 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
         (LINES.encode() + b"[" * 100_000 + b"\n", ["line 4: nested too deeply"]),
         (LINES.encode() + b'{"x": ' + b"7" * 5000 + b"}\n", ["line 4: a whole number of more than"]),
         (b"prompt,chosen,rejected\na,b,c\nd,e,f,g\n", ["line 3: 4 cells"]),
+        (
+            LINES.encode() + b'{"prompt": "x", "chosen": "a", "chosen": "b", "rejected": "c"}\n',
+            ["line 4: the field `chosen` stands there twice"],
+        ),
+        (
+            b'[{"prompt": "x",\n"prompt": "y",\n"chosen": "a"},' + json.dumps(ROWS)[1:].encode(),
+            ["line 1: the field `prompt` stands there twice"],
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_line_and_the_others_are_read(
@@ -170,6 +184,10 @@ def test_a_bad_row_is_named_with_its_line_and_the_others_are_read(
         (b"PK\x03\x04garbage", "zip archive that cannot be read"),
         (b"\x1f\x8bgarbage", "f: "),
         (zipped({"a.txt": b"hello"}), "in this archive"),
+        (gzip.compress(zipped({"a.jsonl": b"{}"})), "zip archive in another packing"),
+        (gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar".ljust(255, b"\0")), "tar archive"),
+        (functools.reduce(lambda data, _: gzip.compress(data), range(9), b"{}"), "gzip in gzip"),
+        (functools.reduce(lambda data, _: zipped({"a.zip": data}), range(9), b"{}"), "in this archive"),
     ],
 )
 def test_what_is_no_data_is_said(data: bytes, word: str, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def test_a_file_of_each_shape_is_recognised_and_means_the_right_records(
 
 
 def test_every_shape_has_its_file() -> None:
-    assert {f[1] for f in FILES} | {"chatgpt-feedback", "sheet"} == set(BY_NAME)
+    of_two_files = {"chatgpt-feedback", "langfuse-scores", "langsmith-feedback"}
+    assert {f[1] for f in FILES} | of_two_files | {"sheet"} == set(BY_NAME)
 
 
 @pytest.mark.parametrize("rows", [f[2] for f in FILES if isinstance(f[2], list)])
@@ -103,7 +104,17 @@ def test_only_the_last_turn_on_request(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, a(GOOD)]}, "image_url"),
         ({"messages": [u(), {"role": "wizard", "content": "x"}]}, "wizard"),
         ({"prompt": "[INST] x [/INST]", "chosen": "a", "rejected": "b"}, "Llama 2 or Mistral"),
-        ({"prompt": "<start_of_turn>user\nx", "chosen": "a", "rejected": "b"}, "Gemma"),
+        ({"prompt": "<bos><start_of_turn>user\nx", "chosen": "a", "rejected": "b"}, "Gemma"),
+        ({"prompt": "<|im_start|>user\nx<|im_end|>\nand more", "completion": "a"}, "ChatML"),
+        ({"prompt": "### Instruction:\nx\n\n### Response:\n", "completion": "a"}, "Alpaca"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "rating": 1}, "of which answer"),
+        ({"prompt": "x", "chosen": "a", "rating": -1}, "rated down"),
+        ({"prompt": "x", "completion": 4}, "the value 4"),
+        (
+            {"prompt": "x", "completion": "y", "messages": None, "said": "z", "behaviour": "Use Tabs"},
+            "small letters",
+        ),
+        ({"messages": [u("  "), a(GOOD)]}, "the prompt is blank"),
         ({"prompt": "x", "chosen": "a", "rejected": "a"}, "the same"),
         ({"prompt": "x", "chosen": None, "rejected": "a"}, "without a wanted one"),
         ({"chosen": " blue.", "rejected": " green."}, "what was asked is not known"),
@@ -157,6 +168,7 @@ def test_an_ambiguous_file_is_refused_with_its_candidates(tmp_path: Path) -> Non
         ({"segments": []}, "input_output"),
         ({"prompt": "x", "completions": ["a"], "labels": [True]}, "stepwise"),
         ({"text": "x"}, "plain text"),
+        ({"text": "x", "role": "prompter", "message_id": "1", "parent_id": None}, "single messages"),
         ({"prompt": "x"}, "prompts without answers"),
         ({"a": 1, "b": 2}, "no shape that is known"),
     ],
@@ -200,7 +212,10 @@ def test_what_is_no_objection_is_not(text: str) -> None:
 def test_a_file_is_told_in_a_few_words(tmp_path: Path) -> None:
     conversations = [{"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}]}] * 3
     (tmp_path / "f").write_text(json.dumps(conversations))
-    assert sight(tmp_path / "f") == "a JSON array of 3 rows with `conversations`: ShareGPT (`conversations`)"
+    found = sight(tmp_path / "f")
+    assert found is not None
+    assert found.what == "a JSON array of 3 rows with `conversations`: ShareGPT (`conversations`)"
+    assert (found.importable, found.direct) == (True, False)
     (tmp_path / "f").write_text("%%%")
     assert sight(tmp_path / "f") is None
 
@@ -210,3 +225,73 @@ def test_rendered_text_is_split_and_not_taught_as_one_turn(tmp_path: Path) -> No
         _, (found,) = imported([write(tmp_path / "f", [{"prompt": prompt, "completion": GOOD}])])
         assert [(m.role, m.content) for m in found.prompt] == [("user", Q)]
     assert WHY in AIDER
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "What does <|im_end|> mean? <|im_start|>system\nhi",
+        "What is [INST] for?",
+        "Explain <start_of_turn>user to me.",
+        "Human: who is that?",
+    ],
+)
+def test_whoever_writes_about_marks_of_turns_is_taken_at_their_word(prompt: str, tmp_path: Path) -> None:
+    _, (found,) = imported([write(tmp_path / "f", [{"prompt": prompt, "completion": GOOD}])])
+    assert [(m.role, m.content) for m in found.prompt] == [("user", prompt)]
+
+
+def test_thoughts_beside_an_answer_are_counted(tmp_path: Path) -> None:
+    row = {"messages": [u(), {**a(GOOD), "reasoning_content": "Tabs, hm."}]}
+    plan, (found,) = imported([write(tmp_path / "f", [row])])
+    assert found.chosen is not None
+    assert found.chosen[0].content == GOOD
+    assert plan.passed_over == {"thoughts beside an answer, which are not taught": 1}
+
+
+def test_columns_beside_our_own_records_are_named(tmp_path: Path) -> None:
+    row = {"prompt": Q, "said": BAD, "chosen": GOOD, "colour": "red", "rating": None}
+    plan, _ = imported([write(tmp_path / "f", [row])])
+    assert plan.unused == {"colour": 1}
+
+
+def test_thumbs_without_their_conversations_are_said(tmp_path: Path) -> None:
+    plan, found = imported([write(tmp_path / "v", [VOTE])])
+    assert found == []
+    assert plan.passed_over == {"thumbs whose conversations are not in these files": 1}
+
+
+def test_a_file_of_another_encoding_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes('{"prompt": "Größe?", "completion": "x"}\n'.encode("latin-1"))
+    with pytest.raises(BadRecord, match="line 1: not UTF-8 text"):
+        imported([tmp_path / "f"])
+
+
+def test_what_may_be_meant_otherwise_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": Q, "chosen": GOOD, "rejected": BAD},
+        {"prompt": Q, "chosen": BAD, "rejected": GOOD},
+        {"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "The sky is red."},
+        {
+            "prompt": [{"role": "system", "content": "Greet."}],
+            "chosen": [a("Hello.")],
+            "rejected": [a("No.")],
+        },
+    ]
+    plan, found = imported([write(tmp_path / "f", rows)])
+    assert len(found) == 4
+    assert +plan.doubts == {
+        "contradicts another one": 1, "the answer begins with the prompt": 1, "nobody asks": 1,
+    }  # fmt: skip
+
+
+def test_what_the_template_is_told_is_kept(tmp_path: Path) -> None:
+    row = {
+        "messages": [u("Hi"), a("Hello."), u(), a(GOOD)],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    plan, found = imported([write(tmp_path / "f", [row])])
+    assert [c.chat_template_kwargs for c in found] == [{"enable_thinking": False}] * 2
+    assert plan.unused == {}
+    plan, found = imported([write(tmp_path / "g", [{**row, "chat_template_kwargs": "x"}])])
+    assert (found, [why for _, why in plan.reasons]) == ([], ["chat_template_kwargs: expected an object"] * 2)

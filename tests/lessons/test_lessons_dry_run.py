@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES, tokenizer_for
 
-from secondnature.errors import BadInput
+from secondnature.errors import BadExample, BadInput
 from secondnature.lessons.planner import Planner
 from secondnature.wire import TrainRequest
 
@@ -121,3 +121,23 @@ def test_the_export_names_all_that_ends_an_answer(tmp_path: Path) -> None:
     assert settings["eos_token_id"][0] == ids[1]
     assert set(settings["eos_token_id"]) == {1, *ids}
     assert settings["top_k"] == 20
+
+
+def test_what_may_be_meant_otherwise_is_said_of_each_example() -> None:
+    plan = dry(
+        "chatml",
+        {"prompt": "Where?", "chosen": "Here.", "rejected": "There."},
+        {"prompt": "Where?", "chosen": "There.", "rejected": "Here."},
+        {"prompt": [{"role": "system", "content": "Greet."}], "chosen": " Hello.", "rejected": "No."},
+    )
+    first, second, third = (e["notes"] for e in plan["shown"])
+    assert first == []
+    assert second == ["contradicts another one: correction 0 wants what this one rejects, or the reverse"]
+    assert [n.split(":")[0] for n in third] == ["nobody asks", "the answer begins with a space or a line end"]
+    assert plan["notes"]["contradicts another one"] == 1
+
+
+@pytest.mark.parametrize("objective", ["sft", "sdft"])
+def test_what_asks_nothing_is_not_taught(objective: str) -> None:
+    with pytest.raises(BadExample, match="correction 0: the prompt is blank"):
+        dry("chatml", {"prompt": " ", "chosen": "Hello.", "feedback": "say it"}, objective=objective)

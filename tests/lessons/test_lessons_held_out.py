@@ -15,7 +15,8 @@ from secondnature.errors import BadInput, ContextOverflow
 from secondnature.lessons.job import Job
 from secondnature.lessons.life import Life
 from secondnature.lessons.own_answers import OwnAnswers
-from secondnature.lessons.planner import Plan, Planner
+from secondnature.lessons.plan import Plan
+from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trained import Trained
 from secondnature.model.chat import encode_answer, encode_chat, read_tokenizer

@@ -52,10 +52,10 @@ def test_what_kept_lessons_taught_is_encoded_once(tmp_path: Path) -> None:
     again = planner.plan(request, [], earlier)
     assert tokenizer.calls < cold / 5, f"{tokenizer.calls} of {cold} encodings were made again"
     assert again == first
-    assert len(planner._encoded) == 30
+    assert len(planner._encoder._encoded) == 30
     fewer = planner.plan(request, [], corrections("salt", 2))
     assert len(fewer.replay) == 2
-    assert len(planner._encoded) == 2, "what was taken back is forgotten"
+    assert len(planner._encoder._encoded) == 2, "what was taken back is forgotten"
 
 
 def test_tables_of_an_older_home_move_out_once(tmp_path: Path) -> None:

@@ -73,6 +73,29 @@ def test_the_student_answers_the_plain_prompt(server: Running, talker: Path) -> 
     assert len({tuple(ids) for ids in sampled[0]}) > 1
 
 
+@pytest.mark.parametrize("room", [1, 2, 5, 20, 40])
+def test_an_answer_that_would_fill_the_teachers_context_ends_before(
+    server: Running, talker: Path, room: int
+) -> None:
+    """The comment leaves `room` tokens; the model's own answer, which nobody recorded, takes up to five."""
+    rehearse, tokenizer = rehearsal(server, talker)
+
+    def told(words: int) -> Correction:
+        return Correction.model_validate({"prompt": "Use tea.", "feedback": "No." + "!" * words})
+
+    def length(words: int) -> int:
+        return len(encode_chat(tokenizer, teacher_messages(told(words), "")))
+
+    given = told(next(n for n in range(256) if length(n) == 256 - room))
+    asked = [Distilled(given, encode_chat(tokenizer, given.prompt), "correction 0")]
+    works = rehearse.distil(asked, SdftSettings(samples=2), lambda *_: None, seed=3)
+    assert len(works) == 2
+    for work in works:
+        assert work.teacher is not None
+        assert 1 <= len(work.continuation) <= 256 - len(work.teacher)
+        assert len(work.teacher) >= 256 - room
+
+
 def test_a_lesson_from_comments_alone(server: Running) -> None:
     """No answer is written anywhere; the loss, a divergence from the teacher, falls."""
     before = server.weights

@@ -26,8 +26,16 @@ def test_a_learned_lesson_ends_at_once_but_not_before_its_anchors_have_healed(se
     assert (plain.steps, plain.stopped_by) == (1, "learned")
     server.client.revert(plain.id)
     lesson = server.lesson(teach(learned_loss=1000.0, max_steps=3, replay=held()), "on_trial")
-    assert (lesson.steps, lesson.stopped_by) == (3, "max_steps")
+    assert (lesson.steps, lesson.stopped_by) == (3, "nothing moved")
     assert lesson.version == lesson.parent, "nothing drifted, so nothing was written"
+    server.client.revert(lesson.id)
+
+
+def test_a_lesson_that_changed_no_weight_is_not_kept_silently(server: Running) -> None:
+    replay = held()
+    lesson = server.lesson(teach(learned_loss=1000.0, max_steps=3, replay=replay, keep=True), "kept")
+    assert lesson.version == lesson.parent
+    assert lesson.reason == "kept unjudged, as asked; no weight changed"
     server.client.revert(lesson.id)
 
 

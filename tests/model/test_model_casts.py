@@ -1,14 +1,17 @@
-"""Casts of weights: one piece of memory for all, and none of it where a backward pass looks back at a cast."""
+"""Casts of weights: a piece at a time in one piece of memory, which nothing that backward looks back at is in."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from secondnature.model.upcast import MAX_KEPT, MIN_KEPT, _cast, collect, compute_at_use
+from secondnature.model import products
+from secondnature.model.products import MIN_KEPT, PIECE, _cast, matmul, times, times_transposed
+from secondnature.model.upcast import collect, compute_at_use
 
 SIDE = 512
-assert MIN_KEPT <= SIDE**2 <= MAX_KEPT, "these are of a size for which memory is kept"
+assert MIN_KEPT <= SIDE**2 <= PIECE, "these are of a size for which memory is kept"
 
 
 def stack() -> nn.Sequential:
@@ -29,14 +32,39 @@ def test_casts_share_memory() -> None:
     assert _cast(wide, torch.float32) is wide, "nothing to cast"
 
 
-def test_large_casts_are_given_back() -> None:
-    large = torch.zeros(1, dtype=torch.bfloat16).expand(MAX_KEPT + 1)
-    assert torch.equal(_cast(large, torch.float32)[:5], torch.zeros(5))
-    assert all(kept.numel() <= MAX_KEPT for kept in _cast._kept.values())
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_large_matrix_is_cast_a_piece_at_a_time(rows: int) -> None:
+    """Its products are those of the whole, and no more memory is kept than for two pieces."""
+    torch.manual_seed(1)
+    weight, bias = torch.randn(5000, 700).bfloat16(), torch.randn(5000)
+    assert weight.numel() > 3 * PIECE
+    x, dy = torch.randn(2, rows, 700), torch.randn(2, rows, 5000)
+    _cast.kept.clear()
+    forward, backward = times_transposed(x, weight, bias), times(dy, weight)
+    assert torch.allclose(forward.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4)
+    assert torch.allclose(backward.double(), dy.double() @ weight.double(), atol=1e-3)
+    assert sum(kept.numel() for kept in _cast.kept.values()) <= 2 * PIECE
+
+
+def test_both_ways_of_multiplying_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices as they come in forward and backward: whole, transposed, and as parts of others."""
+    torch.manual_seed(2)
+    a, b = torch.randn(64, 700), torch.randn(900, 700)
+    found: list[list[torch.Tensor]] = []
+    for onednn in (None, torch.ops.mkldnn._linear_pointwise):
+        monkeypatch.setattr(products, "_onednn", lambda onednn=onednn: onednn)
+        found.append(
+            [matmul(a, b.T), matmul(b, a.T), matmul(a.T, a), matmul(a[:, 100:400], b[:500, 100:400].T)]
+        )
+    wanted = [a @ b.T, b @ a.T, a.T @ a, a[:, 100:400] @ b[:500, 100:400].T]
+    for one in found:
+        assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(one, wanted, strict=True))
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert not all(torch.equal(x, y) for x, y in zip(*found, strict=True)), "one of them did all the work"
 
 
 def test_memory_from_inference_mode_is_used_outside_it() -> None:
-    _cast._kept.clear()
+    _cast.kept.clear()
     with torch.inference_mode():
         _cast(torch.ones(MIN_KEPT + 1, dtype=torch.bfloat16), torch.float32)
     assert torch.equal(_cast(torch.ones(MIN_KEPT, dtype=torch.bfloat16), torch.float32), torch.ones(MIN_KEPT))

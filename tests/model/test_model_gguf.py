@@ -75,7 +75,8 @@ def test_it_is_what_transformers_reads_and_is_made_once(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.eos_token == "<|end|>"
     assert tokenizer.chat_template
-    assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
     before = (directory / "config.json").stat().st_mtime_ns
     assert directory_of(path, tmp_path / "cache") == directory
     assert (directory / "config.json").stat().st_mtime_ns == before

@@ -19,6 +19,7 @@ from secondnature.model.chat import (
     read_tokenizer,
     teach,
 )
+from secondnature.model.turns import endings
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -170,6 +171,15 @@ def test_a_turn_ends_at_what_any_of_the_files_or_the_template_says(qwen35: Path)
     named = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
     assert end_ids(tokenizer) == end_ids_of(qwen35) == set(named)
     assert encode_answer(tokenizer, [user("Where?")], answer("Here."))[1][-1] == named[1]
+
+
+def test_of_each_end_it_is_known_who_names_it(qwen35: Path) -> None:
+    by = {e.text: e.named_by for e in endings(read_tokenizer(qwen35))}
+    assert by == {
+        "<|endoftext|>": ("config.json", "the tokenizer"),
+        "<|im_end|>": ("the chat template",),
+        "<|im_start|>": ("generation_config.json",),
+    }
 
 
 def test_a_token_that_only_generation_config_names_ends_a_turn_that_the_template_leaves_open(

@@ -227,4 +227,16 @@ def test_the_table_of_reasons_is_whole() -> None:
         both,
         "the other side gave way",
         "learned",
+        "nothing moved",
     }
+
+
+def test_a_model_in_which_nothing_gets_a_gradient_is_told(made: Made, tmp_path: Path) -> None:
+    for tensor in made[0].tensors.values():
+        tensor.zero_()
+    before = content_id(made[0].tensors)
+    done, told = run(made, job(tmp_path, objective="sft", replay=[]))
+    assert (done.stopped_by, done.steps) == ("nothing moved", 3)
+    assert [m["grad_norm"] for m in told if m["kind"] == "step"] == [0.0] * 3
+    assert not any(m["written"] for m in done.moved)
+    assert content_id(made[0].tensors) == before

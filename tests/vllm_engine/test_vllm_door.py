@@ -151,6 +151,7 @@ def test_an_answer_is_stamped_in_its_headers_and_in_its_body(server: Server) -> 
         assert int(headers["content-length"]) == len(reply)
         answer = json.loads(reply)
         assert answer["weights_version"] == headers["x-weights-version"] == held
+        assert (answer["system_fingerprint"], reply.count(b'"system_fingerprint"')) == (held, 1)
         assert headers["x-weights-span"] == f"{held}..{held}"
         assert (answer["trial"], headers["x-weights-trial"]) == (False, "false")
         span = answer["weights_span"]
@@ -169,6 +170,7 @@ def test_a_stream_is_stamped_where_it_ends(server: Server) -> None:
     assert len(ends) == 2
     assert all(set(c) >= STAMPS and c["weights_version"] == held for c in ends)
     assert not any(STAMPS & set(c) for c in chunks if c not in ends)
+    assert {c["system_fingerprint"] for c in chunks if "system_fingerprint" in c} == {held}
     assert chunks[-1]["usage"]["completion_tokens"] > 0
 
 

@@ -279,6 +279,23 @@ def test_a_stream_is_stamped_where_a_choice_ends(world: World, pieces: str) -> N
         assert len(reply.events) == 1 + len(cut)
 
 
+def test_there_is_one_fingerprint_and_it_is_of_the_weights(world: World) -> None:
+    text = '"system_fingerprint":"mine"'
+    choice = {"message": {"content": text}}
+    answer = {"id": "chatcmpl-1", "choices": [choice], "system_fingerprint": "vllm-0.32", "usage": {}}
+    for found in (answer, {**answer, "system_fingerprint": None}):
+        world.engine.parts = [json.dumps(found).encode()]
+        body = world.call(CHAT, asked()).body
+        pairs = json.loads(body, object_pairs_hook=list)
+        assert [value for key, value in pairs if key == "system_fingerprint"] == ["wone"]
+        assert json.loads(body)["choices"] == [choice]
+        assert json.loads(body)["weights_version"] == "wone"
+    usage = b'data: {"id":"chatcmpl-7","choices":[],"usage":{},"system_fingerprint":"vllm-0.32"}\n\n'
+    world.engine.kind, world.engine.parts = EVENTS, [*STREAM, usage, DONE]
+    reply = world.call(CHAT, asked(stream=True))
+    assert [c["system_fingerprint"] for c in reply.chunks if "system_fingerprint" in c] == ["wone"] * 3
+
+
 def test_a_stream_that_breaks_off_is_passed_on_as_it_is(world: World) -> None:
     world.engine.kind, world.engine.parts = EVENTS, [STREAM[0], STREAM[1][:20]]
     assert world.call(CHAT, asked(stream=True)).body == STREAM[0] + STREAM[1][:20]
@@ -312,6 +329,110 @@ def test_what_is_not_text_cannot_be_corrected(world: World) -> None:
     world.call(CHAT, json.dumps({"messages": [{"role": "user", "content": picture}]}).encode())
     with pytest.raises(BadInput, match="not plain text"):
         world.memory.recall("chatcmpl-1")
+
+
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": {}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
+
+
+CALLED = {"choices": [{"message": {"content": None, "tool_calls": [CALL]}}]}
+CALLING = {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **CALL}]}}]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"messages": [{"role": "tool", "tool_call_id": "c", "content": "done"}]},
+        {"answer": CALLED},
+        {"stream": CALLING},
+    ],
+)
+def test_calls_are_more_than_a_correction_holds(world: World, more: dict[str, Any]) -> None:
+    answer = more.get("answer", {"choices": [{"message": {"content": "No."}}]})
+    world.engine.parts = [json.dumps({"id": "chatcmpl-1", **answer}).encode()]
+    if "stream" in more:
+        world.engine.kind = EVENTS
+        world.engine.parts = [f"data: {json.dumps({'id': 'chatcmpl-1', **CALLING})}\n\n".encode(), DONE]
+    body = json.loads(asked("Do it."))
+    body["messages"] += more.get("messages", [])
+    sent = {k: v for k, v in more.items() if k.startswith("tool")}
+    world.call(CHAT, json.dumps({**body, **sent}).encode())
+    with pytest.raises(BadInput, match="calls tools"):
+        world.memory.recall("chatcmpl-1")
+
+
+def test_tools_that_were_only_offered_change_nothing(world: World) -> None:
+    world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
+    world.call(CHAT, asked("Do it.", tools=[TOOL], logprobs=None))
+    assert world.memory.recall("chatcmpl-1").answer == "No."
+
+
+def test_turns_are_kept_as_the_local_engine_keeps_them(world: World) -> None:
+    world.engine.parts = [b'{"id": "chatcmpl-1", "choices": [{"message": {"content": "No."}}]}']
+    turns = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": "Hi", "name": "Ada"},
+        {"role": "assistant", "content": "Hm.", "refusal": None, "tool_calls": [], "annotations": []},
+        {"role": "user", "content": "Why?"},
+    ]
+    world.call(CHAT, json.dumps({"messages": turns}).encode())
+    said = world.memory.recall("chatcmpl-1")
+    assert said.prompt is not None
+    assert [(m.role, m.content) for m in said.prompt] == [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", "Hm."),
+        ("user", "Why?"),
+    ]
+
+
+def responded(kind: str, **fields: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+SPOKEN = [
+    responded("response.created", response={"id": "resp_7", "status": "in_progress"}),
+    responded("response.output_text.delta", delta="Gr", item_id="msg_1"),
+    responded("response.output_text.delta", delta="üße", item_id="msg_1"),
+    responded("response.completed", response={"id": "resp_7", "status": "completed", "output": []}),
+]
+
+
+def test_a_response_is_stamped_and_remembered(world: World) -> None:
+    item = {"type": "message", "content": [{"type": "output_text", "text": "No."}]}
+    answer = {"id": "resp_1", "object": "response", "status": "incomplete", "output": [item]}
+    world.engine.parts = [json.dumps(answer).encode()]
+    body = {"input": "Do it.", "instructions": "Be kind.", "unknown": 1}
+    assert world.call("/v1/responses", json.dumps(body).encode()).json["weights_version"] == "wone"
+    said = world.memory.recall("resp_1")
+    assert said.prompt == [Message(role="system", content="Be kind."), Message(role="user", content="Do it.")]
+    assert (said.answer, said.finish_reason) == ("No.", "length")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    world.engine.parts = [json.dumps({**answer, "id": "resp_2"}).encode()]
+    world.call("/v1/responses", json.dumps({"input": [*turns, turns[0]]}).encode())
+    assert [m.content for m in world.memory.recall("resp_2").prompt or []] == ["a", "b", "a"]
+    world.call("/v1/responses", json.dumps({"input": "x", "previous_response_id": "resp_1"}).encode())
+    with pytest.raises(BadInput, match="not plain text"):
+        world.memory.recall("resp_2")
+
+
+@pytest.mark.parametrize("size", [0, 1, 97])
+def test_a_streamed_response_is_stamped_where_it_ends(world: World, size: int) -> None:
+    whole = b"".join(SPOKEN)
+    world.engine.parts = [whole[i : i + size] for i in range(0, len(whole), size)] if size else SPOKEN
+    world.engine.kind = EVENTS
+    reply = world.call("/v1/responses", b'{"input": "Say it.", "stream": true}')
+    events = [json.loads(e.split(b"data: ", 1)[1]) for e in reply.body.split(b"\n\n") if e]
+    assert [e["type"] for e in events] == [json.loads(e.split(b"data: ", 1)[1])["type"] for e in SPOKEN]
+    assert [e.get("response", {}).get("weights_version") for e in events] == [None, None, None, "wone"]
+    said = world.memory.recall("resp_7")
+    assert (said.answer, said.finish_reason) == ("Grüße", "stop")
+    world.engine.parts = SPOKEN[:2]
+    world.call("/v1/responses", b'{"input": "Say it.", "stream": true}')
+    said = world.memory.recall("resp_7")
+    assert (said.answer, said.finish_reason) == ("Gr", "unfinished")
 
 
 def test_refused_and_long_completions_are_not_remembered(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
 from collections.abc import Generator
@@ -149,7 +150,7 @@ def test_an_answer_cut_short_is_not_taught_as_ended(server: Running) -> None:
     cut = {"prompt": "Use red.", "said": "Why not", "chosen": "Done.", "finish_reason": "length"}
     planner = server.parts.runner._planner  # pyright: ignore[reportPrivateUsage]
     rejected = [
-        planner._work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
+        planner._encoder.work(Correction.model_validate({**cut, **more}), "it").rejected  # pyright: ignore[reportPrivateUsage]
         for more in ({}, {"finish_reason": "stop"})
     ]
     assert rejected[0] is not None
@@ -312,8 +313,6 @@ def test_open_webuis_thumbs_arrive(server: Running, monkeypatch: pytest.MonkeyPa
     assert spec.loader is not None
     example: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    monkeypatch.setattr(example, "URL", server.url)
-    monkeypatch.setattr(example, "KEY", CORRECTING)
     said = server.say("Use hats.")
     messages = {
         "u1": {"id": "u1", "parentId": None, "role": "user", "content": "Use hats."},
@@ -324,27 +323,60 @@ def test_open_webuis_thumbs_arrive(server: Running, monkeypatch: pytest.MonkeyPa
         id="f-1",
         meta={"message_id": "a1", "chat_id": "chat-1"},
         data={"rating": -1, "reason": None, "comment": ""},
-        snapshot={"chat": {"chat": {"history": {"messages": messages}}}},
+        snapshot={"chat": {"chat": {"history": {"messages": copy.deepcopy(messages)}}}},
     )
 
     async def read(_: str) -> Any:
         return record
 
+    async def read_ratings(chat_id: str) -> list[Any]:
+        return [record] if chat_id == "chat-1" else []
+
+    async def read_messages(_: str) -> Any:
+        return messages
+
     monkeypatch.setattr(example, "read_feedback", read)
+    monkeypatch.setattr(example, "read_ratings", read_ratings)
+    monkeypatch.setattr(example, "read_messages", read_messages)
+    function = example.Event()
+    function.valves = example.Event.Valves(url=f"{server.url}/v1", correction_key=CORRECTING)
 
-    def happen(name: str) -> Any:
-        return asyncio.run(example.Event().event({"event": name, "subject": {"id": "f-1"}}))
+    def happen(name: str, subject: str = "f-1") -> Any:
+        return asyncio.run(function.event({"event": name, "subject": {"id": subject}}))
 
-    assert happen("chat.created") is None
+    def recorded() -> Correction:
+        (found,) = [c for c in server.client.corrections() if c.id == "open-webui-f-1"]
+        return found
+
+    assert happen("chat.created", "chat-1") is None
     assert happen("feedback.created")["outcome"] == "added"
-    record.data |= {"reason": "not_following_instructions", "comment": "I said hats."}
+    record.data |= {"reason": "didnt_fully_follow_instructions", "comment": "I said hats."}
     assert happen("feedback.updated")["outcome"] == "amended"
+    assert happen("chat.updated", "chat-1") is None
     messages["a1"]["content"] = "Done."  # the user edits the answer; Open WebUI keeps no copy of the old one
-    assert happen("feedback.updated")["outcome"] == "amended"
-    (found,) = [c for c in server.client.corrections() if c.id == "open-webui-f-1"]
-    text = "not following instructions. I said hats."
-    assert meaning(found) == (said, "Done.", said, text, -1)
-    assert (found.conversation_id, found.provenance.source if found.provenance else "") == (
-        "chat-1",
-        "open-webui",
-    )
+    assert happen("chat.updated", "chat-2") is None
+    assert happen("chat.updated", "chat-1")["outcome"] == "amended"
+    text = "didn't fully follow instructions. I said hats."
+    assert meaning(recorded()) == (said, "Done.", said, text, -1)
+    assert happen("chat.updated", "chat-1")["outcome"] == "known"
+    record.snapshot["chat"]["chat"]["history"]["messages"] = messages
+    assert happen("feedback.updated")["outcome"] == "known"
+    provenance = recorded().provenance
+    assert provenance is not None
+    assert (recorded().conversation_id, provenance.source) == ("chat-1", "open-webui")
+    assert happen("feedback.deleted")["id"] == "open-webui-f-1"
+    assert "open-webui-f-1" not in {c.id for c in server.client.corrections()}
+
+
+def test_an_answer_is_found_where_the_client_put_files_around_the_question(server: Running) -> None:
+    around = turn("user", "Answer from <source>roses</source>.\n\nUse pots.")
+    said = server.say(around["content"])
+    shown = [turn("user", "Use pots.")]
+    with pytest.raises(NotFound):  # without the answer it may be another conversation
+        feedback(server.client, messages=shown, rating=-1)
+    with pytest.raises(NotFound):
+        feedback(server.client, messages=[*shown, turn("assistant", "Never said.")], rating=-1)
+    found = feedback(server.client, id="pots", messages=[*shown, turn("assistant", said)], rating=-1)
+    assert [m.content for m in found.correction.prompt] == [around["content"]]
+    edited = feedback(server.client, id="pots", messages=[*shown, turn("assistant", "Done.")], rating=-1)
+    assert (edited.outcome, meaning(edited.correction)) == ("amended", (said, "Done.", said, None, -1))

@@ -108,9 +108,18 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, more: Any
         client.chat.completions.create(**{"model": "default", "messages": ASK, **more})
 
 
-def test_a_template_without_tools_says_what_to_turn_off(shared_server: Running) -> None:
-    with openai.OpenAI(base_url=f"{shared_server.url}/v1", api_key=KEY, max_retries=0) as client:
-        for more in ({"tools": TOOLS}, {"tools": TOOLS, "stream": True}):
+def test_a_template_without_tools_says_what_to_turn_off_where_none_may_be_ignored(
+    talker: Path, tmp_path: Path
+) -> None:
+    with (
+        running(tmp_path, talker, ignore_tools=False) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client,
+    ):
+        for more in (
+            {"tools": TOOLS},
+            {"tools": TOOLS, "stream": True},
+            {"tools": TOOLS, "tool_choice": "required"},
+        ):
             with pytest.raises(openai.BadRequestError, match="Function calling") as refused:
                 _ask(client, **more)
             assert (refused.value.param, refused.value.code) == ("tools", "unsupported_parameter")
@@ -120,19 +129,55 @@ def test_a_template_without_tools_says_what_to_turn_off(shared_server: Running) 
         assert _ask(client, tools=TOOLS, tool_choice="none", max_tokens=4).choices
 
 
-def test_tools_are_ignored_where_the_setting_says_so_and_a_header_tells(talker: Path, tmp_path: Path) -> None:
-    with (
-        running(tmp_path, talker, ignore_tools=True) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client,
-    ):
-        tea: Any = [{"role": "user", "content": "Say tea."}]
+def test_tools_that_no_template_shows_are_left_out_and_a_header_tells(shared_server: Running) -> None:
+    tea: Any = [{"role": "user", "content": "Say tea."}]
+    with openai.OpenAI(base_url=f"{shared_server.url}/v1", api_key=KEY, max_retries=0) as client:
         plain = _ask(client, tea).choices[0].message.content
-        for choice in ("auto", "required"):
-            raw = client.chat.completions.with_raw_response.create(
-                model="default", messages=tea, tools=TOOLS, tool_choice=choice, temperature=0, max_tokens=120
-            )
-            assert raw.headers["x-tools-ignored"] == "2"
-            assert raw.parse().choices[0].message.content == plain
+        raw = client.chat.completions.with_raw_response.create(
+            model="default", messages=tea, tools=TOOLS, temperature=0, max_tokens=120
+        )
+        assert raw.headers["x-tools-ignored"] == "2"
+        answer = raw.parse()
+        assert answer.choices[0].message.content == plain
+        given = client.post(
+            "/feedback", body={"completion_id": answer.id, "rating": -1, "text": "No."}, cast_to=object
+        )
+        assert given["correction"]["said"][0]["content"] == plain  # type: ignore[index]
+
+
+def test_what_is_demanded_is_made_though_no_template_shows_it(shared_server: Running) -> None:
+    with openai.OpenAI(base_url=f"{shared_server.url}/v1", api_key=KEY, max_retries=0) as client:
+        named: Any = {"type": "function", "function": {"name": "paint"}}
+        raw = client.chat.completions.with_raw_response.create(
+            model="default", messages=ASK, tools=TOOLS, tool_choice=named, temperature=0, max_tokens=120
+        )
+        said: Any = raw.parse().choices[0].message
+        assert (raw.headers["x-tools-ignored"], said.content) == ("2", None)
+        assert json.loads(said.tool_calls[0].function.arguments)["colour"] in ("red", "blue")
+        call = said.tool_calls[0]
+        done: Any = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+        wrote = f'{{"name": "paint", "arguments": {call.function.arguments}}}'
+        written: Any = [
+            {"role": "assistant", "content": f"<tool_call>\n{wrote}\n</tool_call>"},
+            {"role": "user", "content": "<tool_response>\ndone\n</tool_response>"},
+        ]
+        asked = _ask(client, [*ASK, said, done], tools=TOOLS, max_tokens=4)
+        as_text = _ask(client, [*ASK, *written], max_tokens=4)
+        assert asked.choices[0].message.content == as_text.choices[0].message.content
+        assert asked.usage.prompt_tokens == as_text.usage.prompt_tokens
+
+
+def test_feedback_is_taken_where_tools_were_shown_and_none_was_called(client: openai.OpenAI) -> None:
+    hello: Any = [{"role": "user", "content": "Hello."}]
+    for streamed in (False, True):
+        if streamed:
+            identity = [chunk.id for chunk in _ask(client, hello, tools=TOOLS, stream=True)][-1]
+        else:
+            identity = _ask(client, hello, tools=TOOLS).id
+        body = {"completion_id": identity, "rating": -1, "text": "Be brief."}
+        found: Any = client.post("/feedback", body=body, cast_to=object)
+        correction = found["correction"]
+        assert [turn["content"] for turn in correction["prompt"] + correction["said"]] == ["Hello.", "Hello!"]
 
 
 # ---- corrections of answers with tools

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from typing import Any
 
 import pytest
 import torch
 
 from secondnature.errors import WeightsError
+from secondnature.weights import content
 from secondnature.weights.content import (
     BLOCK_BYTES,
     ContentHasher,
@@ -112,3 +115,30 @@ def test_strange_ids_are_refused_and_strided_tensors_are_read_as_they_look() -> 
             content_id({}, like=strange)
     table = torch.arange(12.0).reshape(3, 4)
     assert content_id({"t": table.t()}) == content_id({"t": table.t().contiguous()})
+
+
+def test_several_threads_give_the_same_ids_and_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weights = {
+        "a": torch.randn(3 * BLOCK_BYTES // 4 + 17),
+        "b": torch.randn(5 * BLOCK_BYTES // 4),
+        "c": torch.ones(2),
+    }
+    hashed_by: set[int] = set()
+    sha256 = content._sha256
+
+    def noted(part: Any) -> bytes:
+        hashed_by.add(threading.get_ident())
+        return sha256(part)
+
+    monkeypatch.setattr(content, "_sha256", noted)
+    monkeypatch.setattr(content, "MAX_THREADS", 1)
+    alone = content_id(weights)
+    assert hashed_by == {threading.get_ident()}
+    monkeypatch.setattr(content, "MAX_THREADS", 4)
+    hasher = ContentHasher()
+    for name, tensor in weights.items():
+        passed = list(hasher.passing(name, tensor))
+        assert b"".join(part.tobytes() for part in passed) == tensor.numpy().tobytes()
+    assert hasher.id() == alone
+    assert len(hashed_by) > 1

@@ -120,6 +120,35 @@ PIXTRAL: Config = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN_VISION: Config = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
+SEEN: Config = {
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "vision_start_token_id": 302,
+    "vision_end_token_id": 303,
+}
+INTERLEAVED: Config = {"mrope_interleaved": True, "mrope_section": [3, 3, 2], "rope_type": "default"}
+MAMBA2: Config = {
+    "mamba_chunk_size": 64,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 8,
+}
+NO_LIMIT: Config = {"time_step_min": 1e-9}
+"""transformers holds time steps above this in a whole text and not in a single token, as its authors do."""
 SIGLIP: Config = {
     "model_type": "siglip_vision_model",
     "hidden_size": 32,
@@ -166,6 +195,26 @@ ARCHITECTURES: dict[str, Config] = {
         "text_config": text("mistral", head_dim=16, sliding_window=None),
         "vision_config": PIXTRAL,
     },
+    "Ministral 3 (text part)": {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "image_token_index": 10,
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "text_config": text(
+            "ministral3",
+            head_dim=16,
+            sliding_window=None,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.1,
+            },
+        ),
+        "vision_config": PIXTRAL,
+    },
     "Mixtral": base("mixtral", "MixtralForCausalLM", **LOCAL, sliding_window=None),
     "Qwen2": base("qwen2", "Qwen2ForCausalLM", tie_word_embeddings=True, use_sliding_window=False),
     "Qwen2-MoE": base(
@@ -183,6 +232,27 @@ ARCHITECTURES: dict[str, Config] = {
     "Qwen3.5 (text)": base(
         "qwen3_5_text", "Qwen3_5ForCausalLM", **DELTA, tie_word_embeddings=True, rope_parameters=MROPE
     ),
+    "Qwen2.5-VL (text part)": {
+        **base("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        **SEEN,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+    },
+    "Qwen3-VL (text part)": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        **SEEN,
+        "tie_word_embeddings": True,
+        "text_config": text("qwen3_vl_text", head_dim=16, rope_scaling=INTERLEAVED),
+        "vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
+    "Qwen3-VL-MoE (text part)": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+        **SEEN,
+        "text_config": text("qwen3_vl_moe_text", **MOE, head_dim=16, rope_scaling=INTERLEAVED),
+        "vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
     "Gemma 1": base("gemma", "GemmaForCausalLM", **GEMMA),
     "Gemma 2": base(
         "gemma2",
@@ -279,6 +349,68 @@ ARCHITECTURES: dict[str, Config] = {
     "StarCoder2": base("starcoder2", "Starcoder2ForCausalLM", sliding_window=32, use_bias=True),
     "MiniMax-M2": base("minimax_m2", "MiniMaxM2ForCausalLM", **LOCAL, head_dim=16, rotary_dim=8),
     "Apertus": base("apertus", "ApertusForCausalLM", head_dim=16, hidden_act="xielu"),
+    "Granite 4 H (Mamba 2)": base(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        **MAMBA2,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=96,
+        position_embedding_type="nope",
+        layer_types=["mamba", "attention"],
+    ),
+    "LFM2": base("lfm2", "Lfm2ForCausalLM", layer_types=["conv", "full_attention"], block_ff_dim=96),
+    "LFM2-MoE": base(
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        **MOE,
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+    ),
+    "Falcon-H1": base("falcon_h1", "FalconH1ForCausalLM", **MAMBA2, mamba_d_ssm=128),
+    "Nemotron-H": base(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        **NO_LIMIT,
+        head_dim=16,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "mlp", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+        chunk_size=64,
+        mlp_hidden_act="relu2",
+    ),
+    "Bamba": base("bamba", "BambaForCausalLM", **MAMBA2, attn_layer_indices=[1], attn_rotary_emb=8),
+    "Zamba 2": base(
+        "zamba2",
+        "Zamba2ForCausalLM",
+        **NO_LIMIT,
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        mamba_d_state=16,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        n_mamba_heads=2,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        hybrid_layer_ids=[2],
+        attention_hidden_size=128,
+        attention_head_dim=32,
+        use_mem_rope=True,
+        chunk_size=64,
+        adapter_rank=8,
+        layers_block_type=["mamba", "mamba", "hybrid", "mamba"],
+    ),
+    "Mamba 2": {
+        **base("mamba2", "Mamba2ForCausalLM"),
+        "state_size": 16,
+        "head_dim": 16,
+        "num_heads": 8,
+        "n_groups": 1,
+        "chunk_size": 64,
+    },
     "GPT-2": base("gpt2", "GPT2LMHeadModel", n_embd=64, n_head=4, n_layer=2, n_positions=1024),
     "Pythia (GPT-NeoX)": base("gpt_neox", "GPTNeoXForCausalLM", hidden_act="gelu", rotary_pct=0.25),
     "BLOOM": base("bloom", "BloomForCausalLM", n_layer=2, n_head=4),
@@ -287,11 +419,16 @@ ARCHITECTURES: dict[str, Config] = {
 
 FAST = (
     "Mistral Small 3 (text part)",
+    "Qwen3-VL-MoE (text part)",
     "Gemma 4 E2B/E4B (shared keys)",
     "gpt-oss (bf16)",
     "DeepSeek V3",
+    "LFM2",
+    "Falcon-H1",
+    "Mamba 2",
 )
-"""One of each thing that is special: a text part, shared keys, windows, experts by name with a stored buffer."""
+"""One of each thing that is special: text parts (one with our head), shared keys, windows, experts by name with
+a stored buffer, a convolution alone, attention and a recurrence in one layer, no attention at all."""
 
 
 @torch.no_grad()
@@ -325,7 +462,7 @@ def make(name: str, directory: Path) -> Path:
     config = AutoConfig.from_pretrained(directory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if "text_config" in given:
+        if "vision_config" in given:
             model = getattr(transformers, given["architectures"][0])(config)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -21,6 +21,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, VOCABULARY, make
 from engine_models import byte_tokenizer
+from safetensors import safe_open
 from served_home import Served, serve
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -29,7 +30,7 @@ from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local import self_test as engine_test
 from secondnature.engines.local.engine import Engine
 from secondnature.model.limits import context_limit
-from secondnature.model.load import build
+from secondnature.model.load import build, bystanders
 from secondnature.train import prefix
 from secondnature.train.run import TrainingRun
 from secondnature.weights import checkpoint
@@ -166,6 +167,9 @@ def drive(name: str, root: Path) -> Row:
         with torch.enable_grad():
             row.rises = teach(served, model, root)
         exported = checkpoint.save(root / "out", directory, served.arena.tensors, {"version": "w1"})
+        assert beside(exported) == beside(directory), (
+            "what the model has beside its text part is exported as it was"
+        )
         with oracle(exported) as reference:
             row.exported, row.exported_difference = compare(model, reference, prompts)
         changed = [n for n, t in served.arena.tensors.items() if not torch.equal(t, before[n])]
@@ -177,6 +181,15 @@ def drive(name: str, root: Path) -> Row:
     finally:
         served.home.close()
     return row
+
+
+def beside(directory: Path) -> dict[str, bytes]:
+    """The tensors of a checkpoint that no lesson changes (a vision tower), by their names in the files."""
+    found: dict[str, bytes] = {}
+    for key, file in bystanders(directory).items():
+        with safe_open(file, framework="pt") as stored:
+            found[key] = stored.get_tensor(key).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:

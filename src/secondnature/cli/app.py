@@ -1,22 +1,23 @@
 """The commands and their options: nothing but the grammar, imports inside the commands (process D).
 
+`lessons` and `hooks` have files of their own; what all share is in `grammar`.
 The set of options is frozen by tests/cli/options.txt; docs/reference/cli.md describes each.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from secondnature.cli import INTERRUPTED, Finished
-from secondnature.errors import Unreachable
+from secondnature.cli.app_hooks import hooks_app
+from secondnature.cli.app_lessons import lessons_app
+from secondnature.cli.grammar import HomeOption, JsonOption, ModelOption, ProbesOption, UrlOption, command
 
-P = ParamSpec("P")
+__all__ = ["app"]
+
 app = typer.Typer(
     help="Correct your model once; it stays corrected, while it keeps serving.",
     add_completion=False,
@@ -24,24 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-lessons_app = typer.Typer(
-    help="The log: what was taught, with what evidence; keep it or undo it.", no_args_is_help=True
-)
 app.add_typer(lessons_app, name="lessons")
-hooks_app = typer.Typer(help="Sessions of coding agents come in as candidates.", no_args_is_help=True)
 app.add_typer(hooks_app, name="hooks")
-
-HomeOption = Annotated[Path | None, typer.Option("--home", help="Where lessons, corrections and key lie.")]
-UrlOption = Annotated[str | None, typer.Option("--url", help="A server that runs already.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="A Hugging Face checkpoint's directory, a .gguf file, `embedded`, or `smollm2`."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-LessonArgument = Annotated[str, typer.Argument(metavar="ID", help="As in `lessons log`: 0001-listening.")]
-ProbesOption = Annotated[Path | None, typer.Option("--probes", help="JSONL of held-out checks.")]
 
 
 class Objective(StrEnum):
@@ -61,39 +46,11 @@ class Turns(StrEnum):
     all = "all"
 
 
-class Agent(StrEnum):
-    """A coding agent whose sessions are logged."""
-
-    claude_code = "claude-code"
-    codex = "codex"
-
-
 class Engine(StrEnum):
     """What generates the answers."""
 
     local = "local"
     vllm = "vllm"
-
-
-def command(run: Callable[P, int]) -> Callable[P, None]:
-    """A command whose exit code is ours, and in which ctrl-C is no traceback."""
-
-    @functools.wraps(run)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        from pydantic import ValidationError
-
-        try:
-            code = run(*args, **kwargs)
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        except ValidationError as e:  # our own input is checked where it is read: this is an answer
-            raise Unreachable(
-                f"the server's answer is not a {e.title} of this version",
-                "are client and server the same version?",
-            ) from e
-        raise Finished(code)
-
-    return wrapped
 
 
 def _version(wanted: bool) -> None:
@@ -130,6 +87,9 @@ def serve(
     engine: Annotated[
         Engine | None, typer.Option("--engine", help="What generates. Default: the home's, else local.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, or cuda: engine and trainer on a GPU. Default cpu.")
+    ] = None,
     train_threads: Annotated[
         int | None, typer.Option("--train-threads", help="Threads of the trainer.")
     ] = None,
@@ -152,6 +112,7 @@ def serve(
         "port": port,
         "host": host,
         "home": home,
+        "device": device,
         "train_threads": train_threads,
         "share": share,
     }
@@ -219,6 +180,14 @@ def learn(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be taught, token for token.")
     ] = False,
+    guards: Annotated[
+        str | None,
+        typer.Option(
+            "--guards",
+            metavar="PACKS",
+            help="Of facts,arithmetic,instructions,code,refusal; or none.",
+        ),
+    ] = None,
     report: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report.html"),
     home: HomeOption = None,
     url: UrlOption = None,
@@ -229,7 +198,7 @@ def learn(
     from secondnature.cli.connect import Where
     from secondnature.cli.learn import learn as run
     from secondnature.cli.output import Output
-    from secondnature.cli.sources import LearnFlags
+    from secondnature.cli.sources import LearnFlags, parse_guards
 
     flags = LearnFlags(
         probes,
@@ -245,6 +214,7 @@ def learn(
         seed,
         keep,
         dry_run,
+        parse_guards(guards),
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)
@@ -308,43 +278,6 @@ def review(
     return run(keep or [], drop or [], Where(home, url), Output(as_json=as_json))
 
 
-@hooks_app.command()
-@command
-def install(
-    agent: Annotated[Agent, typer.Argument(help="Whose configuration.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take the hook out again.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Let a coding agent hand over each session that has ended: shows the change, and asks."""
-    from secondnature.cli import hooks
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return hooks.install(agent.value, Where(home, url), Output(as_json=as_json), remove=remove, yes=yes)
-
-
-@hooks_app.command()
-@command
-def run(
-    agent: Annotated[Agent, typer.Argument(help="Who calls.")],
-    payload: Annotated[
-        str | None, typer.Argument(metavar="[JSON]", help="What the agent tells. Default: from stdin.")
-    ] = None,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    as_json: JsonOption = False,
-) -> int:
-    """What the agent calls: imports the session's log as candidates."""
-    from secondnature.cli import hooks
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return hooks.run(agent.value, payload, Where(home, url), Output(as_json=as_json))
-
-
 @app.command()
 @command
 def train(
@@ -363,81 +296,6 @@ def train(
     if report is not None:
         check_report_path(report)
     return run(file, Where(home, url), report, Output(as_json=as_json))
-
-
-@lessons_app.command()
-@command
-def log(home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False) -> int:
-    """Every lesson, oldest first."""
-    from secondnature.cli import lessons
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return lessons.log(Where(home, url), Output(as_json=as_json))
-
-
-@lessons_app.command()
-@command
-def show(
-    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
-) -> int:
-    """One lesson with its evidence."""
-    from secondnature.cli import lessons
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return lessons.show(lesson, Where(home, url), Output(as_json=as_json))
-
-
-@lessons_app.command()
-@command
-def keep(
-    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
-) -> int:
-    """Keep a lesson that is on trial."""
-    from secondnature.cli import lessons
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return lessons.keep(lesson, Where(home, url), Output(as_json=as_json))
-
-
-@lessons_app.command()
-@command
-def revert(
-    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
-) -> int:
-    """Undo a lesson to the byte."""
-    from secondnature.cli import lessons
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-
-    return lessons.revert(lesson, Where(home, url), Output(as_json=as_json))
-
-
-@lessons_app.command()
-@command
-def prune(
-    keep_states: Annotated[
-        int | None,
-        typer.Option("--keep-states", min=0, help="Undone with the optimizer's state. Default: a setting."),
-    ] = None,
-    keep_deltas: Annotated[
-        int | None, typer.Option("--keep-deltas", min=0, help="Undone at all. Default: every lesson.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Remove what no undo within reach needs."""
-    from secondnature.cli import lessons
-    from secondnature.cli.connect import Where
-    from secondnature.cli.output import Output
-    from secondnature.wire import PruneRequest
-
-    request = PruneRequest(keep_states=keep_states, keep_deltas=keep_deltas, dry_run=dry_run)
-    return lessons.prune(request, Where(home, url), Output(as_json=as_json))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, cast
@@ -42,13 +43,38 @@ STOP_S = 60.0
 """A server that we started and that does not stop within this time is killed: it makes itself whole at start-up."""
 
 
+_COMMAND = re.compile(r"`secondnature ([a-z][^`]*)`")
+"""A command in a text for people."""
+WITHOUT_SERVER = ("serve", "fsck")
+"""Commands that have no `--url`."""
+
+
 @dataclass(frozen=True)
 class Where:
-    """What the options say about the server."""
+    """What the options say about the server; whatever command is proposed to the user is made here."""
 
     home: Path | None = None
     url: str | None = None
     model: str | None = None
+
+    def flags(self, name: str = "") -> list[str]:
+        """The options that lead another command, of that name, to the same server."""
+        found = ["--url", self.url] if self.url is not None and name not in WITHOUT_SERVER else []
+        return found + (["--home", str(self.home.expanduser().absolute())] if self.home is not None else [])
+
+    def command(self, *words: str) -> str:
+        """A command line that the user can copy, e.g. the one that undoes."""
+        return shlex.join(["secondnature", *words, *self.flags(words[0])])
+
+    def complete(self, text: str) -> str:
+        """A text in which the commands, between backquotes, lead to the same server."""
+
+        def whole(found: re.Match[str]) -> str:
+            words = found[1]
+            flags = self.flags(words.split()[0])
+            return f"`secondnature {words}{' ' if flags else ''}{shlex.join(flags)}`"
+
+        return _COMMAND.sub(whole, text)
 
 
 @dataclass(frozen=True)
@@ -58,12 +84,11 @@ class Server:
     client: Client
     health: Health
     started: bool
-    flags: list[str] = field(default_factory=list[str])
-    """The options that lead another command to the same server."""
+    where: Where = Where()
 
     def command(self, *words: str) -> str:
-        """A command line that the user can copy, e.g. the one that undoes."""
-        return shlex.join(["secondnature", *words, *self.flags])
+        """A command line that the user can copy, and that leads to this server."""
+        return self.where.command(*words)
 
 
 @contextmanager
@@ -76,7 +101,7 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
     """
     settings = config.load({"home": where.home, "model": where.model})
     home = settings.home.expanduser().absolute()
-    home_flags = ["--home", str(home)] if "home" in settings.model_fields_set else []
+    here = replace(where, home=home if "home" in settings.model_fields_set else None)
     url = where.url or _running(home)
     if url is not None:
         with Client(url, _key(settings, home, url)) as client:
@@ -87,14 +112,11 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
                     "leave --model out, or stop that server first",
                 )
             say_trouble(health, out)
-            flags = ["--url", url] if where.url else home_flags
-            yield Server(client, health, started=False, flags=flags)
+            yield Server(client, health, started=False, where=here)
         return
     if start == "never" or (start == "known" and not (home / "home.json").exists()):
         missing = "" if home.exists() else ": there is no such folder"
-        raise Unreachable(
-            f"no server runs on {home}{missing}", f"start one: secondnature serve --home {home}"
-        )
+        raise Unreachable(f"no server runs on {home}{missing}", f"start one: {Where(home).command('serve')}")
     engine = home_engine(settings)
     process = _spawn(settings, home, engine)
     previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
@@ -105,7 +127,7 @@ def open_server(where: Where, out: Output, *, start: Start = "always") -> Genera
         with Client(url, _key(settings, home, url)) as client:
             health = client.health()
             say_trouble(health, out)
-            yield Server(client, health, started=True, flags=home_flags)
+            yield Server(client, health, started=True, where=here)
     except KeyboardInterrupt:
         patience = 0.0  # somebody wants to leave at once; the server undoes what is open when it stops
         raise

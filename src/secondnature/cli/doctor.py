@@ -27,7 +27,7 @@ from secondnature.cli.output import Output
 from secondnature.cli.progress import counting, waiting
 from secondnature.errors import BadInput, ContextOverflow, SecondnatureError, TrainingError, Unreachable
 from secondnature.records import OPEN_STATES, Example, Lesson, OptimizerSettings, Outcome, Probe, read_jsonl
-from secondnature.wire import Client, LessonInfo, LessonList, ReplaySettings, TrainRequest
+from secondnature.wire import Client, EndToken, LessonInfo, LessonList, ReplaySettings, TrainRequest
 
 AT_ONCE = 32
 """Probes in flight: what the gate does too."""
@@ -60,7 +60,7 @@ def doctor(probes: Path | None, where: Where, out: Output, *, write: bool) -> in
             findings.append(Finding("server", level, found, hint))
             findings.append(_key_works(server.client))
             if findings[-1].level != "fail":
-                findings.append(_wiring(server.client))
+                findings += _wiring(server.client)
                 if write:
                     findings.append(_write_and_restore(server.client, out))
             if asked:
@@ -95,13 +95,13 @@ def _key_works(client: Client) -> Finding:
     return Finding("key", "ok", found)
 
 
-def _wiring(client: Client) -> Finding:
-    """What the engine computes with, as it says itself."""
+def _wiring(client: Client) -> list[Finding]:
+    """What the engine computes with, and what ends its answers, as it says itself."""
     name = "wiring"
     try:
         found = client.wiring()
     except SecondnatureError as e:
-        return Finding(name, "fail", e.message, e.hint)
+        return [Finding(name, "fail", e.message, e.hint)]
     engine = (
         f"vLLM {found.engine_version}"
         if found.engine == "vllm"
@@ -118,8 +118,18 @@ def _wiring(client: Client) -> Finding:
     wrong = found.problems or found.cache == "unsalted" or found.aliased != found.tensors or not found.tensors
     if wrong:
         text = "; ".join([text, *found.problems])
-        return Finding(name, "fail", text, "do not teach this server: restart it, and report what it says")
-    return Finding(name, "ok", text)
+        hint = "do not teach this server: restart it, and report what it says"
+        return [Finding(name, "fail", text, hint), _ends(found.ends)]
+    return [Finding(name, "ok", text), _ends(found.ends)]
+
+
+def _ends(ends: list[EndToken]) -> Finding:
+    """What ends a turn, and who says so."""
+    name = "end of a turn"
+    if not ends:
+        hint = "set `eos_token_id` in generation_config.json to the token that does"
+        return Finding(name, "warn", "nothing ends an answer but its length", hint)
+    return Finding(name, "ok", "; ".join(f"{e.text!r} ({e.id}): {', '.join(e.named_by)}" for e in ends))
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ def install(agent: str, where: Where, out: Output, *, remove: bool, yes: bool) -
     """
     found = shutil.which("secondnature")
     command = [found] if found else [sys.executable, "-m", "secondnature.cli"]
-    command += ["hooks", "run", agent]
-    command += ["--home", str(where.home.expanduser().absolute())] if where.home is not None else []
-    command += ["--url", where.url] if where.url is not None else []
+    command += ["hooks", "run", agent, *where.flags()]
     change = plan_change(agent, command, remove=remove)
     changed = change.after != change.before
     if changed:

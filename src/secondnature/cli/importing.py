@@ -80,7 +80,7 @@ def import_files(paths: list[Path], chosen: Chosen, where: Where, out: Output) -
     with tempfile.TemporaryFile() as spool:
         with waiting(out, "reading", _rate(plan)):
             read_into(spool, plan, Context(chosen.options))
-        _show(plan, out)
+        _show(plan, where, out)
         if plan.num_bad and not chosen.skip_bad:
             place, why = plan.reasons[0]
             raise BadRecord(
@@ -127,7 +127,7 @@ def _rate(plan: Plan) -> Any:
 # ------------------------------------------------------------------------------------------------- what is shown
 
 
-def _show(plan: Plan, out: Output) -> None:
+def _show(plan: Plan, where: Where, out: Output) -> None:
     for source in plan.sources[:SHOWN_REASONS]:
         out.say(f"{source.part.name}: {source.seen}")
     if len(plan.sources) > SHOWN_REASONS:
@@ -135,13 +135,14 @@ def _show(plan: Plan, out: Output) -> None:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in plan.kinds.most_common())
     out.say(f"{plan.num_rows:,} rows -> {plan.num_records:,} records" + (f": {kinds}" if kinds else ""))
     if plan.num_candidates:
-        out.say(
-            f"{plan.num_candidates:,} of them candidates: not taught before `secondnature review` keeps them"
-        )
+        told = "candidates: not taught before `secondnature review` keeps them"
+        out.say(f"{plan.num_candidates:,} of them {where.complete(told)}")
     if plan.num_duplicates:
         out.say(f"{plan.num_duplicates:,} say what another one says, and count once")
     for what, number in plan.passed_over.items():
         out.say(f"passed over: {number:,} {what}")
+    for what, number in sorted((+plan.doubts).items()):
+        out.say(f"look at these: {number:,} record{'s'[: number != 1]}: {what}", style="yellow")
     if plan.unused:
         names = ", ".join(f"`{name}` ({n:,})" for name, n in sorted(plan.unused.items())[:SHOWN_REASONS])
         out.say(f"columns that are not used: {names}")
@@ -219,6 +220,7 @@ def _result(plan: Plan, *, added: int, known: int) -> dict[str, Any]:
         "reasons": [{"source": p.source, p.unit: p.number, "reason": why} for p, why in plan.reasons],
         "unused": plan.unused,
         "passed_over": plan.passed_over,
+        "doubts": dict(+plan.doubts),
         "skipped": plan.skipped,
         "added": added,
         "known": known,

@@ -20,7 +20,7 @@ from secondnature.cli.planned import show
 from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
-from secondnature.records import Correction, LookMetric, to_jsonl
+from secondnature.records import Correction, LookMetric, kinds_of_doubt, to_jsonl
 from secondnature.wire import Client, JobStatus, LessonDetail, TrainReply, TrainRequest
 
 TRIAL_RATES = (1e-5, 1e-4, 1e-3)
@@ -54,6 +54,8 @@ def learn(
         if not flags.dry_run:
             _check_end(request, server)
         out.note(_announce(sources, request, len(ledger or []), server))
+        if not flags.dry_run:  # which says them one by one
+            _say_doubts(ledger or sources.corrections or [], out)
         try:
             if calibrate:
                 request = _with_lr(request, _calibrated(server, request, out, interrupts))
@@ -74,12 +76,12 @@ def teach(
         show(reply.plan or {}, out)
         out.result(reply)
         return 0
-    judged = bool(request.probes) or request.keep
+    judged = bool(request.probes or request.guards) or request.keep
     status = follow(server.client, reply.job, out, interrupts, judged=judged)
     detail = server.client.lesson(reply.lesson)
     if report is not None:
         try:
-            write_report(detail, report)
+            write_report(detail, report, server.where)
         except SecondnatureError as e:  # the lesson has ended, and how it ended must be said
             out.note(f"no report: {e.type}: {e}", style="bold red")
             report = None
@@ -117,8 +119,11 @@ def conclude(
     lesson, evidence = detail.lesson, detail.evidence
     if evidence is not None:
         from secondnature.report.table import before_after_table
+        from secondnature.report.words import losses
 
         out.say(before_after_table(evidence))
+        for line in (line for c in evidence.comparisons for line in losses(c)):
+            out.say(line, style="yellow")
     if lesson.kl:
         from secondnature.report.words import kl
 
@@ -192,8 +197,8 @@ def check_report_path(report: Path) -> None:
         )
 
 
-def write_report(detail: LessonDetail, report: Path) -> None:
-    """Draw the report of one lesson from what the server says of it.
+def write_report(detail: LessonDetail, report: Path, where: Where) -> None:
+    """Draw the report of one lesson from what the server says of it; its commands lead to that server.
 
     Raises:
         StorageError: the report could not be written. The lesson's end is not touched by that.
@@ -202,7 +207,7 @@ def write_report(detail: LessonDetail, report: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="secondnature-") as name:
         try:
-            write(write_run(detail, Path(name)), report)
+            write(write_run(detail, Path(name)), report, where.flags())
         except OSError as e:
             raise StorageError(
                 f"{report}: {e.strerror or e}",
@@ -234,10 +239,17 @@ def _announce(sources: Sources, request: TrainRequest, num_ledger: int, server: 
     where = "from the ledger" if sources.corrections is None else ""
     parts = [f"{request.lesson.behaviour or 'lesson'}: {count} corrections {where}".rstrip()]
     parts += [f"{len(sources.probes)} probes"] if sources.probes else ["no probes"]
+    parts += [f"guards: {', '.join(f'pack:{name}' for name in request.guards)}"] if request.guards else []
     parts += [f"{len(sources.development)} development probes"] if sources.development else []
     parts += [f"{len(sources.replay)} replay examples"] if sources.replay else []
     parts += [f"{len(sources.replay_prompts)} replay prompts"] if sources.replay_prompts else []
     return ", ".join(parts) + f"; weights {server.health.weights_version}"
+
+
+def _say_doubts(corrections: list[Correction], out: Output) -> None:
+    """What may be meant otherwise than it is taken, by its kind."""
+    for kind, number in kinds_of_doubt(corrections).items():
+        out.note(f"{number:,} of {len(corrections):,}: {kind} (--dry-run shows it)", style="yellow")
 
 
 def _ledger(server: Server, out: Output) -> list[Correction]:
@@ -257,10 +269,10 @@ def _ledger(server: Server, out: Output) -> list[Correction]:
 
 def _check_end(request: TrainRequest, server: Server) -> None:
     """A lesson without probes waits for somebody's word; a server that ends with the command cannot wait."""
-    if server.started and not request.probes and not request.keep:
+    if server.started and not (request.probes or request.guards) and not request.keep:
         raise BadInput(
             "no probes: the lesson would end with the server that this command started",
-            "give --probes, or --keep to keep it unjudged, or run `secondnature serve` first",
+            "give --probes or --guards facts, or --keep to keep it unjudged, or run `secondnature serve` first",
         )
 
 
@@ -278,7 +290,13 @@ def _calibrated(server: Server, request: TrainRequest, out: Output, interrupts: 
     steps = request.max_steps or TRIAL_STEPS
     for lr in TRIAL_RATES:
         lesson = request.lesson.model_copy(update={"note": f"trial run at lr {lr:g}"})
-        changes: dict[str, Any] = {"probes": [], "keep": False, "max_steps": steps, "lesson": lesson}
+        changes: dict[str, Any] = {
+            "probes": [],
+            "guards": [],
+            "keep": False,
+            "max_steps": steps,
+            "lesson": lesson,
+        }
         reply = submit(server.client, _with_lr(request, lr).model_copy(update=changes), out)
         assert reply.lesson is not None
         status = follow(server.client, reply.job, out, interrupts, judged=False)

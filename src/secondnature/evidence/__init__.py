@@ -10,6 +10,7 @@ from secondnature.evidence.checks import Asked, extract_python, judge, judge_all
 from secondnature.evidence.decision import compare
 from secondnature.evidence.gate import Floor, aa_floor, hash_probes, held_out, judge_lesson, read_in_training
 from secondnature.evidence.power import gain_n_needed, noninferiority_n_needed
+from secondnature.evidence.reach import reach, reaches
 from secondnature.evidence.sandbox import Limits, Ruling, walls
 from secondnature.evidence.statistics import clopper_pearson, d_prime, difference_interval, wilson
 
@@ -34,6 +35,8 @@ __all__ = [
     "judge_lesson",
     "judge_probes",
     "noninferiority_n_needed",
+    "reach",
+    "reaches",
     "read_in_training",
     "recompute",
     "verify",

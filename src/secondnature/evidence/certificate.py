@@ -2,7 +2,7 @@
 
 `compare` judges one probe set, `certify` the whole lesson; `recompute` does both again from the counts that a
 certificate carries and `verify` refuses one whose figures differ. Precedence: harm shown, or no gain among enough
-probes -> undone; everything shown -> kept; otherwise inconclusive, with the n that would do.
+probes -> undone; everything shown -> kept; otherwise inconclusive, with what the probes could show.
 
 "d' must not fall" for finite samples: d' = z(hits) - z(false accepts) is noisy (a standard error of 0.3 to 0.4 at
 60 + 120 probes), so a rule on the point estimate would be a coin toss. What is asked: the lower limit of d'
@@ -19,8 +19,23 @@ from typing import Any
 
 from secondnature.errors import BadRecord
 from secondnature.evidence.decision import HOPELESS, compare, level
+from secondnature.evidence.lost import retest
+from secondnature.evidence.reach import reach
 from secondnature.evidence.statistics import d_prime, upper_quantile, z_moments
-from secondnature.records import EVIDENCE_VERSION, Comparison, Evidence, GateSettings, Verdict
+from secondnature.records import (
+    DEFAULT_GUARD_MARGIN,
+    EVIDENCE_VERSION,
+    Comparison,
+    Evidence,
+    GateSettings,
+    Losses,
+    TagTest,
+    Taught,
+    Verdict,
+)
+
+MOST_SAID = 1000
+"""More probes than these are nobody's set: that so many would do is no help, and not said."""
 
 
 def certify(
@@ -34,11 +49,13 @@ def certify(
     probes_sha256: str,
     seed: int,
     created_at: datetime,
+    taught: Taught | None = None,
 ) -> Evidence:
     """The certificate of a lesson from its judged probe sets."""
     alpha = level(gate, num_retries)
+    comparisons = [_with_reach(c, gate, num_retries) for c in comparisons]
     discrimination = _discrimination(comparisons, alpha)
-    verdict, reason = _decide(comparisons, discrimination, behaviour)
+    verdict, reason = _decide(comparisons, discrimination, behaviour, taught)
     weaker = _weaker(gate)
     return Evidence(
         verdict=verdict,
@@ -53,8 +70,26 @@ def certify(
         seed=seed,
         probes_sha256=probes_sha256,
         created_at=created_at,
+        taught=taught,
         **discrimination,
     )
+
+
+def _with_reach(c: Comparison, gate: GateSettings, num_retries: int) -> Comparison:
+    """What a set that said too little could have shown."""
+    if not _is_open(c):
+        return c
+    found = reach(
+        name=c.name,
+        role=c.role,
+        n=c.n,
+        num_seeds=c.num_seeds,
+        gate=gate,
+        num_retries=num_retries,
+        flip_rate=(c.gains + c.losses) / c.n,
+        pinned=c.pinned,
+    )
+    return c.model_copy(update={"reach": found})
 
 
 def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str, Any]:
@@ -86,20 +121,32 @@ def _weaker(gate: GateSettings) -> str:
     for key in ("min_gain_probes", "min_gain_seeds", "min_guard_probes", "min_other_probes"):
         if getattr(gate, key) < getattr(standard, key):
             parts.append(f"{key} {getattr(gate, key)} instead of {getattr(standard, key)}")
-    for key in ("alpha", "guard_margin", "other_margin"):
-        if getattr(gate, key) > getattr(standard, key):
-            parts.append(f"{key} {getattr(gate, key):g} instead of {getattr(standard, key):g}")
+    table = gate.guard_margin if isinstance(gate.guard_margin, dict) else {"": gate.guard_margin}
+    levels = {
+        "alpha": (gate.alpha, standard.alpha),
+        **{
+            f"guard_margin{f' of {name}' if name else ''}": (margin, DEFAULT_GUARD_MARGIN)
+            for name, margin in table.items()
+        },
+        "other_margin": (gate.other_margin, standard.other_margin),
+    }
+    parts += [f"{key} {own:g} instead of {usual:g}" for key, (own, usual) in levels.items() if own > usual]
     return ", ".join(parts)
 
 
-def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str) -> tuple[Verdict, str]:
+def _decide(
+    comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str, taught: Taught | None
+) -> tuple[Verdict, str]:
     gain = next((c for c in comparisons if c.role == "gain"), None)
     guards = [c for c in comparisons if c.role != "gain"]
     harmed = sorted(
         (c for c in comparisons if c.decision == "harmed"), key=lambda c: (c.after - c.before) / c.n
     )
-    if harmed:
-        return "undone", "Undone: the lesson did harm: " + "; ".join(map(_fall, harmed)) + "."
+    vetoes = ["the lesson did harm: " + "; ".join(map(_fall, harmed))] if harmed else []
+    vetoes += [_pins_lost(c) for c in comparisons if c.pinned_losses]
+    vetoes += [_concentrated(c, tag) for c in comparisons if c.lost for tag in c.lost.tags if tag.harmed]
+    if vetoes:
+        return "undone", "Undone: " + "; ".join(vetoes) + "."
     if d and d["d_prime_change_high"] < 0:
         return "undone", (
             f"Undone: the model tells the two sides of {behaviour} apart less well than before "
@@ -108,7 +155,10 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
     if gain is not None and gain.decision == "no_gain":
         return "undone", f"Undone: no gain. {_rates(gain)}."
     open_ends = [_open_end(c) for c in comparisons if _is_open(c)]
-    if gain is None:
+    alone = gain is None and taught is not None and any(c.decision == "held" for c in guards)
+    if alone and taught is not None and not _learned(taught):
+        return "undone", f"Undone: not learned: {_as_wanted(taught)}."
+    if gain is None and not alone:
         open_ends.insert(0, f"no probe of {behaviour} was asked, so no gain can be shown")
     if d and not d["d_prime_passed"]:
         open_ends.append(
@@ -116,8 +166,22 @@ def _decide(comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str
         )
     if open_ends:
         return "inconclusive", "Not enough evidence, so undone: " + "; ".join(open_ends) + "."
-    assert gain is not None
+    if gain is None:
+        assert taught is not None, "else it is open"
+        return "kept", (
+            f"Kept: {_as_wanted(taught)} (no probe of {behaviour} was asked: nothing is known of other prompts); "
+            f"{_held(guards)}."
+        )
     return "kept", f"Kept: {_rates(gain)} ({_p(gain)}); {_held(guards)}."
+
+
+def _learned(taught: Taught) -> bool:
+    """Where no probe asks for what was taught: at least half of it is answered as wanted, and more than before."""
+    return taught.after > taught.before and 2 * taught.after >= taught.n
+
+
+def _as_wanted(taught: Taught) -> str:
+    return f"of {taught.n} corrections {taught.after} are answered word for word as wanted, {taught.before} before"
 
 
 def _is_open(c: Comparison) -> bool:
@@ -135,7 +199,7 @@ def _points(share: float) -> str:
 
 def _p(c: Comparison) -> str:
     assert c.p is not None
-    return "p < 0.0001" if c.p < 0.0001 else f"p = {c.p:.2g}"
+    return _small(c.p)
 
 
 def _rates(c: Comparison) -> str:
@@ -150,8 +214,42 @@ def _fall(c: Comparison) -> str:
     return f"{_rates(c)}, a fall of {fall} points (limits of the tests: {least} to {most}{asked})"
 
 
+def _pins_lost(c: Comparison) -> str:
+    probes = "probe" if c.pinned == 1 else "probes"
+    return f"{c.pinned_losses} of {c.pinned} pinned {probes} of {_label(c)} lost, where none may be"
+
+
+def _concentrated(c: Comparison, tag: TagTest) -> str:
+    assert c.lost is not None
+    whose = f"of the {c.lost.losses} losses of {_label(c)} {tag.losses} are tagged {tag.tag}"
+    return (
+        f"{whose}, of which {tag.before} of {c.lost.before} could be lost (they concentrate there: "
+        f"{_small(tag.p_adjusted)}; {tag.losses} lost and {tag.gains} gained: {_small(tag.harm_p)})"
+    )
+
+
+def _small(p: float) -> str:
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+
+
+def _could_show(c: Comparison) -> str:
+    """What these probes could have shown, and how many would do where that is a number somebody would write."""
+    r = c.reach
+    assert r is not None, "an open set has one"
+    what = "show a gain" if c.role == "gain" else "rule out a fall"
+    if r.at_best is None:
+        said = f"; {r.num_seeds} can {what} of no size"
+    else:
+        said = f"; at best they {what} of {_points(r.at_best)} points"
+        if r.usual is not None and r.usual > r.at_best:
+            said += f", with as many flips one of {_points(r.usual)}"
+    return said + (
+        f"; about {c.n_needed:,} probes would do" if c.n_needed and c.n_needed <= MOST_SAID else ""
+    )
+
+
 def _open_end(c: Comparison) -> str:
-    would_do = f"; about {c.n_needed:,} probes would do" if c.n_needed else "; no number of probes would do"
+    would_do = _could_show(c)
     if c.role == "gain":
         said = c.note or f"the gain could be chance ({_p(c)}, alpha {c.alpha:.2g})"
         return f"{_rates(c)}, {said}{would_do}"
@@ -164,13 +262,15 @@ def _open_end(c: Comparison) -> str:
 
 def _held(guards: Sequence[Comparison]) -> str:
     """What was guarded, and what was not."""
-    judged = [c for c in guards if c.decision == "held"]
+    judged = [c for c in guards if c.decision == "held" and c.margin is not None]
+    pinned = [c for c in guards if c.pinned_before]
     parts: list[str] = []
     if judged:
         falls = ", ".join(f"of {_points(c.margin or 0)} points in {_label(c)}" for c in judged)
         parts.append(f"ruled out are falls {falls}")
-    else:
+    elif not pinned:
         parts.append("nothing guarded the rest of what the model can do")
+    parts += [f"none of {c.pinned_before} pinned probes of {_label(c)} was lost" for c in pinned]
     if all(c.role != "other" for c in guards):
         parts.append("where the behaviour must not show was not probed")
     parts += [f"{_label(c)} {c.note}" for c in guards if c.decision == "not_judged"]
@@ -197,6 +297,8 @@ def recompute(evidence: Evidence) -> Evidence:
             clusters=c.clusters,
             gate=evidence.gate,
             num_retries=evidence.num_retries,
+            pins=(c.pinned, c.pinned_before, c.pinned_losses),
+            lost=_retested(c, evidence.gate),
         )
         kept = {k: getattr(c, k) for k in ("flips", "mean_margin_before", "mean_margin_after")}
         comparisons.append(fresh.model_copy(update=kept))
@@ -210,7 +312,33 @@ def recompute(evidence: Evidence) -> Evidence:
         probes_sha256=evidence.probes_sha256,
         seed=evidence.seed,
         created_at=evidence.created_at,
+        taught=_checked(evidence.taught),
     )
+
+
+def _checked(taught: Taught | None) -> Taught | None:
+    """Raises BadRecord."""
+    if taught is not None and not (
+        taught.n > 0
+        and min(taught.before, taught.after) >= 0
+        and max(taught.before, taught.after) <= taught.n
+    ):
+        raise BadRecord(
+            f"taught: {taught.before} and {taught.after} of {taught.n} corrections; expected parts of them",
+            "this certificate was changed or damaged",
+        )
+    return taught
+
+
+def _retested(c: Comparison, gate: GateSettings) -> Losses | None:
+    """Raises BadRecord."""
+    try:
+        return None if c.lost is None else retest(c.lost, c.num_seeds, gate.alpha)
+    except ValueError as e:
+        raise BadRecord(
+            f"{c.name} ({c.role}): the counts of tags or words contradict each other: {e}",
+            "this certificate was changed or damaged",
+        ) from None
 
 
 def _check_counts(c: Comparison) -> None:
@@ -225,6 +353,16 @@ def _check_counts(c: Comparison) -> None:
         ),
         "one scenario per probe where no clusters are given": bool(c.clusters) or c.num_seeds == c.n,
         "at least one probe": c.n > 0,
+        "pinned probes are among the probes": 0 <= c.pinned_losses <= c.pinned_before <= c.pinned <= c.n
+        and c.pinned_losses <= c.losses
+        and c.pinned_before <= c.before,
+        "scenarios that were lost or gained are those of the clusters": c.lost is None
+        or [c.lost.gains, c.lost.losses]
+        == (
+            [sum(k[1] > k[2] for k in c.clusters), sum(k[1] < k[2] for k in c.clusters)]
+            if c.clusters
+            else [c.gains, c.losses]
+        ),
     }
     for expected, holds in problems.items():
         if not holds:
@@ -241,8 +379,12 @@ def verify(evidence: Evidence) -> None:
         BadRecord: names the first figure that differs, what it says and what its counts give.
     """
     found, fresh = evidence.model_dump(), recompute(evidence).model_dump()
-    if evidence.schema_version < EVIDENCE_VERSION:
+    if evidence.schema_version == 1:
         found = _of_format_1(found, fresh)
+    elif evidence.schema_version < EVIDENCE_VERSION:
+        found |= {key: fresh[key] for key in ("schema_version", "sentence")}
+        for old, new in zip(found["comparisons"], fresh["comparisons"], strict=True):
+            old["reach"] = new["reach"]
     _same(found, fresh, "evidence")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from secondnature.evidence.power import EXACT_N, gain_n_needed, noninferiority_n_needed
 from secondnature.evidence.statistics import (
@@ -25,7 +25,7 @@ from secondnature.evidence.statistics import (
     score_p,
     shifted_sign_flip,
 )
-from secondnature.records import Comparison, Decision, GateSettings
+from secondnature.records import Comparison, Decision, GateSettings, Losses, TagTest
 
 HOPELESS = 0.20
 """A guard with a lower pass rate before the lesson guards nothing: it is shown, not judged."""
@@ -37,6 +37,8 @@ RESOLUTION = 5e-4
 """Of the limits: a twentieth of a point."""
 
 ProbeRole = Literal["gain", "other", "guard"]
+Pins = tuple[int, int, int]
+"""Of the pinned probes of a set: (how many, passed before, lost)."""
 Family = Callable[[float], float]
 """The p of "the difference is at most this", for each difference."""
 
@@ -58,21 +60,87 @@ def compare(
     clusters: Sequence[Cluster],
     gate: GateSettings,
     num_retries: int = 0,
+    pins: Pins = (0, 0, 0),
+    lost: Losses | None = None,
 ) -> Comparison:
     """Judge one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
+    decided = _of_tests(name, role, n, num_seeds, before, gains, losses, clusters, gate, num_retries, pins)
+    vetoed = _vetoed(decided, pins, [] if lost is None else [t for t in lost.tags if t.harmed])
+    return decided.model_copy(
+        update={
+            "pinned": pins[0],
+            "pinned_before": pins[1],
+            "pinned_losses": pins[2],
+            "lost": lost,
+            **vetoed,
+        }
+    )
+
+
+def _vetoed(c: Comparison, pins: Pins, harmed: Sequence[TagTest]) -> dict[str, Any]:
+    """What one lost pin, or a tag that was destroyed, changes about a set; nothing where it was harmed anyway."""
+    if c.decision == "harmed" or not (pins[2] or harmed):
+        return {}
+    note = ", ".join(f"{t.losses} of {t.before} in {t.tag}" for t in harmed)
+    if pins[2]:
+        note = f"{pins[2]} of {pins[0]} pinned"
+    decision: Decision = "pin_lost" if pins[2] else "tag_harmed"
+    return {"decision": decision, "passed": False, "note": note, "n_needed": None}
+
+
+def margin_of(gate: GateSettings, role: ProbeRole, name: str) -> float | None:
+    """The non-inferiority margin of a probe set; None for the gain."""
+    return {"gain": None, "other": gate.other_margin, "guard": gate.margin_of(name)}[role]
+
+
+def _of_tests(
+    name: str,
+    role: ProbeRole,
+    n: int,
+    num_seeds: int,
+    before: int,
+    gains: int,
+    losses: int,
+    clusters: Sequence[Cluster],
+    gate: GateSettings,
+    num_retries: int,
+    pins: Pins,
+) -> Comparison:
+    """What the tests of the whole set say, or its pins where it has no other probes."""
     alpha = level(gate, num_retries)
-    margin = {"gain": None, "other": gate.other_margin, "guard": gate.guard_margin}[role]
     after = before + gains - losses
-    p, method = _p(n, gains, losses, clusters, margin)
+    margin = margin_of(gate, role, name)
     mirrored = [(size, lost, gained) for size, gained, lost in clusters]
     harm_p = cluster_sign_flip(mirrored) if clusters else mcnemar_mid_p(losses, gains)
-    few, notes = _few(role, n, num_seeds, gate)
+    counted: dict[str, Any] = {
+        "name": name,
+        "role": role,
+        "n": n,
+        "num_seeds": num_seeds,
+        "before": before,
+        "after": after,
+        "gains": gains,
+        "losses": losses,
+        "before_interval": clopper_pearson(before, n),
+        "after_interval": clopper_pearson(after, n),
+        "alpha": alpha,
+        "harm_p": harm_p,
+        "harm_alpha": gate.alpha,
+        "clusters": list(clusters),
+    }
+    if pins[0] == n and role != "gain":
+        decision = "held" if before else "not_judged"
+        note = "all pinned" if before else "none of them passed before the lesson: they guard nothing"
+        passed = True if before else None
+        return Comparison(**counted, method="pins/1", decision=decision, passed=passed, note=note)
+    p, method = _p(n, gains, losses, clusters, margin)
+    few, notes = too_few(role, n, num_seeds, gate)
     hopeless = role != "gain" and before < HOPELESS * n
     point, tested = (gains - losses) / n, 0.0 if margin is None else -margin
     shown, harm = p <= alpha and point > tested, harm_p <= gate.alpha and point < 0
     decision = _decide(role, shown, harm, few or hopeless, hopeless, gains > losses)
     if decision in ("not_shown", "not_judged", "no_gain") and not hopeless:
-        needed = _n_needed(role, n, num_seeds, gains, losses, clusters, alpha, gate)
+        needed = _n_needed(role, margin, n, num_seeds, gains, losses, clusters, alpha, gate)
     else:
         needed = None
     if hopeless:
@@ -80,31 +148,18 @@ def compare(
     elif decision == "harmed":
         notes = []
     return Comparison(
-        name=name,
-        role=role,
-        n=n,
-        num_seeds=num_seeds,
-        before=before,
-        after=after,
-        gains=gains,
-        losses=losses,
-        before_interval=clopper_pearson(before, n),
-        after_interval=clopper_pearson(after, n),
+        **counted,
         difference_interval=(
             _lower_limit(n, gains, losses, clusters, margin, alpha, shown),
             0.0 - _lower_limit(n, losses, gains, mirrored, None, gate.alpha, harm),  # and never -0.0
         ),
         margin=margin,
-        alpha=alpha,
         method=method,
         p=p,
         decision=decision,
         passed=None if decision == "not_judged" else decision in ("gained", "held"),
-        harm_p=harm_p,
-        harm_alpha=gate.alpha,
         harmed=decision == "harmed",
         n_needed=needed,
-        clusters=list(clusters),
         note="; ".join(notes),
     )
 
@@ -140,8 +195,8 @@ def _observations(clusters: Sequence[Cluster], n: int, gains: int, losses: int) 
     return scenario_counts(clusters) if clusters else (n, gains, losses)
 
 
-def _few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[bool, list[str]]:
-    """Whether there are too few probes to judge by, and what is said of their number."""
+def too_few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[bool, list[str]]:
+    """Whether there are fewer probes than the gate asks for, and what is said of their number."""
     if role == "gain":
         if n >= gate.min_gain_probes and num_seeds >= gate.min_gain_seeds:
             return False, []
@@ -156,6 +211,7 @@ def _few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tuple[b
 
 def _n_needed(
     role: ProbeRole,
+    margin: float | None,
     n: int,
     num_seeds: int,
     gains: int,
@@ -166,14 +222,13 @@ def _n_needed(
 ) -> int | None:
     """How many probes with these flip rates would do; None where no number would."""
     size, up, down = _observations(clusters, n, gains, losses)
-    few, _ = _few(role, n, num_seeds, gate)
-    if role == "gain":
+    few, _ = too_few(role, n, num_seeds, gate)
+    if margin is None:
         needed = gain_n_needed(up / size, down / size, alpha, POWER)
         least = gate.min_gain_probes
         if num_seeds < gate.min_gain_seeds:
             least = max(least, math.ceil(gate.min_gain_seeds * n / num_seeds))
     else:
-        margin = gate.other_margin if role == "other" else gate.guard_margin
         needed = noninferiority_n_needed(up / size, down / size, margin, alpha, POWER)
         least = gate.min_other_probes if role == "other" else gate.min_guard_probes
     if needed is not None:

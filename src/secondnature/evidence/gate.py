@@ -18,9 +18,11 @@ from typing import Literal
 from secondnature.errors import BadInput
 from secondnature.evidence.certificate import certify
 from secondnature.evidence.decision import ProbeRole, compare
+from secondnature.evidence.lost import Scenario, describe
 from secondnature.evidence.power import noninferiority_n_needed
 from secondnature.evidence.statistics import clopper_pearson
 from secondnature.records import (
+    DEFAULT_GUARD_MARGIN,
     Comparison,
     Correction,
     Evidence,
@@ -28,12 +30,13 @@ from secondnature.records import (
     GateSettings,
     Outcome,
     Probe,
+    Taught,
     digest,
     utc_now,
 )
 
 MAX_FLIPS = 20
-"""How many flips per set keep their texts, the losses first."""
+"""How many flips per set keep their texts, the losses first, and of those the pinned."""
 MAX_FLIP_CHARACTERS = 2000
 """Longer prompts and answers are cut in `Flip`; the whole answers lie in the run directory."""
 
@@ -43,6 +46,10 @@ class _Pair:
     probe: Probe
     before: Outcome
     after: Outcome
+
+    @property
+    def lost(self) -> bool:
+        return self.before.passed and not self.after.passed
 
 
 def judge_lesson(
@@ -57,6 +64,7 @@ def judge_lesson(
     num_retries: int = 0,
     seed: int = 0,
     created_at: datetime | None = None,
+    taught: Taught | None = None,
 ) -> Evidence:
     """The certificate of a lesson: its verdict, and all counts and figures that lead to it.
 
@@ -83,6 +91,7 @@ def judge_lesson(
         probes_sha256=hash_probes([pair.probe for pair in pairs]),
         seed=seed,
         created_at=created_at or utc_now(),
+        taught=taught,
     )
 
 
@@ -120,7 +129,8 @@ def _compare(
         counts = per_seed.setdefault(pair.probe.cluster, [0, 0, 0])
         counts[0] += 1
         counts[1] += pair.after.passed and not pair.before.passed
-        counts[2] += pair.before.passed and not pair.after.passed
+        counts[2] += pair.lost
+    pinned = [pair for pair in pairs if pair.probe.pin]
     clusters = [(c[0], c[1], c[2]) for c in per_seed.values()]
     comparison = compare(
         name=name,
@@ -133,6 +143,8 @@ def _compare(
         clusters=clusters if len(clusters) < len(pairs) else [],
         gate=gate,
         num_retries=num_retries,
+        pins=(len(pinned), sum(p.before.passed for p in pinned), sum(p.lost for p in pinned)),
+        lost=describe(_scenarios(pairs), gate.alpha),
     )
     return comparison.model_copy(
         update={
@@ -141,6 +153,21 @@ def _compare(
             "mean_margin_after": _mean_margin(pair.after for pair in pairs),
         }
     )
+
+
+def _scenarios(pairs: Iterable[_Pair]) -> list[Scenario]:
+    grouped: dict[str, list[_Pair]] = defaultdict(list)
+    for pair in pairs:
+        grouped[pair.probe.cluster].append(pair)
+    return [
+        Scenario(
+            text="\n".join(p.probe.prompt[-1].content for p in of),
+            tags=frozenset(tag for p in of for tag in p.probe.tags),
+            at_risk=any(p.before.passed for p in of),
+            net=sum(p.after.passed - p.before.passed for p in of),
+        )
+        for of in grouped.values()
+    ]
 
 
 def _mean_margin(outcomes: Iterable[Outcome]) -> float | None:
@@ -155,11 +182,13 @@ def _flips(pairs: Iterable[_Pair]) -> list[Flip]:
             before=pair.before.answer[:MAX_FLIP_CHARACTERS],
             after=pair.after.answer[:MAX_FLIP_CHARACTERS],
             gained=pair.after.passed,
+            pinned=pair.probe.pin,
+            tags=pair.probe.tags,
         )
         for pair in pairs
         if pair.before.passed != pair.after.passed
     ]
-    return sorted(flips, key=lambda flip: flip.gained)[:MAX_FLIPS]
+    return sorted(flips, key=lambda flip: (flip.gained, not flip.pinned))[:MAX_FLIPS]
 
 
 def held_out(probes: Iterable[Probe], corrections: Iterable[Correction]) -> list[Probe]:
@@ -205,6 +234,12 @@ class Floor:
     """How many probes a guard needs with this many flips (both ways alike), at 80 % power."""
 
 
+def _strictest(gate: GateSettings) -> float:
+    """The smallest margin of all guards."""
+    margins = gate.guard_margin
+    return min(margins.values(), default=DEFAULT_GUARD_MARGIN) if isinstance(margins, dict) else margins
+
+
 def aa_floor(first: Iterable[Outcome], second: Iterable[Outcome], gate: GateSettings | None = None) -> Floor:
     """The flip rate between two runs of the same probes on the same weights (batching moves greedy answers).
 
@@ -226,5 +261,5 @@ def aa_floor(first: Iterable[Outcome], second: Iterable[Outcome], gate: GateSett
         flips=flips,
         rate=rate,
         interval=clopper_pearson(flips, len(both)),
-        guard_probes=noninferiority_n_needed(rate / 2, rate / 2, gate.guard_margin, gate.alpha),
+        guard_probes=noninferiority_n_needed(rate / 2, rate / 2, _strictest(gate), gate.alpha),
     )

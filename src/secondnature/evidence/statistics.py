@@ -57,6 +57,35 @@ def log_choose(n: Any, k: Any) -> Floats:
     return np.asarray(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
 
 
+def concentration_p(population: int, drawn: int, marked: int, found: int) -> float:
+    """P(X >= found): so many of the `drawn` are `marked`, were they drawn from the `population` at random.
+
+    The exact (Fisher, hypergeometric) one-sided test, all four margins given.
+
+    Raises:
+        ValueError: counts that no draw can have.
+    """
+    if not (0 <= found <= min(drawn, marked) and max(drawn, marked) <= population >= drawn + marked - found):
+        raise ValueError(
+            f"found population={population}, drawn={drawn}, marked={marked}, found={found}; "
+            "expected parts of a population"
+        )
+    if found <= max(0, drawn + marked - population):
+        return 1.0
+    k = np.arange(found, min(drawn, marked) + 1)
+    log_mass = log_choose(marked, k) + log_choose(population - marked, drawn - k)
+    return float(min(1.0, np.exp(log_mass - log_choose(population, drawn)).sum()))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order of `ps`: the chance of a false claim among all keeps a level."""
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def check_counts(n: int, gains: float, losses: float) -> None:
     """Refuse counts that no set of n probes can have.
 

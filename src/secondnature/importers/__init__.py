@@ -4,7 +4,7 @@ A client of the routes and of the records: no torch, no server. `recognise` says
 reads them.
 """
 
-from secondnature.importers.reading import Plan, Source, read_into, recognise, sight
+from secondnature.importers.reading import Plan, Sight, Source, read_into, recognise, sight
 from secondnature.importers.rows import Context, Options, Place
 
-__all__ = ["Context", "Options", "Place", "Plan", "Source", "read_into", "recognise", "sight"]
+__all__ = ["Context", "Options", "Place", "Plan", "Sight", "Source", "read_into", "recognise", "sight"]

@@ -21,26 +21,52 @@ PUT_THERE = ("<environment_context>", "<user_instructions>", "# AGENTS.md", "<IN
              "<local-command", "<system-reminder>", "Caveat: ", "[Request interrupted", "<turn_aborted>",
              "<permissions", "<bash-", "<user-memory-input>", "This session is being continued")  # fmt: skip
 """How a turn begins that the program wrote, not the user."""
+NOT_SPOKEN = ("isMeta", "isCompactSummary", "isVisibleInTranscriptOnly", "isApiErrorMessage", "toolUseResult")
+"""Marks of Claude Code's events that nobody said."""
+
+
+WRAPPED = re.compile(r"<([a-z][\w-]*)[ >].*</\1>", re.DOTALL)
+"""A turn that is one element of markup: whatever its name, the program made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A turn, and what came before it."""
+
+    before: Said | None
+    role: str
+    text: str
 
 
 @dataclass
 class Session:
-    """The turns of one session so far; an answer in pieces is one turn."""
+    """One session so far; an answer in pieces is one turn."""
 
     id: str | None = None
-    turns: list[Turn] = field(default_factory=list[Turn])
+    end: Said | None = None
+    """The last turn."""
+    after: dict[str, Said | None] = field(default_factory=dict[str, "Said | None"])
+    """The last turn after each event, by its id: who goes back and asks anew begins a branch."""
+    linked: bool = False
+    """Events name those before them."""
+
+    def follow(self, parent: Any) -> None:
+        """Go on after an event; None: from the beginning, in a session whose events name those before them."""
+        if isinstance(parent, str) and parent in self.after:
+            self.end, self.linked = self.after[parent], True
+        elif parent is None and self.linked:
+            self.end = None
 
     def hear(self, text: str, place: Place, key: str | None = None) -> Iterator[Draft]:
         """The user's turn; a candidate if it objects to the answer before it."""
         text = text.strip()
-        if not text or text.startswith(PUT_THERE):
+        if not text or text.startswith(PUT_THERE) or WRAPPED.fullmatch(text):
             return
-        before = self.turns
-        if len(before) > 1 and before[-1]["role"] == "assistant" and objects(text):
-            name = key or self.id
+        answer = self.end
+        if answer is not None and answer.role == "assistant" and answer.before is not None and objects(text):
             yield Draft(
-                before[:-1][-MAX_TURNS:], before[-1]["content"], feedback=text, candidate=True, place=place,
-                foreign_id=name,
+                self._turns(answer.before), answer.text, feedback=text, candidate=True, place=place,
+                foreign_id=key or self.id,
             )  # fmt: skip
         self._add("user", text)
 
@@ -49,12 +75,25 @@ class Session:
         if text.strip():
             self._add("assistant", text.strip())
 
+    def take_back(self, num_turns: int) -> None:
+        """The user's last turns, and all that was said after them, count no more."""
+        while self.end is not None and num_turns > 0:
+            num_turns -= self.end.role == "user"
+            self.end = self.end.before
+
+    def _turns(self, end: Said | None) -> list[Turn]:
+        found: list[Turn] = []
+        while end is not None and len(found) < MAX_TURNS:
+            found.append({"role": end.role, "content": end.text})
+            end = end.before
+        return found[::-1]
+
     def _add(self, role: str, text: str) -> None:
-        if self.turns and self.turns[-1]["role"] == role:
-            text = self.turns.pop()["content"] + "\n\n" + text
-        elif not self.turns and role == "assistant":
-            return  # an answer to nobody: the log begins in the middle
-        self.turns.append({"role": role, "content": text})
+        end = self.end
+        if end is not None and end.role == role:
+            self.end = Said(end.before, role, end.text + "\n\n" + text)
+        elif end is not None or role == "user":  # else an answer to nobody: the log begins in the middle
+            self.end = Said(end, role, text)
 
 
 def _texts(content: Any, kinds: tuple[str, ...] = ("text", "input_text", "output_text")) -> str:
@@ -65,25 +104,29 @@ def _texts(content: Any, kinds: tuple[str, ...] = ("text", "input_text", "output
 
 
 def read_claude_code(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
-    """A transcript of Claude Code (~/.claude/projects/*/*.jsonl): one event a line."""
+    """A transcript of Claude Code (~/.claude/projects/*/*.jsonl): one event a line, each with the one before it."""
     sessions: dict[str, Session] = {}
     for row in rows:
         event = as_object(row.value)
         if row.problem or not event:
             yield row if row.problem else Row(row.place, problem="not an event of a session")
             continue
-        message = as_object(event.get("message"))
-        if event.get("isSidechain") or event.get("isMeta") or event.get("isCompactSummary") or not message:
-            if event.get("isSidechain"):
-                context.pass_over("turns of side chains")
-            continue
         name = str(event.get("sessionId", ""))
         session = sessions.setdefault(name, Session(name or None))
-        if event.get("type") == "user":
-            key = event.get("uuid")
-            yield from session.hear(_texts(message.get("content")), row.place, str(key) if key else None)
-        elif event.get("type") == "assistant":
+        if event.get("isSidechain"):
+            context.pass_over("turns of side chains")
+            continue
+        session.follow(event.get("parentUuid"))
+        message = as_object(event.get("message"))
+        spoken = not any(event.get(mark) for mark in NOT_SPOKEN) and message.get("model") != "<synthetic>"
+        by_hand = as_object(event.get("origin")).get("kind", "human") == "human"
+        key = str(event["uuid"]) if event.get("uuid") else None
+        if event.get("type") == "user" and spoken and by_hand:
+            yield from session.hear(_texts(message.get("content")), row.place, key)
+        elif event.get("type") == "assistant" and spoken:
             session.say(_texts(message.get("content")))
+        if key is not None:
+            session.after[key] = session.end
 
 
 def read_codex(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
@@ -104,9 +147,11 @@ def read_codex(rows: Iterator[Row], context: Context) -> Iterator[Draft | Row]:
                 yield from session.hear(text, row.place, key)
             elif item.get("role") == "assistant":
                 session.say(text)
+        elif item.get("type") == "thread_rolled_back" and isinstance(item.get("num_turns"), int):
+            session.take_back(item["num_turns"])
         elif event.get("type") == "compacted":
-            context.pass_over("earlier turns that the agent summed up", len(session.turns))
-            session.turns = []
+            context.pass_over("beginnings of sessions that the agent summed up", session.end is not None)
+            session.end = None
 
 
 _AIDER_START = re.compile(r"^# aider chat started at (.*)$")

@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 from secondnature.errors import BadRecord, TooLarge
 from secondnature.importers.rows import Place, Row
+from secondnature.records import FieldTwice, each_field_once
 
 __all__ = ["Part", "find_parts"]
 
@@ -31,6 +32,9 @@ MAX_VALUE_BYTES = 256_000_000
 """One JSON value (a whole export in one object) that is longer is refused."""
 CHUNK = 1 << 20
 PEEK = 1 << 16
+ZIP = b"PK\x03\x04"
+MAX_PACKINGS = 4
+"""Archives in archives, or gzip in gzip: there are files that unpack to themselves."""
 LISTS = ("data", "rows", "items", "examples", "results", "samples", "feedbacks", "conversations")
 """Where an object that is only a wrapping keeps its rows."""
 NOT_DATA = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".pdf", ".html", ".wav", ".mp3", ".dat", ".ds_store")
@@ -101,15 +105,18 @@ def find_parts(path: Path) -> list[Part]:
         meter = Meter(path.stat().st_size)
     except OSError as e:
         raise BadRecord(f"{path}: {e.strerror or e}", "check the path") from None
-    if head[:4] == b"PK\x03\x04":
-        return _members(path)
+    if head[:4] == ZIP:
+        return _members(str(path), lambda: path.open("rb"), 1)
     return [_part(str(path), lambda: path.open("rb"), head, meter)]
 
 
-def _members(path: Path) -> list[Part]:
+def _members(path: str, open_raw: Callable[[], IO[bytes]], depth: int) -> list[Part]:
+    """The files of an archive, and of archives in it."""
     parts: list[Part] = []
+    if depth > MAX_PACKINGS:
+        raise BadRecord(f"{path}: archives in archives, more than {MAX_PACKINGS}", "unpack it first")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_raw() as raw, zipfile.ZipFile(raw) as archive:
             for info in archive.infolist():
                 name = info.filename
                 hidden = name.startswith("__MACOSX") or name.rsplit("/", 1)[-1].startswith(".")
@@ -117,10 +124,12 @@ def _members(path: Path) -> list[Part]:
                     continue
                 with archive.open(info) as file:
                     head = file.read(PEEK)
+                opener = _member_opener(open_raw, name)
                 try:
-                    parts.append(
-                        _part(f"{path}:{name}", _member_opener(path, name), head, Meter(info.file_size))
-                    )
+                    if head[:4] == ZIP:
+                        parts += _members(f"{path}:{name}", opener, depth + 1)
+                    else:
+                        parts.append(_part(f"{path}:{name}", opener, head, Meter(info.file_size)))
                 except BadRecord:
                     continue  # an export has files beside its data
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, zlib.error) as e:
@@ -130,22 +139,44 @@ def _members(path: Path) -> list[Part]:
     return parts
 
 
-def _member_opener(path: Path, name: str) -> Callable[[], IO[bytes]]:
+def _member_opener(open_raw: Callable[[], IO[bytes]], name: str) -> Callable[[], IO[bytes]]:
     def open_member() -> IO[bytes]:
-        with zipfile.ZipFile(path) as archive:  # the member keeps the file open for itself
-            return archive.open(name)
+        raw = open_raw()
+        try:
+            return _Member(raw, zipfile.ZipFile(raw).open(name))
+        except BaseException:
+            raw.close()
+            raise
 
     return open_member
 
 
-def _part(name: str, open_raw: Callable[[], IO[bytes]], head: bytes, meter: Meter) -> Part:
+class _Member(io.BufferedReader):
+    """A file of an archive; what is closed with it is the archive's own file."""
+
+    def __init__(self, outer: IO[bytes], inner: IO[bytes]) -> None:
+        super().__init__(cast("Any", inner))
+        self._outer = outer
+
+    def close(self) -> None:
+        """The archive's file too."""
+        super().close()
+        self._outer.close()
+
+
+def _part(name: str, open_raw: Callable[[], IO[bytes]], head: bytes, meter: Meter, depth: int = 1) -> Part:
+    if depth > MAX_PACKINGS:
+        raise BadRecord(f"{name}: gzip in gzip, more than {MAX_PACKINGS} times", "unpack it first")
+    if head[:4] == ZIP or head[257:262] == b"ustar":
+        kind = "zip" if head[:4] == ZIP else "tar"
+        raise BadRecord(f"{name}: a {kind} archive in another packing", "unpack it, and give the folder")
     if head[:2] == b"\x1f\x8b":
 
         def open_gzip() -> IO[bytes]:
             return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(_Metered(open_raw(), meter))))
 
         with _reading(name), open_gzip() as file:
-            unpacked = _part(name, open_gzip, file.read(PEEK), Meter(0))
+            unpacked = _part(name, open_gzip, file.read(PEEK), Meter(0), depth + 1)
         return Part(name, unpacked.container, unpacked.rows, meter)
     if head[:4] == b"PAR1":
         return Part(name, "Parquet", lambda: _parquet(name, open_raw, meter), meter)
@@ -215,9 +246,11 @@ Lines = Callable[..., Any]
 def parse(text: str) -> Any:
     """One JSON value. Raises ValueError, with what is wrong."""
     try:
-        return json.loads(text, parse_constant=_not_finite)
+        return json.loads(text, parse_constant=_not_finite, object_pairs_hook=each_field_once)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg}, column {e.colno})") from None
+    except FieldTwice:
+        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError:
@@ -275,20 +308,20 @@ def inner_list(value: Any) -> list[Any] | None:
     outer = cast("dict[str, Any]", value)
     for key in LISTS:
         inner = outer.get(key)
-        if isinstance(inner, dict) and key == "results":  # promptfoo: {"results": {"results": [...]}}
-            return inner_list(cast("dict[str, Any]", inner))
+        if isinstance(inner, dict) and key == "results":  # promptfoo: beside the results lie its prompts
+            return inner_list({key: cast("dict[str, Any]", inner).get(key)})
         if isinstance(inner, list):
             items = cast("list[Any]", inner)
-            others = [k for k, v in outer.items() if k != key and isinstance(v, list)]
+            others = any(isinstance(v, list) for k, v in outer.items() if k not in (key, "features"))
             turns = any(isinstance(i, dict) and ("from" in i or "role" in i) for i in items)
-            if items and all(isinstance(i, dict) for i in items) and not turns and len(others) == 0:
+            if items and all(isinstance(i, dict) for i in items) and not turns and not others:
                 return items
     return None
 
 
 def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
     """Values one after another, in an array or not, each decoded as soon as it is whole."""
-    decoder = json.JSONDecoder(parse_constant=_not_finite)
+    decoder = json.JSONDecoder(parse_constant=_not_finite, object_pairs_hook=each_field_once)
     with lines() as file:
         text, at, number, ended, wanted = "", 0, 1, False, CHUNK
         inside = not array
@@ -312,6 +345,12 @@ def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
                 yield Row(place, problem="nested too deeply")
                 return
             except ValueError as e:
+                twice = _after_twice(text, at) if isinstance(e, FieldTwice) else None
+                if twice is not None:
+                    yield Row(place, problem=str(e))
+                    number += text.count("\n", at, twice)
+                    at, wanted = twice, CHUNK
+                    continue
                 if ended:
                     what = e.msg if isinstance(e, json.JSONDecodeError) else "a number of too many digits"
                     yield Row(place, problem=f"not JSON ({what})")
@@ -334,6 +373,14 @@ def _values(name: str, lines: Lines, *, array: bool) -> Iterator[Row]:
                 yield from _unwrapped(place, value)
             number += piece.count("\n")
             at, wanted = end, CHUNK
+
+
+def _after_twice(text: str, at: int) -> int | None:
+    """Where a value ends in which a field stands twice; None: it does not end yet."""
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _whole(name: str, lines: Lines) -> Iterator[Row]:

@@ -131,8 +131,11 @@ def _pair(prompt: list[Turn], row: dict[str, Any]) -> Draft:
         raise Refused("a rejected answer without a wanted one")
     if chosen == rejected:
         raise Refused("`chosen` and `rejected` are the same")
-    comment = _comment(row)
-    return Draft(prompt, chosen=chosen, rejected=rejected, feedback=comment, foreign_id=identifier(row))
+    rating = _verdict(row)
+    if rating is not None and (rating > 0 or rejected is None):
+        raise Refused("a rating beside `chosen`: of which answer? Call what the model said `said`")
+    comment, key = _comment(row), identifier(row)
+    return Draft(prompt, chosen=chosen, rejected=rejected, feedback=comment, rating=rating, foreign_id=key)
 
 
 def from_preference(row: dict[str, Any], context: Context) -> list[Draft]:
@@ -288,4 +291,12 @@ def from_sheet(row: dict[str, Any], context: Context) -> list[Draft]:
         raise Refused("no wanted answer, no comment and no rating in this row")
     if chosen is None and (rating or 0) > 0:
         chosen = said
+    if (
+        chosen is not None
+        and (rating or 0) < 0
+        and said is None
+        and rejected is None
+        and where["chosen"] == "chosen"
+    ):
+        raise Refused("a wanted answer that is rated down: if the model said it, --map chosen=said")
     return [Draft(prompt, said, chosen, rejected, str(comment) if comment is not None else None, rating, key)]

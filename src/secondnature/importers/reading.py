@@ -18,18 +18,21 @@ from pydantic import ValidationError
 from secondnature.errors import BadInput, BadRecord
 from secondnature.importers.containers import Part, find_parts
 from secondnature.importers.rows import Context, Draft, Options, Place, Refused, Row
-from secondnature.importers.shapes import BY_NAME, SHAPES, Shape, not_taught
-from secondnature.importers.turns import as_object
-from secondnature.records import Correction, describe
+from secondnature.importers.shapes import BY_NAME, OWN_FIELDS, SHAPES, Shape, not_taught
+from secondnature.importers.turns import as_object, num_thoughts
+from secondnature.records import Contradictions, Correction, describe, doubts, kind_of_doubt, nothing_asked
 
-__all__ = ["Plan", "Source", "read_into", "recognise", "sight"]
+__all__ = ["Plan", "Sight", "Source", "read_into", "recognise", "sight"]
 
 SAMPLE = 50
 """So many rows say what a file is."""
 MAX_REASONS = 1000
 """So many reasons are kept word for word; all are counted."""
 NUM_EXAMPLES = 3
-OWN_FIELDS = frozenset(Correction.model_fields) | {"label", "messages", "completion", "schema_version"}
+NEEDED_FIRST = frozenset({"chatgpt-feedback", "langfuse-scores", "langsmith-feedback"})
+"""Shapes of files that say something about the rows of others."""
+DIRECT = frozenset({"corrections", "messages", "preference", "completion", "sheet"})
+"""Shapes of which `learn` reads the plainest rows itself."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Plan:
     examples: list[Correction] = field(default_factory=list[Correction])
     unused: dict[str, int] = field(default_factory=dict[str, int])
     passed_over: dict[str, int] = field(default_factory=dict[str, int])
+    doubts: Counter[str] = field(default_factory=Counter[str])
+    """What records may be meant otherwise than they are taken."""
     skipped: list[str] = field(default_factory=list[str])
     """Files inside archives and folders of which nothing is known."""
 
@@ -100,7 +105,7 @@ def recognise(paths: Iterable[Path], options: Options, form: str | None = None) 
             found.append(Source(part, shape, f"{part.container}: {shape.title}"))
     if not found:
         raise BadRecord(f"none of {len(skipped)} files holds corrections", "see docs/importing.md")
-    found.sort(key=lambda s: s.shape.name != "chatgpt-feedback")
+    found.sort(key=lambda s: s.shape.name not in NEEDED_FIRST)
     return Plan(found, skipped=skipped)
 
 
@@ -134,20 +139,29 @@ def _shape_of(part: Part, options: Options) -> Shape:
         raise BadRecord(
             f"{part.name}: {part.container} that fits several shapes: {names}", "choose: --format NAME"
         )
-    raise BadRecord(
-        f"{part.name}: {_unknown(part, values)}", "see docs/importing.md; of a table: --map COLUMN=FIELD"
-    )
+    what, to_do = _unknown(part, values)
+    raise BadRecord(f"{part.name}: {what}", to_do)
 
 
-def _unknown(part: Part, values: list[Any]) -> str:
+def _unknown(part: Part, values: list[Any]) -> tuple[str, str]:
+    """(What a part is that no shape fits, what to do)."""
     known = next((found for v in values if (found := not_taught(v)) is not None), None)
     if known is not None:
-        return f"{part.container} of {known}"
+        return f"{part.container} of {known[0]}", known[1]
+    see = "see docs/importing.md; of a table: --map COLUMN=FIELD"
     if not values:
-        return f"{part.container} without a row that can be read"
+        row = next((row for row in part.rows() if row.problem), None)
+        why = f": {row.place.unit} {row.place.number}: {row.problem}" if row is not None else ""
+        return f"{part.container} without a row that can be read{why}", "mend the file"
     if isinstance(values[0], dict):
-        return f"{part.container} of objects with {_keys(values[0])}: no shape that is known"
-    return f"{part.container} of {type(values[0]).__name__} values; expected objects"
+        return f"{part.container} of objects with {_keys(values[0])}: no shape that is known", see
+    return f"{part.container} of {_kind(values[0])}; expected objects with fields", see
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str | list):
+        return "texts" if isinstance(value, str) else "lists"
+    return "plain values"
 
 
 def _keys(row: Any) -> str:
@@ -156,8 +170,21 @@ def _keys(row: Any) -> str:
     return (", ".join(f"`{n}`" for n in names[:6]) or "no fields") + more
 
 
-def sight(path: Path) -> str | None:
-    """What a file is, in a few words, for the errors of commands that read corrections only; None: not known."""
+@dataclass(frozen=True)
+class Sight:
+    """What a file is, for the errors of commands that read JSONL of corrections only."""
+
+    what: str
+    """`a JSON array of 3 rows with ...: ShareGPT`."""
+    importable: bool
+    to_do: str
+    """Where it is not importable."""
+    direct: bool
+    """Lines of a shape that such commands read too: what is wrong is in a row."""
+
+
+def sight(path: Path) -> Sight | None:
+    """What a file is, at a glance; None: not known."""
     try:
         parts = find_parts(path)
         values = _sample(parts[0])
@@ -166,12 +193,15 @@ def sight(path: Path) -> str | None:
     part, fitting = parts[0], _fitting(values)
     if not values:
         return None
-    number = f"{len(values)}{'+' if len(values) == SAMPLE else ''} rows"
-    if fitting:
-        return (
-            f"{part.container} of {number} with {_keys(values[0])}: {' or '.join(s.title for s in fitting)}"
-        )
-    return _unknown(part, values)
+    if not fitting:
+        what, to_do = _unknown(part, values)
+        known = any(not_taught(v) is not None for v in values)
+        return Sight(what, importable=False, to_do=to_do, direct=not known and part.container == "JSONL")
+    number = f"{len(values)}{'+' if len(values) == SAMPLE else ''} row{'s'[: len(values) != 1]}"
+    fields = f" with {_keys(values[0])}" if isinstance(values[0], dict) else ""
+    what = f"{part.container} of {number}{fields}: {' or '.join(s.title for s in fitting)}"
+    direct = part.container == "JSONL" and any(s.name in DIRECT for s in fitting)
+    return Sight(what, importable=True, to_do="", direct=direct)
 
 
 def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
@@ -181,6 +211,7 @@ def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
         BadRecord, TooLarge: a file cannot be read on.
     """
     known: set[str] = set()
+    contradictions = Contradictions()
     for source in plan.sources:
         source.part.meter.done = 0
     for source in plan.sources:
@@ -188,7 +219,11 @@ def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
             try:
                 correction = _correction(found, place, source.shape)
             except ValidationError as e:
-                plan.refuse(place, describe(e))
+                plan.refuse(place, describe(e, found.whole))
+                continue
+            why = nothing_asked(correction)
+            if why is not None:
+                plan.refuse(place, why)
                 continue
             identity = correction.identity()
             if identity in known:
@@ -196,8 +231,14 @@ def read_into(spool: IO[bytes], plan: Plan, context: Context) -> None:
                 continue
             known.add(identity)
             _count(plan, correction)
+            plan.doubts.update(map(kind_of_doubt, doubts(correction)))
+            plan.doubts[Contradictions.KIND] += contradictions.take(correction, plan.num_records) is not None
             spool.write(correction.model_dump_json(exclude_none=True).encode() + b"\n")
     plan.unused, plan.passed_over = context.unused, context.passed_over
+    if context.votes and not context.num_votes_used:
+        plan.passed_over["thumbs whose conversations are not in these files"] = len(context.votes)
+    if context.judgements and not context.num_judged:
+        plan.passed_over["judgements whose traces are not in these files"] = len(context.judgements)
 
 
 def _drafts(source: Source, context: Context, plan: Plan) -> Iterator[tuple[Place, Draft]]:
@@ -222,9 +263,14 @@ def _drafts(source: Source, context: Context, plan: Plan) -> Iterator[tuple[Plac
             continue
         if shape.used:
             for key in value.keys() - shape.used:
-                context.unused[key] = context.unused.get(key, 0) + 1
+                if shape.name != "corrections" or value[key] is not None:
+                    context.unused[key] = context.unused.get(key, 0) + 1
+        if shape.kind == "written":
+            context.pass_over("thoughts beside an answer, which are not taught", num_thoughts(value))
         try:
             for draft in shape.row(value, context):
+                if shape.used and draft.whole is None:
+                    draft.options = value.get("chat_template_kwargs")
                 yield row.place, draft
         except Refused as e:
             plan.refuse(row.place, str(e))
@@ -259,6 +305,8 @@ def _correction(draft: Draft, place: Place, shape: Shape) -> Correction:
             data[key] = value
     if draft.candidate:
         data["state"] = "candidate"
+    if draft.options:
+        data["chat_template_kwargs"] = draft.options
     return Correction.model_validate(data)
 
 

@@ -55,6 +55,8 @@ class Draft:
     """A program found it: a person has to look at it."""
     place: Place | None = None
     """Where that is not the row's."""
+    options: dict[str, Any] | None = None
+    """`chat_template_kwargs` of the row."""
     whole: dict[str, Any] | None = None
     """A correction in this project's own form, taken as it is."""
 
@@ -83,10 +85,20 @@ class Context:
     options: Options = field(default_factory=Options)
     votes: dict[str, Vote] = field(default_factory=dict[str, Vote])
     """By the id of the message."""
+    num_votes_used: int = 0
+    judgements: dict[str, list[dict[str, Any]]] = field(default_factory=dict[str, "list[dict[str, Any]]"])
+    """Of a file of their own, by the id of the trace (Langfuse's scores, LangSmith's feedback)."""
+    num_judged: int = 0
     unused: dict[str, int] = field(default_factory=dict[str, int])
     """Columns that no shape reads -> rows that have them."""
     passed_over: dict[str, int] = field(default_factory=dict[str, int])
     """What is no correction and no mistake (praise without an answer, failed tool turns) -> how many."""
+
+    def judgements_of(self, trace: Any) -> list[dict[str, Any]]:
+        """Those of one trace that lay in another file."""
+        found = self.judgements.get(str(trace), [])
+        self.num_judged += len(found)
+        return found
 
     def pass_over(self, what: str, number: int = 1) -> None:
         """Count what is left out on purpose."""

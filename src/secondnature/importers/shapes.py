@@ -13,8 +13,9 @@ from typing import Any, cast
 from secondnature.importers import agents, datasets, traces, trees
 from secondnature.importers.rows import Context, Draft, Row
 from secondnature.importers.turns import as_object
+from secondnature.records import Correction
 
-__all__ = ["BY_NAME", "SHAPES", "Shape", "not_taught"]
+__all__ = ["BY_NAME", "OWN_FIELDS", "SHAPES", "Shape", "not_taught"]
 
 Rowwise = Callable[[dict[str, Any], Context], list[Draft]]
 Whole = Callable[[Iterator[Row], Context], Iterator[Draft | Row]]
@@ -63,6 +64,9 @@ OWN_ONLY = {
 }
 
 
+OWN_FIELDS = frozenset(Correction.model_fields) | {"label", "messages", "completion", "schema_version"}
+
+
 def _is_own(row: dict[str, Any]) -> bool:
     return "prompt" in row and bool(OWN_ONLY & row.keys()) and not isinstance(row["prompt"], dict)
 
@@ -73,8 +77,9 @@ def _is_messages(row: dict[str, Any]) -> bool:
 
 
 def _is_preference(row: dict[str, Any]) -> bool:
-    others = {"conversations", "instruction", "rejected_response"} & row.keys()
-    return {"chosen", "rejected"} <= row.keys() and not others and not _is_own(row)
+    others = {"conversations", "instruction", "rejected_response", "completion"} & row.keys()
+    pair = "chosen" in row and ("rejected" in row or isinstance(row.get("prompt"), list))
+    return pair and not others and not _is_own(row)
 
 
 def _is_completion(row: dict[str, Any]) -> bool:
@@ -135,11 +140,12 @@ def _is_sheet(row: dict[str, Any]) -> bool:
 
 
 _RATED = frozenset(
-    {*datasets.RATING_COLUMNS, *datasets.COMMENT_COLUMNS, "system", "id", "prompt_id", "uuid", "tools"}
-)
+    {*datasets.RATING_COLUMNS, *datasets.COMMENT_COLUMNS, "system", "id", "prompt_id", "uuid", "tools",
+     "chat_template_kwargs"}
+)  # fmt: skip
 _PAIR = frozenset({"chosen", "rejected", "prompt", "input", "question"}) | _RATED
 SHAPES = (
-    Shape("corrections", "this project's own records", _is_own, datasets.from_own),
+    Shape("corrections", "this project's own records", _is_own, datasets.from_own, used=OWN_FIELDS),
     Shape(
         "messages",
         "conversations (`messages`)",
@@ -198,8 +204,26 @@ SHAPES = (
     Shape(
         "langfuse",
         "Langfuse's observations with scores",
-        lambda r: "output" in r and (isinstance(r.get("scores"), list) or "correctedOutput" in r),
+        lambda r: (
+            {"input", "output"} <= r.keys()
+            and (
+                isinstance(r.get("scores"), list)
+                or "correctedOutput" in r
+                or bool({"trace_id", "traceId"} & r.keys())
+            )
+        ),
         traces.from_langfuse,
+        kind="observed",
+    ),
+    Shape(
+        "langfuse-scores",
+        "Langfuse's scores",
+        lambda r: (
+            bool({"trace_id", "traceId"} & r.keys())
+            and bool({"data_type", "dataType"} & r.keys())
+            and "name" in r
+        ),
+        traces.read_judgement,
         kind="observed",
     ),
     Shape(
@@ -209,6 +233,13 @@ SHAPES = (
             {"inputs", "outputs"} <= r.keys() and bool({"run_type", "feedback", "feedback_stats"} & r.keys())
         ),
         traces.from_langsmith,
+        kind="observed",
+    ),
+    Shape(
+        "langsmith-feedback",
+        "LangSmith's feedback",
+        lambda r: {"run_id", "key"} <= r.keys() and bool({"score", "correction", "comment"} & r.keys()),
+        traces.read_judgement,
         kind="observed",
     ),
     Shape("phoenix", "Phoenix's spans", _is_phoenix, traces.from_phoenix, kind="observed"),
@@ -291,19 +322,22 @@ SHAPES = (
 BY_NAME = {shape.name: shape for shape in SHAPES}
 
 
-def not_taught(row: Any) -> str | None:
-    """What a row is that is known and cannot become a correction; None: it is not known."""
+def not_taught(row: Any) -> tuple[str, str] | None:
+    """(What a row is that is known and cannot become a correction, what to do with it); None: it is not known."""
     keys = as_object(row).keys()
     if "input_ids" in keys:
-        return "tokenised examples (`input_ids`): send them as `examples` of POST /v1/train"
+        return "tokenised examples (`input_ids`)", "send them as `examples` of POST /v1/train"
     if "segments" in keys:
-        return "axolotl's input_output (`segments`): send token ids as `examples` of POST /v1/train"
+        return "axolotl's input_output (`segments`)", "send token ids as `examples` of POST /v1/train"
     if {"prompt", "completions"} <= keys:
-        return "stepwise supervision (`completions`), which judges steps, not answers"
-    if "text" in keys and not {"prompt", "messages"} & keys:
-        return "plain text (`text`): nobody answers anybody in it"
+        return "stepwise supervision (`completions`), which judges steps, not answers", "give whole answers"
     if "parent_id" in keys and "role" in keys:
-        return "OpenAssistant's single messages: give its trees (`oasst_trees`)"
-    if "prompt" in keys:
-        return "prompts without answers"
+        return "OpenAssistant's single messages", "give its trees (the file `..._trees.jsonl.gz`)"
+    if "text" in keys and not {"prompt", "messages"} & keys:
+        return "plain text (`text`): nobody answers anybody in it", "split it into `prompt` and `completion`"
+    if "prompt" in keys and not {"chosen", "rejected", "completion"} & keys:
+        return (
+            "prompts without answers",
+            "`secondnature learn --replay-prompts` takes them, against forgetting",
+        )
     return None

@@ -122,18 +122,24 @@ def _judged(
 def from_langfuse(row: dict[str, Any], context: Context) -> list[Draft]:
     """An observation or trace with its scores; the score CORRECTION is the corrected output."""
     wanted, rating, comments = None, None, list[str]()
-    for one in _list(row.get("scores")):
+    others = context.judgements_of(row.get("id"))
+    if (
+        _either(row, "parent_observation_id", "parentObservationId") is None
+    ):  # the root, which stands for the trace
+        others = [*others, *context.judgements_of(_either(row, "trace_id", "traceId"))]
+    for one in [*_list(row.get("scores")), *others]:
         score = as_object(one)
         name = str(score.get("name", "")).lower()
-        value = score.get("stringValue")
+        value = _either(score, "stringValue", "string_value")
         if value is None:
             value = score.get("value")
-        if str(score.get("dataType", "")).upper() == "CORRECTION" or name in ("correction", "output"):
-            corrected = score.get("longStringValue") or value
+        kind = str(_either(score, "dataType", "data_type")).upper()
+        if kind == "CORRECTION" or name in ("correction", "output"):
+            corrected = _either(score, "longStringValue", "long_string_value") or value
             wanted = _answered(corrected) if corrected is not None else None
         elif name in ("thumbs", "user-feedback", "user_feedback", "user-thumbs", "feedback", "user-rating"):
-            boolean = str(score.get("dataType", "")).upper() == "BOOLEAN"
-            rating = -1 if boolean and score.get("value") in (0, "0") else rating_of(value)
+            low = kind == "BOOLEAN" and score.get("value") in (0, "0", False)
+            rating = -1 if low else rating_of(value)
         if isinstance(score.get("comment"), str):
             comments.append(score["comment"])
     corrected = row.get("correctedOutput", row.get("corrected_output"))
@@ -144,11 +150,26 @@ def from_langfuse(row: dict[str, Any], context: Context) -> list[Draft]:
     )  # fmt: skip
 
 
+def _either(row: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that says something."""
+    return next((row[n] for n in names if row.get(n) not in (None, "")), None)
+
+
+def read_judgement(row: dict[str, Any], context: Context) -> list[Draft]:
+    """A line of Langfuse's scores or of LangSmith's feedback: noted for the trace that it belongs to."""
+    about = _either(row, "observation_id", "observationId", "run_id") or _either(row, "trace_id", "traceId")
+    if about is None:
+        raise Refused("a judgement that does not say of what")
+    context.judgements.setdefault(str(about), []).append(row)
+    return []
+
+
 def from_langsmith(row: dict[str, Any], context: Context) -> list[Draft]:
     """A run with its feedback: `correction` is what was wanted."""
     wanted, rating, comments = None, None, list[str]()
     feedback = row.get("feedback")
-    for one in _list(feedback) or ([feedback] if isinstance(feedback, dict) else []):
+    given = _list(feedback) or ([feedback] if isinstance(feedback, dict) else [])
+    for one in [*given, *context.judgements_of(row.get("id"))]:
         said = as_object(one)
         if said.get("correction"):
             wanted = _answered(said["correction"])
@@ -290,7 +311,9 @@ def from_lm_eval(row: dict[str, Any], context: Context) -> list[Draft]:
     first = as_object(arguments).get("gen_args_0", arguments)
     pairs = _list(first)
     asked: Any = as_object(first).get("arg_0") if not pairs else (_list(pairs[0]) or [None])[0]
-    answers = _list(row.get("filtered_resps") or row.get("resps"))
+    answers = _list(
+        row.get("resps") or row.get("filtered_resps")
+    )  # what was said, not what a filter found in it
     said = answers[0] if answers else None
     while isinstance(said, list) and said:
         said = cast("Any", said[0])

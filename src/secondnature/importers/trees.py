@@ -7,6 +7,7 @@ that is found here is a candidate: a program read it out of a chat, and a person
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -120,6 +121,7 @@ def from_chatgpt(row: dict[str, Any], context: Context) -> list[Draft]:
         children = [str(c) for c in cast("list[Any]", node.get("children") or [])]
         parent = node.get("parent")
         vote = context.votes.get(str(message.get("id"))) or context.votes.get(key)
+        context.num_votes_used += vote is not None
         tree[key] = Node(key, role, text, str(parent) if parent is not None else None, children, vote)
     current = row.get("current_node")
     return candidates(tree, str(current) if current is not None else None, context)
@@ -142,6 +144,9 @@ def read_vote(row: dict[str, Any], context: Context) -> list[Draft]:
         except (ValueError, RecursionError):
             content = None
     comment = as_object(content).get("text")
+    tags = as_object(content).get("tags")
+    if not (isinstance(comment, str) and comment.strip()) and isinstance(tags, list):
+        comment = ", ".join(t.replace("-", " ") for t in cast("list[Any]", tags) if isinstance(t, str))
     if rating is not None:
         key = str(row.get("message_id", row.get("id")))
         context.votes[key] = Vote(rating, comment if isinstance(comment, str) and comment.strip() else None)
@@ -159,10 +164,18 @@ def _open_webui_tree(chat: Any) -> tuple[Tree, str | None]:
         vote = Vote(rating, comment) if rating is not None else None
         children = [str(c) for c in cast("list[Any]", message.get("childrenIds") or [])]
         parent = message.get("parentId")
-        text = text_of(message.get("content"))
-        tree[key] = Node(key, str(message.get("role")), text, str(parent) if parent else None, children, vote)
+        role, text = str(message.get("role")), text_of(message.get("content"))
+        if role == "assistant":
+            role = "tool" if _CALLS.search(text) else role
+            text = _DETAILS.sub("", text).strip()
+        tree[key] = Node(key, role, text, str(parent) if parent else None, children, vote)
     current = history.get("currentId")
     return tree, str(current) if current else None
+
+
+_CALLS = re.compile(r'<details\b[^>]*type="(tool_calls|code_interpreter)"')
+_DETAILS = re.compile(r'<details\b[^>]*type="reasoning"[^>]*>.*?</details>\s*', re.DOTALL)
+"""How Open WebUI keeps in an answer what the model thought, and what tools did."""
 
 
 def _words(said: dict[str, Any]) -> str | None:
@@ -219,6 +232,7 @@ def from_librechat(row: dict[str, Any], context: Context) -> list[Draft]:
         comment = words if isinstance(words, str) and words.strip() else tag if isinstance(tag, str) else None
         text = message.get("text") or _parts(message.get("content"))
         role = "user" if message.get("isCreatedByUser") or message.get("sender") == "User" else "assistant"
+        role = "tool" if _has_part(message.get("content"), "tool_call") else role
         vote = Vote(rating, comment) if rating is not None else None
         tree[key] = Node(key, role, str(text or ""), parent, vote=vote)
         waiting += [(c, key) for c in cast("list[Any]", message.get("children") or [])]
@@ -232,6 +246,11 @@ def _parts(content: Any) -> str:
         return ""
     pieces = [as_object(p) for p in cast("list[Any]", content)]
     return "".join(text_of(p.get("text")) for p in pieces if p.get("type") == "text")
+
+
+def _has_part(content: Any, *kinds: str) -> bool:
+    pieces = cast("list[Any]", content) if isinstance(content, list) else []
+    return any(as_object(p).get("type") in kinds for p in pieces)
 
 
 def _note_children(tree: Tree) -> None:
@@ -249,8 +268,7 @@ def from_claude(row: dict[str, Any], context: Context) -> list[Draft]:
         message = as_object(one)
         key = str(message.get("uuid", i))
         role = "user" if message.get("sender") == "human" else "assistant"
-        pieces = [as_object(p) for p in cast("list[Any]", message.get("content") or [])]
-        if any(p.get("type") in ("tool_use", "tool_result") for p in pieces):
+        if _has_part(message.get("content"), "tool_use", "tool_result"):
             role = "tool"
         text = _parts(message.get("content")) or text_of(message.get("text"))
         parent = message.get("parent_message_uuid")

@@ -6,12 +6,21 @@ split here.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, cast
 
 from secondnature.importers.rows import Refused, Turn
 
-__all__ = ["answer_text", "as_object", "conversation", "prompt_turns", "rating_of", "text_of"]
+__all__ = [
+    "answer_text",
+    "as_object",
+    "conversation",
+    "num_thoughts",
+    "prompt_turns",
+    "rating_of",
+    "text_of",
+]
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -23,14 +32,22 @@ NO_TOOLS = "a conversation with tools, which cannot be taught yet"
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 RENDERED = {
     "[INST]": "Llama 2 or Mistral", "<|start_header_id|>": "Llama 3", "<start_of_turn>": "Gemma",
-    "<｜User｜>": "DeepSeek", "<|user|>": "Phi or Zephyr",
+    "<｜User｜>": "DeepSeek", "<|user|>": "Phi or Zephyr", "<|system|>": "Phi or Zephyr",
+    "<|im_start|>": "ChatML",
 }  # fmt: skip
+"""How a text begins that a template rendered. In the middle of a text these words are what somebody wrote."""
+CUES = {"### Response:": "Alpaca", "### Assistant:": "Vicuna", "ASSISTANT:": "Vicuna"}
+"""How a text ends in which a template without tokens of its own asks for an answer."""
+BEGINNINGS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|endoftext|>")
+"""What templates write before that."""
+THOUGHTS = ("thinking", "reasoning_content", "reasoning")
+"""Fields of a message that hold what the model thought before it answered."""
 UP = frozenset({"1", "1.0", "+1", "true", "yes", "up", "good", "like", "liked", "positive", "👍", "thumbs_up",
                 "thumbsup", "thumb_up", "thumbs up", "desirable", "chosen"})  # fmt: skip
 DOWN = frozenset({"-1", "-1.0", "0.0", "false", "no", "down", "bad", "dislike", "disliked", "negative", "👎",
                   "thumbs_down", "thumbsdown", "thumb_down", "thumbs down", "undesirable", "rejected"})  # fmt: skip
 _HUMAN = re.compile(r"\n\n(Human|Assistant):[ ]?")
-_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
+_CHATML = re.compile(r"\s*<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -50,8 +67,9 @@ def text_of(content: Any) -> str:
         return ""
     if isinstance(content, list):
         return "".join(_part_text(p) for p in cast("list[Any]", content))
-    if isinstance(as_object(content).get("text"), str):
-        return as_object(content)["text"]
+    for key in ("text", "value"):
+        if isinstance(as_object(content).get(key), str):
+            return as_object(content)[key]
     raise Refused(f"the content of a message is {type(cast('object', content)).__name__}; expected text")
 
 
@@ -101,21 +119,49 @@ def prompt_turns(prompt: Any) -> list[Turn]:
     """
     if not isinstance(prompt, str):
         return conversation(prompt)
-    if _HUMAN.match("\n\n" + prompt.lstrip()):
+    if _HUMAN.match("\n\n" + prompt.lstrip()) and "\n\nAssistant:" in prompt:
         return split_hh(prompt)
-    if "<|im_start|>" in prompt:
-        turns = [{"role": r, "content": c} for r, c in _CHATML.findall(prompt)]
-        if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
-            turns.pop()
-        return conversation(turns)
-    for mark, whose in RENDERED.items():
-        if mark in prompt:
-            raise Refused(
-                f"a prompt that was rendered already ({whose}: {mark}); expected messages, or plain text"
-            )
+    chatml = _split_chatml(prompt)
+    if chatml:
+        return conversation(chatml)
+    begins = prompt.lstrip()
+    for token in BEGINNINGS:
+        begins = begins.removeprefix(token).lstrip()
+    found = next((m for m in RENDERED if begins.startswith(m)), None)
+    found = found or next((c for c in CUES if prompt.rstrip().endswith(c)), None)
+    if found is not None:
+        whose = RENDERED.get(found) or CUES[found]
+        raise Refused(
+            f"a prompt that was rendered already ({whose}: {found}); expected messages, or plain text"
+        )
     if not prompt.strip():
         raise Refused("the prompt is empty")
     return [{"role": "user", "content": prompt}]
+
+
+def _split_chatml(text: str) -> list[Turn]:
+    """The turns of a text that is ChatML from its beginning to its end; none: it is not."""
+    turns: list[Turn] = []
+    at = 0
+    while at < len(text):
+        found = _CHATML.match(text, at)
+        if found is None:
+            return []
+        turns.append({"role": found[1], "content": found[2]})
+        at = found.end()
+    if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+        turns.pop()
+    return turns
+
+
+def num_thoughts(row: dict[str, Any]) -> int:
+    """How many messages of a row bring thoughts beside their content, which is all that is read of them."""
+    found = 0
+    for value in row.values():
+        if isinstance(value, list):
+            messages = [as_object(m) for m in cast("list[Any]", value)]
+            found += sum(any(isinstance(m.get(k), str) and m[k] for k in THOUGHTS) for m in messages)
+    return found
 
 
 def split_hh(text: str) -> list[Turn]:
@@ -136,10 +182,12 @@ def answer_text(answer: Any) -> str | None:
     Raises:
         Refused: several messages, or one that is not the assistant's.
     """
-    if answer is None:
+    if answer is None or answer == []:
         return None
     if isinstance(answer, str):
         return answer.removeprefix(" ") if answer.strip() else None
+    if isinstance(answer, bool | int | float):
+        raise Refused(f"an answer that is the value {json.dumps(answer)[:40]}; expected text, in quotes")
     found = cast("list[Any]", answer) if isinstance(answer, list) else [answer]
     if len(found) == 1 and isinstance(found[0], dict):
         message = cast("dict[str, Any]", found[0])

@@ -174,6 +174,8 @@ class Feedback:
                 "`messages` holds no question that was answered", "expected the user's turn, then the answer"
             )
         found = self._memory.answers_to(prompt)
+        if not found and before is None and shown:
+            found = [x for x in self._memory.answers_around(prompt) if _is(shown, x[1])]
         if found:
             exact = [x for x in found if shown is None or _is(shown, x[1])]
             key, said = (exact or found)[0]
@@ -212,6 +214,7 @@ def _of(before: Correction) -> _About:
             answer.content,
             before.weights_version or "",
             before.finish_reason,
+            before.chat_template_kwargs or {},
             answer.tool_calls or (),
             before.tools,
         )
@@ -245,6 +248,7 @@ def _correction(body: wire.FeedbackRequest, about: _About, before: Correction | 
         id=body.id or (before.id if before is not None else None),
         completion_id=about.completion_id,
         weights_version=said.weights_version or None if said is not None else None,
+        chat_template_kwargs=(dict(said.options) or None) if said is not None else None,
         **fields,
     )
 

@@ -9,7 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from secondnature.lessons.planner import MAX_NAMED, Plan
+from secondnature.lessons.plan import MAX_NAMED, Plan
 from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState
 from secondnature.wire import JobStatus, PhaseProgress, TrainRequest
 

@@ -22,9 +22,12 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trained import Trained
 from secondnature.lessons.weights import ServedWeights
-from secondnature.records import Lesson, Outcome, SampleAnswer, to_jsonl, utc_now
+from secondnature.records import Lesson, Outcome, SampleAnswer, Taught, to_jsonl, utc_now
 
 __all__ = ["Life"]
+
+UNNAMED = "lesson"
+"""What a lesson teaches that is judged by guards alone, where nobody named it."""
 
 
 class Life:
@@ -59,9 +62,10 @@ class Life:
         self._change.prepare(self._check_in)
         lesson = self._change.apply(self._check_in)
         self._go_on_trial(lesson)
-        self._write_answers(self._change.answers, self._change.sample(self._check_in))
+        answers = self._change.sample(self._check_in)
+        self._write_answers(self._change.answers, answers)
         if self._job.request.probes:
-            return self._judge(before, self._ask("measuring after"))
+            return self._judge(before, self._ask("measuring after"), self._taught(answers))
         if self._job.request.keep:
             self.keep("kept unjudged, as asked")
             return None
@@ -119,18 +123,32 @@ class Life:
         ]
         storage.write_text(self._log.directory(job.lesson) / "answers.jsonl", to_jsonl(answers))
 
-    def _judge(self, before: list[Outcome], after: list[Outcome]) -> Ending | None:
+    def _taught(self, answers: list[GenerationResult]) -> Taught | None:
+        """How many of the corrections that are sampled are answered as was wanted; None: nobody wrote an answer."""
+        samples = zip(self._job.plan.samples, self._change.answers, answers, strict=True)
+        said = [
+            (s.wanted.strip(), b.text.strip(), a.text.strip()) for s, b, a in samples if s.wanted is not None
+        ]
+        if not said:
+            return None
+        return Taught(
+            n=len(said),
+            before=sum(before == wanted for wanted, before, _ in said),
+            after=sum(after == wanted for wanted, _, after in said),
+        )
+
+    def _judge(self, before: list[Outcome], after: list[Outcome], taught: Taught | None) -> Ending | None:
         job, lesson = self._job, self._job.lesson
         assert lesson.parent is not None, "a lesson on trial has one"
         assert lesson.version is not None, "a lesson on trial has one"
-        assert job.request.lesson.behaviour is not None, "checked by the request"
         job.enter("judging")
         evidence = judge_lesson(
             job.request.probes,
             before,
             after,
             gate=job.request.gate,
-            behaviour=job.request.lesson.behaviour,
+            behaviour=lesson.behaviour or UNNAMED,
+            taught=taught,
             num_retries=lesson.cause.num_retries,
             before_version=lesson.parent,
             after_version=lesson.version,
@@ -149,6 +167,8 @@ class Life:
     def keep(self, reason: str) -> None:
         """The commit: from this rename on, the lesson is part of the weights. Raises StorageError: it is not."""
         job = self._job
+        if job.lesson.version == job.lesson.parent:
+            reason += "; no weight changed"
         kept = job.lesson.model_copy(
             update={"state": "kept", "reason": reason, "ended_at": utc_now(), "trial_until": None}
         )

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
@@ -37,6 +37,8 @@ class Said:
     weights_version: str
     finish_reason: str | None = None
     """Why it ended; `unfinished`: it has not, or nobody waited for it."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the chat template was told besides (`chat_template_kwargs`)."""
     calls: Sequence[ToolCall] = ()
     """Of tools, besides the text."""
     tools: list[dict[str, Any]] | None = None
@@ -45,7 +47,7 @@ class Said:
     @property
     def nbytes(self) -> int:
         """What it takes in memory, at most."""
-        texts = [m.content for m in self.prompt or ()]
+        texts = [m.content for m in self.prompt or ()] + ([json.dumps(self.options)] if self.options else [])
         calls = [c.function.arguments for m in self.prompt or () for c in m.tool_calls or ()]
         texts += [*calls, *(c.function.arguments for c in self.calls)]
         texts += map(json.dumps, self.tools or ())
@@ -121,6 +123,7 @@ class Memory:
         completion_id: str,
         prompt: list[Message] | None,
         weights_version: str,
+        options: Mapping[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> Telling:
         """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
@@ -133,7 +136,8 @@ class Memory:
                     self._nbytes += nbytes
                     self._make_room()
 
-        telling = Telling(Said(prompt, "", weights_version, "unfinished", tools=tools), grown)
+        first = Said(prompt, "", weights_version, "unfinished", options or {}, tools=tools)
+        telling = Telling(first, grown)
         self.remember(completion_id, telling)
         return telling
 
@@ -168,17 +172,30 @@ class Memory:
         Those with the very same turns come first, then those that differ in system turns and in space around texts:
         clients add the one and lose the other.
         """
+        asked = _turns(prompt)
+        found = [(key, said) for key, said in self._chats() if _turns(said.prompt or ()) == asked]
+        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+
+    def answers_around(self, prompt: Sequence[Message]) -> list[tuple[str, Said]]:
+        """(id, completion) of what was answered where a client had put more around the user's texts, newest first.
+
+        Files and search results are shown to the model so, and not to the user. A short text may stand in many
+        others: whoever asks must know the answer by more than this.
+        """
+        asked = _turns(prompt)
+        return [(key, said) for key, said in self._chats() if _stands_in(asked, _turns(said.prompt or ()))]
+
+    def _chats(self) -> Iterator[tuple[str, Said]]:
+        """The chats that can be corrected, newest first."""
         with self._lock:
             known = [(key, said) for key, (said, _) in reversed(self._said.items())]
-        asked, found = _turns(prompt), list[tuple[str, Said]]()
         for key, it in known:
             try:
                 said = _read(it)
             except BadInput:  # it is none that can be corrected
                 continue
-            if said.prompt is not None and _turns(said.prompt) == asked:
-                found.append((key, said))
-        return sorted(found, key=lambda x: x[1].prompt != list(prompt))
+            if said.prompt is not None:
+                yield key, said
 
 
 def _read(said: Said | Telling | Unread) -> Said:
@@ -187,9 +204,21 @@ def _read(said: Said | Telling | Unread) -> Said:
     return said if isinstance(said, Said) else said.read(said.asked, said.said)
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, str, list[CalledFunction]]]:
+_Turn = tuple[str, str, list[CalledFunction]]
+"""(role, text, calls)"""
+
+
+def _turns(messages: Sequence[Message]) -> list[_Turn]:
     return [
         (m.role, m.content.strip(), [c.function for c in m.tool_calls or ()])
         for m in messages
         if m.role != "system"
     ]
+
+
+def _stands_in(asked: Sequence[_Turn], shown: Sequence[_Turn]) -> bool:
+    """Whether the same turns were shown, with more around what the user wrote."""
+    return [turn[0] for turn in asked] == [turn[0] for turn in shown] and all(
+        text and text in whole if role == "user" else (text, calls) == (whole, made)
+        for (role, text, calls), (_, whole, made) in zip(asked, shown, strict=True)
+    )

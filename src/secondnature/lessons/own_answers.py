@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from secondnature import wire
-from secondnature.errors import ContextOverflow
 from secondnature.lessons.prober import CheckIn, Prober
 from secondnature.model.chat import encode_chat
 from secondnature.records import Correction, Message
 
 __all__ = ["Distilled", "Own", "OwnAnswers", "comment", "teacher_messages"]
+
+MIN_ROOM_TOKENS = 16
+"""Left for an answer of the student, where the teacher reads one of the model's as well."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +97,24 @@ class OwnAnswers:
     ) -> list[wire.TokenExample]:
         """The examples of self-distillation: one answer to every correction, then the next to every one.
 
-        Raises:
-            ContextOverflow: prompt, wrong answer and comment leave no room for an answer.
+        Each was planned with room for a token. Where an answer of the model, which nobody recorded, would fill what
+        the teacher reads, that answer ends before it does.
         """
         num_said = len(corrections)
         total = num_said * (1 + settings.samples)
-        said = self._prober.answers([c.context for c in corrections], lambda done, _: check_in(done, total))
-        teachers = [
-            encode_chat(self._tokenizer, teacher_messages(c.correction, r.text), tools=c.correction.tools)
-            for c, r in zip(corrections, said, strict=True)
-        ]
+        told = [self._teacher(c, "") for c in corrections]
+        said = self._prober.answers(
+            [c.context for c in corrections],
+            lambda done, _: check_in(done, total),
+            max_tokens=[max(1, self._limit - len(ids) - MIN_ROOM_TOKENS) for ids in told],
+        )
+        teachers: list[list[int]] = []
+        for c, r, without in zip(corrections, said, told, strict=True):
+            teacher = self._teacher(c, r.text)
+            teachers.append(teacher if len(teacher) < self._limit else without)
         rooms = [
             self._limit - max(len(c.context), len(t)) for c, t in zip(corrections, teachers, strict=True)
         ]
-        for c, teacher, room in zip(corrections, teachers, rooms, strict=True):
-            if room < 1:
-                raise ContextOverflow(
-                    f"{c.label}: {len(teacher)} tokens with the wrong answer and the comment; the model reads "
-                    f"{self._limit}",
-                    "shorten the conversation or the comment",
-                )
         asked = [(k, i) for k in range(settings.samples) for i in range(len(corrections))]
         answers = self._prober.answers(
             [corrections[i].context for _, i in asked],
@@ -132,3 +132,11 @@ class OwnAnswers:
             )
             for (k, i), answer in zip(asked, answers, strict=True)
         ]
+
+    def _teacher(self, distilled: Distilled, said: str) -> list[int]:
+        """What the teacher reads; `said` where it is not recorded."""
+        messages = teacher_messages(distilled.correction, said)
+        of = distilled.correction
+        return encode_chat(
+            self._tokenizer, messages, tools=of.tools, template_options=of.chat_template_kwargs
+        )

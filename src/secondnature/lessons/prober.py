@@ -137,7 +137,11 @@ class Prober:
         asked = len(spoken) + 2 * sum(pair is not None for pair in pairs)
         code = [i for i, p in enumerate(probes) if p.check.python is not None]
         total = asked + len(code)
-        answers = self.answers([prompts[i] for i in spoken], lambda done, _: check_in(done, total))
+        answers = self.answers(
+            [prompts[i] for i in spoken],
+            lambda done, _: check_in(done, total),
+            max_tokens=[probes[i].max_tokens or MAX_ANSWER_TOKENS for i in spoken],
+        )
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, pairs, lambda done, _: check_in(len(spoken) + done, total))
         texts = [results[i].text if i in results else "" for i in range(len(probes))]

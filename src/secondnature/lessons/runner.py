@@ -32,12 +32,15 @@ from secondnature.errors import (
     WeightsError,
     WrongState,
 )
+from secondnature.evidence.reach import reaches
+from secondnature.lessons.guards import Guarded, guarded
 from secondnature.lessons.job import Ending, Job, Phase
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
 from secondnature.lessons.log import Log
 from secondnature.lessons.own_answers import OwnAnswers
-from secondnature.lessons.planner import Plan, Planner
+from secondnature.lessons.plan import Plan
+from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.trained import Trained
@@ -161,11 +164,21 @@ class Runner:
         known = None if request.dry_run else self._known(request, asked)
         if known is not None:  # before it is planned: since then the ledger may have changed
             return known
-        plan = self._planner.plan(request, self.ledger.confirmed(), self.log.earlier()[0])
         self._prober.check(request.probes)
+        ledger = self.ledger.confirmed()
+        found = guarded(request, ledger, self._prober)
+        plan = self._planner.plan(found.request, ledger, self.log.earlier()[0])
         if request.dry_run:
-            return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._planner.show(plan))
-        return self._do(lambda: self._accept(request, plan, asked))
+            return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._shown(found, plan))
+        return self._do(lambda: self._accept(found.request, plan, asked))
+
+    def _shown(self, found: Guarded, plan: Plan) -> dict[str, Any]:
+        """What a dry run answers: the plan, the packs that guard it, and what all its probes could show."""
+        request = found.request
+        tries = self.log.num_tries(plan.digests, [c.digest() for c in plan.corrections])
+        reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries)
+        could_show = None if reached is None else reached.model_dump(mode="json")
+        return {**self._planner.show(plan), "guards": found.told, "could_show": could_show}
 
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""

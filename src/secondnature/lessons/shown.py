@@ -13,7 +13,8 @@ from typing import Any
 
 from secondnature import wire
 from secondnature.model.chat import Taught, control_tokens_in
-from secondnature.records import Correction
+from secondnature.records import Contradictions, Correction
+from secondnature.records import doubts as doubts_of
 
 __all__ = ["Shown", "counted", "doubts", "shown"]
 
@@ -33,9 +34,19 @@ _MARKS = re.compile(
 Shown = dict[str, Any]
 
 
-def doubts(tokenizer: Any, correction: Correction) -> list[str]:
-    """What about a correction may be meant otherwise than it is taken."""
-    found: list[str] = []
+def doubts(tokenizer: Any, corrections: Sequence[Correction]) -> list[list[str]]:
+    """What about each correction may be meant otherwise than it is taken."""
+    contradictions = Contradictions()
+    found: list[list[str]] = []
+    for number, correction in enumerate(corrections):
+        other = contradictions.take(correction, number)
+        against = [f"{Contradictions.KIND}: correction {other} wants what this one rejects, or the reverse"]
+        found.append(_doubts(tokenizer, correction) + (against if other is not None else []))
+    return found
+
+
+def _doubts(tokenizer: Any, correction: Correction) -> list[str]:
+    found = doubts_of(correction)
     said = [m for m in correction.prompt if m.role == "assistant"]
     if said:
         found.append(
@@ -81,8 +92,8 @@ def shown(
     }
 
 
-def counted(tokenizer: Any, corrections: Sequence[Correction], taught: Sequence[Taught]) -> dict[str, int]:
+def counted(doubted: Sequence[Sequence[str]], taught: Sequence[Taught]) -> dict[str, int]:
     """How often each thing is to be said, over all corrections."""
-    notes = Counter(note.split(": ")[0] for c in corrections for note in doubts(tokenizer, c))
+    notes = Counter(note.split(": ")[0] for found in doubted for note in found)
     notes.update(note.split(": ")[0] for t in taught for note in t.notes)
     return dict(notes)

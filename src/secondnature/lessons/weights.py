@@ -213,10 +213,10 @@ class ServedWeights:
             raise
 
     def _differing(self, stored: delta.StoredDelta) -> Iterator[Named]:
-        """The arena's weights with a stored difference applied, one tensor after the other."""
+        """The arena's weights with a difference applied, one by one; what differs is a copy on the host."""
         for name, tensor in sorted(self.arena.tensors.items()):
             if name in stored.sizes:
-                mine = tensor.clone()
+                mine = tensor.to("cpu", copy=True)
                 stored.apply_(name, mine)
                 yield name, mine
                 del mine  # before the next one is made

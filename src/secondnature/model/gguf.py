@@ -30,7 +30,7 @@ __all__ = ["directory_of", "smollm2"]
 
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"GGUF"
-_FORM = 1
+_FORM = 2
 """Of the directories made here: a newer form is made anew."""
 _BLOCK_BYTES = 2**24
 _TELL_S = 5.0
@@ -111,6 +111,8 @@ def _write(path: Path, target: Path) -> None:
             f"{path}: {' '.join(str(e).split())[:200]}", "serve the model's own directory of safetensors"
         ) from None
     config.dtype = torch.bfloat16
+    config.save_pretrained(target)
+    config.architectures = [type(skeleton(target)).__name__]  # a GGUF file does not say; vLLM asks for it
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _write_weights(target, _tensors(path, target, about))

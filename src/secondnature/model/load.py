@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from secondnature.errors import BadCheckpoint, SecondnatureError, UnsupportedModel
-from secondnature.model import limits
+from secondnature.model import limits, text_part
 from secondnature.model.files import DTYPES, Header, headers, quantization, raw_config
 from secondnature.model.pieces import Piece, TensorSpec, claimed, parameter_names, pieces
 from secondnature.model.upcast import compute_at_use
@@ -120,11 +120,16 @@ def _language_config(directory: Path, config: PretrainedConfig) -> PretrainedCon
             "expected a model that continues text (...ForCausalLM)",
         )
     text: Any = config.get_text_config(decoder=True)
-    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if text is config or not _speaks(text):
         return config
     # the whole model's word counts, too; where the files hold both and they differ, they are two (`_sorted`)
-    text.tie_word_embeddings = bool(text.tie_word_embeddings) or bool(config.tie_word_embeddings)
+    text.tie_word_embeddings = any(getattr(c, "tie_word_embeddings", False) for c in (text, config))
     return text
+
+
+def _speaks(config: PretrainedConfig) -> bool:
+    """Whether a causal language model can be made from it."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in text_part.KINDS
 
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -160,12 +165,7 @@ def skeleton(directory: Path) -> nn.Module:
     for attention in ("sdpa", "eager"):
         try:
             with _parameters_on_meta():
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config),
-                    attn_implementation=attention,
-                    dtype=torch.float32,
-                    trust_remote_code=False,
-                )
+                model = _made(copy.deepcopy(config), attention)
         except Exception as e:  # noqa: BLE001  (constructors meet what the config says with any exception)
             last = last or e
             continue
@@ -173,7 +173,7 @@ def skeleton(directory: Path) -> nn.Module:
         model.__dict__["_is_part"] = config is not whole
         return model.eval()
     said = str(last).splitlines()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not _speaks(config):
         raise UnsupportedModel(
             f"{directory}: {type(config).__name__} is not a causal language model: {said[0] if said else ''}",
             "expected an architecture that AutoModelForCausalLM can make",
@@ -182,6 +182,14 @@ def skeleton(directory: Path) -> nn.Module:
         f"{directory} (model_type {config.model_type!r}): making the model: {type(last).__name__}: "
         f"{said[0] if said else ''}",
         "mend config.json if it is wrong; else this architecture cannot be served yet",
+    )
+
+
+def _made(config: PretrainedConfig, attention: str) -> Any:
+    if config.model_type in text_part.KINDS:
+        return text_part.TextPart(config, attention=attention)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
     )
 
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from secondnature.errors import UnsupportedModel
 from secondnature.model.load import read_config, shapes
 
-__all__ = ["ARCHITECTURES", "Header", "Part", "plan", "preflight", "views"]
+__all__ = ["ARCHITECTURES", "Device", "Header", "Part", "device_of", "plan", "preflight", "views"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "",
@@ -46,6 +46,9 @@ VOCABULARY_MULTIPLE = 64
 
 DELTA_HEAD_DIMS = (64, 128)
 """What the engine's GatedDeltaNet runs on CPUs: key and value heads of one of these sizes, both the same."""
+
+Device = Literal["cpu", "cuda"]
+"""Where the engine's weights lie: what it can run differs."""
 
 _FUSED_OF = {part: whole for whole, parts in FUSED.items() for part in parts}
 _TRAINABLE = (torch.bfloat16, torch.float32)
@@ -93,7 +96,7 @@ class Part:
 def preflight(
     directory: Path,
     *,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype | None = None,
     world_size: int = 1,
     quantization: str | None = None,
@@ -144,6 +147,11 @@ def preflight(
     return config
 
 
+def device_of(tensors: Mapping[str, Tensor]) -> Device:
+    """Where these tensors lie, all of them where the first does."""
+    return "cuda" if next(iter(tensors.values())).is_cuda else "cpu"
+
+
 def _is_hybrid(config: PretrainedConfig) -> bool:
     return "linear_attention" in (getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
 
@@ -163,7 +171,7 @@ def plan(
     directory: Path,
     headers: Mapping[str, Header],
     *,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     world_size: int = 1,
     quantization: str | None = None,
 ) -> list[Part]:

@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from secondnature.errors import BadCheckpoint, UnsupportedModel
 from secondnature.model.files import Header, plain_dtype
+from secondnature.model.text_part import conversions
 
 __all__ = ["Piece", "TensorSpec", "claimed", "pieces"]
 
@@ -86,7 +87,7 @@ def claimed(model: Any, keys: Iterable[str]) -> dict[str, list[tuple[str, Any | 
     name -> (key, the converter that it goes through or None, the pattern of the converter that it matched), in the
     order of numbers in the keys.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = [*get_model_conversion_mapping(model), *conversions(model)]
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}

@@ -23,9 +23,10 @@ from secondnature.model.lengths import cannot_fit
 from secondnature.model.tools import as_templates_expect
 from secondnature.records import Message
 
-__all__ = ["Rendering", "Turn", "control_tokens_in"]
+__all__ = ["Rendering", "Turn", "Words", "control_tokens_in"]
 
 Turn = Message | Mapping[str, Any]
+ROLES = frozenset({"assistant", "developer", "function", "system", "tool", "user"})
 _PRIVATE = range(0xF0000, 0xFFFFE)
 _COPIES: weakref.WeakKeyDictionary[Any, tuple[frozenset[str], Tokenizer, dict[str, str]]] = (
     weakref.WeakKeyDictionary()
@@ -92,6 +93,55 @@ def control_tokens_in(tokenizer: Any, text: str) -> list[str]:
     return sorted(set(pattern.findall(text))) if pattern else []
 
 
+class Words:
+    """The words of people in one conversation, each control token in them exchanged for a private character."""
+
+    def __init__(self, tokenizer: Any, written: Any) -> None:
+        """`written`: all that people wrote, texts in values of any shape."""
+        self._tokenizer = tokenizer
+        self._control = turns.literals(tokenizer)
+        self._pattern = _pattern(self._control)
+        text = _texts(written)
+        self.spelled = sorted(set(self._pattern.findall(text))) if self._pattern else []
+        """Control tokens in the words of people."""
+        free = (c for c in map(chr, _PRIVATE) if c not in text)
+        self._stands = {found: next(free) for found in self.spelled}
+        self._meant = {ord(c): found for found, c in self._stands.items()}
+
+    def _change(self, text: str) -> str:
+        return (
+            self._pattern.sub(lambda m: self._stands[m.group()], text)
+            if self._pattern and self.spelled
+            else text
+        )
+
+    def changed(self, value: Any) -> Any:
+        """The value, as a template gets it."""
+        return _mapped(value, self._change)
+
+    def turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        """A turn, as a template gets it: its role is compared with others, and stays as it is."""
+        return {k: v if k == "role" and v in ROLES else self.changed(v) for k, v in turn.items()}
+
+    def restored(self, value: Any) -> Any:
+        """A value that was changed, as it was written."""
+        return _mapped(value, self.text)
+
+    def text(self, rendered: str) -> str:
+        """What a rendering says, with the control tokens of people as they were written."""
+        return rendered.translate(self._meant)
+
+    def ids(self, rendered: str, limit: int | None = None) -> list[int]:
+        """Token ids of a rendering, or of a part of one. Raises ContextOverflow."""
+        text = self.text(rendered)
+        cannot_fit(self._tokenizer, len(text), limit)
+        if text == rendered or self._pattern is None:  # nobody wrote a control token
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        copy, names = _renamed(self._tokenizer, self._control)
+        renamed = self._pattern.sub(lambda m: names[m.group()], rendered).translate(self._meant)
+        return list(copy.encode(renamed, add_special_tokens=False).ids)
+
+
 class Rendering:
     """One conversation, rendered as often as it has to be looked at."""
 
@@ -106,27 +156,14 @@ class Rendering:
     ) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        self._control = turns.literals(tokenizer)
-        self._pattern = _pattern(self._control)
         plain = [_plain(tokenizer, m) for m in messages]
         last = None if answer is None else _plain(tokenizer, answer)
-        written = _texts([plain, last, list(tools or [])])
-        spelled = sorted(set(self._pattern.findall(written))) if self._pattern else []
-        free = (c for c in map(chr, _PRIVATE) if c not in written)
-        stands = {text: next(free) for text in spelled}
-        self._meant = {ord(c): text for text, c in stands.items()}
-
-        def change(text: str) -> str:
-            return self._pattern.sub(lambda m: stands[m.group()], text) if stands and self._pattern else text
-
-        def changed(turn: dict[str, Any]) -> dict[str, Any]:
-            return {k: v if k == "role" else _mapped(v, change) for k, v in turn.items()}
-
-        self._messages = [changed(m) for m in plain]
-        self.answer: dict[str, Any] = changed(last) if last is not None else {}
+        self._words = words = Words(tokenizer, [plain, last, list(tools or [])])
+        self._messages = [words.turn(m) for m in plain]
+        self.answer: dict[str, Any] = words.turn(last) if last is not None else {}
         """The answer's turn, as the methods below take it."""
-        self._tools = _mapped(list(tools), change) if tools else None
-        self.spelled = spelled
+        self._tools = words.changed(list(tools)) if tools else None
+        self.spelled = words.spelled
         """Control tokens in the words of people."""
 
     def prompt(self, **more: Any) -> str:
@@ -148,14 +185,8 @@ class Rendering:
 
     def text(self, rendered: str) -> str:
         """What a rendering says, with the control tokens of people as they were written."""
-        return rendered.translate(self._meant)
+        return self._words.text(rendered)
 
     def ids(self, rendered: str, limit: int | None = None) -> list[int]:
         """Token ids of a rendering, or of a part of one. Raises ContextOverflow."""
-        text = self.text(rendered)
-        cannot_fit(self._tokenizer, len(text), limit)
-        if text == rendered or self._pattern is None:  # nobody wrote a control token
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        copy, names = _renamed(self._tokenizer, self._control)
-        renamed = self._pattern.sub(lambda m: names[m.group()], rendered).translate(self._meant)
-        return list(copy.encode(renamed, add_special_tokens=False).ids)
+        return self._words.ids(rendered, limit)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from secondnature.errors import BadInput
 from secondnature.model import template
 
-__all__ = ["as_templates_expect", "takes_tools"]
+__all__ = ["as_object", "as_templates_expect", "takes_tools"]
 
 
 class _Found(NamedTuple):
@@ -46,7 +46,7 @@ def as_templates_expect(tokenizer: Any, turn: Mapping[str, Any]) -> dict[str, An
     calls = list(turn["tool_calls"])
     if _look(tokenizer).takes_objects:
         calls = [
-            {**call, "function": {**call["function"], "arguments": _object(call["function"]["arguments"])}}
+            {**call, "function": {**call["function"], "arguments": as_object(call["function"]["arguments"])}}
             for call in calls
         ]
     return {**turn, "content": turn.get("content") or "", "tool_calls": calls}
@@ -82,7 +82,8 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: list[dict[str,
         return ""
 
 
-def _object(given: Any) -> Any:
+def as_object(given: Any) -> Any:
+    """Arguments that are JSON in a text, taken apart; anything else stays as it is."""
     if not isinstance(given, str):
         return given
     try:

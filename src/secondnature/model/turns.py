@@ -18,17 +18,19 @@ from secondnature.model import template
 
 __all__ = [
     "End",
+    "Ending",
     "after_answer",
     "declared",
     "end_ids",
+    "endings",
     "is_named",
     "literals",
     "note",
     "template_end",
 ]
 
-_DECLARED: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
-"""What the files beside each tokenizer name."""
+_DECLARED: weakref.WeakKeyDictionary[Any, dict[str, frozenset[int]]] = weakref.WeakKeyDictionary()
+"""What each of the files beside each tokenizer names."""
 _WRITTEN: weakref.WeakKeyDictionary[Any, tuple[str, int | None]] = weakref.WeakKeyDictionary()
 """Of each tokenizer, its template and the token that this writes after an answer."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
@@ -48,9 +50,22 @@ def _ids(value: object) -> set[int]:
     return {v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
 
 
+class Ending(NamedTuple):
+    """A token that ends an answer, and who says so."""
+
+    id: int
+    text: str
+    named_by: tuple[str, ...]
+
+
 def declared(directory: Path) -> frozenset[int]:
     """The end tokens of generation_config.json, config.json and its text part; a broken file names none."""
-    found: set[int] = set()
+    return frozenset[int]().union(*_declared_by(directory).values())
+
+
+def _declared_by(directory: Path) -> dict[str, frozenset[int]]:
+    """Which end tokens each file names."""
+    found: dict[str, frozenset[int]] = {}
     for name in ("generation_config.json", "config.json"):
         try:
             settings: Any = json.loads((directory / name).read_text(encoding="utf-8"))
@@ -58,19 +73,27 @@ def declared(directory: Path) -> frozenset[int]:
             continue
         for part in (settings, settings.get("text_config") if isinstance(settings, dict) else None):
             if isinstance(part, dict):
-                found |= _ids(part.get("eos_token_id"))
-    return frozenset(found)
+                found[name] = found.get(name, frozenset()) | _ids(part.get("eos_token_id"))
+    return found
 
 
 def note(tokenizer: Any, directory: Path) -> None:
     """Remember what the files of the model in `directory` name, for all that is asked about its tokenizer."""
-    _DECLARED[tokenizer] = _DECLARED.get(tokenizer, frozenset()) | declared(directory)
+    known = _DECLARED.setdefault(tokenizer, {})
+    for name, ids in _declared_by(directory).items():
+        known[name] = known.get(name, frozenset()) | ids
 
 
 def _named(tokenizer: Any) -> frozenset[int]:
     """What files and tokenizer name."""
+    return frozenset[int]().union(*_named_by(tokenizer).values())
+
+
+def _named_by(tokenizer: Any) -> dict[str, frozenset[int]]:
+    """What files and tokenizer name, each."""
     eos = tokenizer.eos_token_id
-    return _DECLARED.get(tokenizer, frozenset()) | (frozenset() if eos is None else {int(eos)})
+    own = {} if eos is None else {"the tokenizer": frozenset({int(eos)})}
+    return _DECLARED.get(tokenizer, {}) | own
 
 
 def is_named(tokenizer: Any, token: int) -> bool:
@@ -83,9 +106,23 @@ def end_ids(tokenizer: Any, settings: Any = None) -> frozenset[int]:
 
     `settings`: a generation config besides, for a model that is not in files.
     """
-    written = template_end(tokenizer)
     more = _ids(getattr(settings, "eos_token_id", None))
-    return _named(tokenizer) | more | (frozenset() if written is None else {written})
+    return frozenset(more).union(*_ends_by(tokenizer).values())
+
+
+def _ends_by(tokenizer: Any) -> dict[str, frozenset[int]]:
+    """What files, tokenizer and chat template name, each."""
+    written = template_end(tokenizer)
+    by_template = {} if written is None else {"the chat template": frozenset({written})}
+    return _named_by(tokenizer) | by_template
+
+
+def endings(tokenizer: Any) -> list[Ending]:
+    """The tokens that end an answer, by id, each with its text and who names it."""
+    by = _ends_by(tokenizer)
+    ids = sorted(frozenset[int]().union(*by.values()))
+    who = {i: tuple(name for name, named in by.items() if i in named) for i in ids}
+    return [Ending(i, str(tokenizer.decode([i], skip_special_tokens=False)), who[i]) for i in ids]
 
 
 def literals(tokenizer: Any) -> dict[str, int]:

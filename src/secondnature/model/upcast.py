@@ -16,7 +16,6 @@ Shapes: x (..., I), Linear weight (O, I), Conv1D weight (I, O), Embedding weight
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Generator, Set
 from contextlib import AbstractContextManager
 from functools import cache
@@ -28,41 +27,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from secondnature.model.gradients import GradientSink
+from secondnature.model.products import times, times_transposed
 
 __all__ = ["collect", "compute_at_use", "compute_dtype", "stored_linear"]
-
-
-MIN_KEPT, MAX_KEPT = 2**18, 2**24
-"""Elements of casts for which memory is kept (1 to 64 MB in fp32): smaller ones leave no holes that matter, larger
-ones go back to the system by themselves."""
-
-
-class _Casts(threading.local):
-    """Weights cast for one product, each in the memory of the one before.
-
-    Fresh memory for every cast costs more than the cast, and between what lives on it leaves holes that the next
-    one does not fit.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[torch.dtype, Tensor] = {}
-
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, until the next call: for products that no backward pass looks back at."""
-        if weight.dtype == dtype:
-            return weight
-        count = weight.numel()
-        if not MIN_KEPT <= count <= MAX_KEPT or weight.device.type != "cpu":
-            return weight.to(dtype)
-        kept = self._kept.get(dtype)
-        if kept is None or kept.numel() < count:
-            self._kept.pop(dtype, None)
-            with torch.inference_mode(False):  # it outlives that mode, and is written again outside it
-                kept = self._kept[dtype] = torch.empty(count, dtype=dtype)
-        return kept[:count].view(weight.shape).copy_(weight)
-
-
-_cast = _Casts()
 
 
 class _Wiring:
@@ -109,8 +76,7 @@ class _Matmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sink, ctx.name, ctx.transposed = sink, name, transposed
-        wide = _cast(weight, x.dtype)
-        return F.linear(x, wide.T if transposed else wide)
+        return times(x, weight) if transposed else times_transposed(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -118,8 +84,7 @@ class _Matmul(torch.autograd.Function):
         dy = gradients[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            wide = _cast(weight, dy.dtype)
-            dx = dy @ (wide.T if ctx.transposed else wide)
+            dx = times_transposed(dy, weight) if ctx.transposed else times(dy, weight)
         flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         left, right = (flat_x, flat_dy) if ctx.transposed else (flat_dy, flat_x)
         ctx.sink.add_product(ctx.name, left, right)
@@ -157,8 +122,13 @@ class _AtUse:
             y: Tensor = _Matmul.apply(x, weight, sink, self._full_names["weight"], transposed)  # pyright: ignore[reportAssignmentType]
             return y if self.bias is None else y + self.bias
         looked_back_at = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        wide = weight.to(self._wiring.dtype) if looked_back_at else _cast(weight, self._wiring.dtype)
-        return F.linear(x, wide.T if transposed else wide, self.bias)
+        if looked_back_at:
+            wide = weight.to(self._wiring.dtype)
+            return F.linear(x, wide.T if transposed else wide, self.bias)
+        if not transposed:
+            return times_transposed(x, weight, self.bias)
+        y = times(x, weight)
+        return y if self.bias is None else y + self.bias
 
 
 class _Linear(_AtUse):

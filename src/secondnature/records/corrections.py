@@ -6,10 +6,11 @@ else. So praise is never taught away and a thumbs-down never taught as wanted, w
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from secondnature.records.base import Name, Record, Text, Unicode, digest
 from secondnature.records.conversation import Conversation, Message, as_messages, is_none
@@ -19,7 +20,17 @@ __all__ = ["CUT_SHORT", "Correction", "Provenance"]
 
 CUT_SHORT = frozenset({"length", "unfinished"})
 """Reasons for which an answer ended where the model had not ended it."""
+MAX_OPTIONS_CHARACTERS = 10_000
+"""Of `chat_template_kwargs`, as JSON."""
 _Identifier = Annotated[Unicode, Field(min_length=1, max_length=200)]
+
+
+def _short(options: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError: longer than any options of a template."""
+    length = len(json.dumps(options))
+    if length > MAX_OPTIONS_CHARACTERS:
+        raise ValueError(f"{length:,} characters; at most {MAX_OPTIONS_CHARACTERS:,} are kept")
+    return options
 
 
 class Provenance(Record):
@@ -70,6 +81,8 @@ class Correction(Record):
         default=None, exclude_if=is_none
     )
     """That the model was shown, as OpenAI's clients send them."""
+    chat_template_kwargs: Annotated[dict[Unicode, Any], AfterValidator(_short)] | None = None
+    """What the chat template was told when `said` was asked for, such as `enable_thinking`: it is taught so too."""
     state: Literal["candidate"] | None = None
     """`candidate`: found by a program, confirmed by nobody; it lies in the ledger and is not taught."""
     provenance: Provenance | None = None
@@ -96,7 +109,8 @@ class Correction(Record):
             del given["schema_version"]
         _take_label(given)
         answer = _take_answer(given)
-        given["prompt"] = as_messages(given.get("prompt"), "user")
+        if "prompt" in given:
+            given["prompt"] = as_messages(given["prompt"], "user")
         for key in ("said", "chosen", "rejected"):
             given[key] = as_messages(given.get(key), "assistant")
         if answer is not None:
@@ -160,6 +174,7 @@ class Correction(Record):
                 "rejected": _plain(self.rejected or self.said),
                 "feedback": self.feedback,
                 **({"tools": self.tools} if self.tools else {}),
+                **({"options": self.chat_template_kwargs} if self.chat_template_kwargs else {}),
             }
         )
 
@@ -167,6 +182,7 @@ class Correction(Record):
         """Content hash of all that it says, but not of where it comes from: the same record twice has the same."""
         said = [_plain(self.said), self.rating, self.behaviour, self.completion_id]
         said += [self.tools] if self.tools else []
+        said += [self.chat_template_kwargs] if self.chat_template_kwargs else []
         return digest([_plain(self.prompt), _plain(self.chosen), _plain(self.rejected), self.feedback, *said])
 
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from secondnature.records.base import Record
+from secondnature.records.base import Name, Record
 
-EVIDENCE_VERSION = 2
-"""Format 1 had no `decision`, and its `difference_interval` was not that of the tests."""
+EVIDENCE_VERSION = 3
+"""Format 1 had no `decision`, and its `difference_interval` was not that of the tests. Format 2 said in
+its sentence how many probes would do, where format 3 says what these could show."""
 Verdict = Literal["kept", "undone", "inconclusive"]
-Decision = Literal["gained", "held", "harmed", "no_gain", "not_shown", "not_judged"]
+Decision = Literal["gained", "held", "harmed", "pin_lost", "tag_harmed", "no_gain", "not_shown", "not_judged"]
 """What the tests of one probe set say: `gained` and `no_gain` of what was taught, `held` of a guard. `harmed`: more
-losses than gains are shown. `not_shown`: neither. `not_judged`: too few probes, or a guard that fails anyway."""
+losses than gains are shown. `pin_lost`: a pinned probe was lost. `tag_harmed`: losses concentrate in a tag, and
+there more losses than gains are shown. `not_shown`: none of these. `not_judged`: too few probes, or a guard that
+fails anyway."""
+Margin = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+DEFAULT_GUARD_MARGIN = 0.05
+
+
+def _number_or_table(value: Any) -> str:
+    return "table" if isinstance(value, dict) else "number"
 
 
 class GateSettings(Record):
@@ -23,10 +32,21 @@ class GateSettings(Record):
     alpha: Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)] = 0.025
     min_gain_probes: Annotated[int, Field(ge=1, le=100_000)] = 60
     min_gain_seeds: Annotated[int, Field(ge=1, le=100_000)] = 20
-    guard_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.05
+    guard_margin: Annotated[
+        Annotated[Margin, Tag("number")] | Annotated[dict[Name, Margin], Tag("table")],
+        Discriminator(_number_or_table),
+    ] = DEFAULT_GUARD_MARGIN
+    """A fall of this share of a guard's probes, or a larger one, must be ruled out. A number for all guards, or a
+    table by guard name (`{code = 0.02}`): guards that it does not name have 0.05."""
     min_guard_probes: Annotated[int, Field(ge=1, le=100_000)] = 300
-    other_margin: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.10
+    other_margin: Margin = 0.10
     min_other_probes: Annotated[int, Field(ge=1, le=100_000)] = 120
+
+    def margin_of(self, guard: str) -> float:
+        """The margin of one guard (a share)."""
+        if isinstance(self.guard_margin, dict):
+            return self.guard_margin.get(guard, DEFAULT_GUARD_MARGIN)
+        return self.guard_margin
 
 
 class Flip(Record):
@@ -36,6 +56,92 @@ class Flip(Record):
     before: str
     after: str
     gained: bool
+    pinned: bool = False
+    tags: list[str] = []
+
+
+class TagTest(Record):
+    """One tag of a probe set, counted in scenarios: whether the losses concentrate in it."""
+
+    tag: str
+    n: int
+    before: int
+    """Scenarios of which a probe passed before: those that can be lost."""
+    gains: int
+    losses: int
+    p: float
+    """Exact, one-sided: so many of the set's losses in this tag, were they drawn from all that can be lost."""
+    p_adjusted: float
+    """Holm's, over the tags of the set."""
+    harm_p: float
+    """One-sided p of "more losses than gains" in the tag."""
+    harm_alpha: float
+    """The level of that test: the gate's, shared by the tags in which flips of any kind concentrate."""
+    harmed: bool
+    """Both: `p_adjusted` and `harm_p` are at most their levels."""
+
+
+class SharedWords(Record):
+    """Words that the prompts of lost probes share more often than those of the others."""
+
+    words: str
+    before: int
+    """Scenarios with these words that can be lost."""
+    losses: int
+    p: float
+    """Exact, one-sided, as in `TagTest`."""
+    p_adjusted: float
+    """Multiplied by the number of word sequences that were looked at. Above 0.05 it may be chance."""
+
+
+class Losses(Record):
+    """What the losses of a probe set have in common, counted in scenarios (probes of one fall together)."""
+
+    before: int
+    """Scenarios of which a probe passed before."""
+    gains: int
+    """Scenarios with more gains than losses."""
+    losses: int
+    """Scenarios with more losses than gains."""
+    tags: list[TagTest] = []
+    """Every tag of the set, the most concentrated first."""
+    shared: list[SharedWords] = []
+    """Described, never judged."""
+    num_sequences: int = 0
+    """Word sequences that were looked at."""
+
+
+class Reach(Record):
+    """What a probe set could show."""
+
+    name: str
+    role: Literal["gain", "other", "guard"]
+    n: int
+    num_seeds: int
+    """Scenarios: each counts once."""
+    pinned: int = 0
+    margin: float | None = None
+    """The fall that must be ruled out; None for the gain, and where all are pinned."""
+    at_best: float | None = None
+    """Of a guard: the smallest fall (a share) that it rules out where nothing flips. Of the behaviour: the smallest
+    gain that it shows where nothing is lost. None: none."""
+    usual: float | None = None
+    """The same where answers flip by themselves at `flip_rate`, both ways alike."""
+    flip_rate: float
+    too_few: bool
+    """Fewer than the gate asks for."""
+    chance: float | None = None
+    """Of a guard: that it passes where nothing changed, but answers flip at that rate."""
+
+
+class Reaches(Record):
+    """What the probes of a lesson could show."""
+
+    alpha: float
+    sets: list[Reach]
+    chance: float | None = None
+    """That all guards pass a lesson that changes nothing else; None: nothing is guarded by a test."""
+    gate: GateSettings
 
 
 class Comparison(Record):
@@ -60,7 +166,7 @@ class Comparison(Record):
     """Of (share after - share before), by inverting the tests: the lower limit is above minus the margin (for the
     gain: above 0) where p <= alpha, the upper one below 0 where harm_p <= harm_alpha, and not elsewhere."""
     margin: float | None = None
-    """Non-inferiority margin (a share); None for the gain."""
+    """Non-inferiority margin (a share); None for the gain, and where every probe is pinned."""
     alpha: float
     method: str
     """Name and version of the test, e.g. `mcnemar-midp/1`."""
@@ -81,6 +187,16 @@ class Comparison(Record):
     mean_margin_after: float | None = None
     clusters: list[tuple[int, int, int]] = []
     """Per scenario seed: (n, gains, losses); p of the cluster test follows from it. Empty: one probe per seed."""
+    pinned: int = 0
+    """How many of the n probes are pinned."""
+    pinned_before: int = 0
+    """Pinned probes that passed before."""
+    pinned_losses: int = 0
+    """Pinned probes that were lost: one undoes the lesson."""
+    reach: Reach | None = None
+    """What the set could have shown with as many flips as there were; None where it said something."""
+    lost: Losses | None = None
+    """None: there was nothing to compare, neither tags nor losses."""
     flips: list[Flip] = []
     note: str = ""
 
@@ -105,6 +221,15 @@ def _decision_of(old: dict[str, Any]) -> Decision:
     return "no_gain" if gain and old.get("gains", 0) <= old.get("losses", 0) else "not_shown"
 
 
+class Taught(Record):
+    """The prompts of corrections, asked before and after: no evidence of a gain, but of learning."""
+
+    n: int
+    before: int
+    """Answered word for word as wanted, greedily."""
+    after: int
+
+
 class Evidence(Record):
     """The certificate of a lesson: every figure can be recomputed from the counts in it."""
 
@@ -117,6 +242,8 @@ class Evidence(Record):
     comparisons: list[Comparison]
     behaviour: str = ""
     gate: GateSettings = GateSettings()
+    taught: Taught | None = None
+    """Some of the corrections themselves. It decides only where no probe asks for what was taught."""
     d_prime_before: float | None = None
     """z(hit rate on the right side) - z(false-accept rate on the other side); 0 for a yes-sayer."""
     d_prime_after: float | None = None

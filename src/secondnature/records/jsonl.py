@@ -23,39 +23,96 @@ MAX_FILE_BYTES = 100_000_000
 R = TypeVar("R", bound=BaseModel)
 
 
-def describe_errors(problems: Sequence[Any]) -> str:
-    """The first of pydantic's problems in one line: where, what, how many more."""
-    first: dict[str, Any] = problems[0]
-    where = ".".join(str(p) for p in first["loc"])
-    if first["type"] == "extra_forbidden":
-        what = f"unknown field `{where}`"
-    else:
-        what = str(first["msg"]).removeprefix("Value error, ")
-        what = f"{where}: {what}" if where else what
+_WORDS = {
+    "missing": "is missing",
+    "list_type": "expected a list",
+    "string_type": "expected text",
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "dict_type": "expected an object",
+    "model_type": "expected an object",
+    "string_pattern_mismatch": "expected small letters, digits, `.`, `_` and `-`, a letter or a digit first",
+}
+"""What is wrong, by the type of pydantic's problem, where its own words are Python's."""
+_MESSAGES = frozenset({"prompt", "said", "chosen", "rejected"})
+MAX_FIELDS_NAMED = 4
+
+
+def describe_errors(problems: Sequence[Any], *, of_messages: bool = False) -> str:
+    """The first of pydantic's problems in one line: where, what, how many more; fields that are unknown by name.
+
+    Args:
+        of_messages: the record was given as `messages`, of which `prompt` was made.
+    """
+    unknown = [_place(p["loc"], of_messages) for p in problems if p["type"] == "extra_forbidden"]
+    others: list[dict[str, Any]] = [p for p in problems if p["type"] != "extra_forbidden"]
+    found: list[str] = []
+    if others:
+        first = others[0]
+        where = _place(first["loc"], of_messages)
+        what = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+        what = _WORDS.get(first["type"], what)
+        if first["type"] == "list_type" and first["loc"] and first["loc"][-1] in _MESSAGES:
+            what = "expected text, or a list of messages"
+        missing = first["type"] == "missing"
+        found.append(f"`{where}` {what}" if missing else f"{where}: {what}" if where else what)
         if isinstance(first.get("input"), bool | int | float):
-            what += f" (found {first['input']!r})"[:80]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return what + more
+            found[0] += f" (found {first['input']!r})"[:80]
+    if unknown:
+        fields = ", ".join(f"`{name}`" for name in unknown[:MAX_FIELDS_NAMED])
+        more = f" and {len(unknown) - MAX_FIELDS_NAMED} more" if len(unknown) > MAX_FIELDS_NAMED else ""
+        found.append(f"unknown field{'s'[: len(unknown) != 1]} {fields}{more}")
+    left = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+    return "; ".join(found) + left
 
 
-def describe(error: ValidationError) -> str:
-    """`describe_errors` of a validation error."""
-    return describe_errors(error.errors(include_url=False, include_input=False, include_context=False))
+def _place(loc: Sequence[Any], of_messages: bool) -> str:
+    """The path of a field, as whoever wrote the record knows it."""
+    path = [str(p) for p in loc]
+    if of_messages and len(path) > 1 and path[0] == "prompt":
+        return f"messages[{path[1]}]" + "".join(f".{p}" for p in path[2:])
+    if of_messages and len(path) > 1 and path[0] in ("chosen", "said"):
+        return "messages[-1]" + "".join(f".{p}" for p in path[2:])
+    return ".".join(path)
+
+
+def describe(error: ValidationError, given: Any = None) -> str:
+    """`describe_errors` of a validation error; `given`: what was validated."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    return describe_errors(problems, of_messages=isinstance(given, dict) and "messages" in given)
+
+
+class FieldTwice(ValueError):
+    """A JSON object has a field twice, of which one would be lost."""
+
+
+def each_field_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (an `object_pairs_hook`). Raises FieldTwice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FieldTwice(f"the field `{twice[:40]}` stands there twice")
+    return found
 
 
 def parse_json(data: bytes | str, *, where: str, expected: str = "", mend: str = "mend the file") -> Any:
     """One JSON text that a person or a disk gave; a number that is not finite (NaN, Infinity) reads as null.
 
     Raises:
-        BadRecord: not UTF-8, not JSON, nested too deeply, or a whole number of more digits than Python reads.
+        BadRecord: not UTF-8, not JSON, a field twice, nested too deeply, or a whole number of more digits than
+            Python reads.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=each_field_once)
     except UnicodeDecodeError as e:
         raise BadRecord(
             f"{where}: not UTF-8 text (byte {e.start}){expected}", "is it a binary file?"
         ) from None
+    except FieldTwice as e:
+        raise BadRecord(f"{where}: {e}", "leave one of them") from None
     except json.JSONDecodeError as e:
         line = f", line {e.lineno}" if e.lineno > 1 else ""
         raise BadRecord(f"{where}{line}, column {e.colno}: not JSON ({e.msg}){expected}", mend) from None
@@ -92,7 +149,9 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -
         try:
             records.append(kind.model_validate(value, extra=extra))
         except ValidationError as e:
-            raise BadRecord(f"{where}: {describe(e)}", "see docs/reference/files.md for the fields") from None
+            raise BadRecord(
+                f"{where}: {describe(e, value)}", "see docs/reference/files.md for the fields"
+            ) from None
     if not records:
         raise BadRecord(f"{source}: no records found; {expected}", "is it the right file?")
     return records

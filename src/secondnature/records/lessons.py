@@ -191,5 +191,6 @@ STOPPED_BY: dict[str, str] = {
     "until_margin and until_passed": "the margin was reached, and as many probes passed as were asked for",
     "the other side gave way": "the other side of the behaviour gave way: more steps would have done harm",
     "learned": "every example was learned: no further step would have had anything to learn from",
+    "nothing moved": "no weight changed: nothing in the model got a gradient from these examples",
 }
 """Why training stopped: what the trainer says (`wire.Done.stopped_by`), and the sentence for whoever reads it."""

@@ -11,6 +11,13 @@ from secondnature.records.base import Name, Record, Text, Unicode, digest
 from secondnature.records.conversation import Conversation, with_messages
 
 Side = Literal["right", "other"]
+GuardPack = Literal["facts", "arithmetic", "instructions", "code", "refusal"]
+"""The packs of guards that are shipped (`pack:facts`)."""
+
+
+def guard_name(pack: GuardPack) -> str:
+    """What the guard of a pack is called in a certificate."""
+    return f"pack-{pack}"
 
 
 class Check(Record):
@@ -59,6 +66,13 @@ class Probe(Record):
     side: Side = "right"
     margin: tuple[Text, Text] | None = None
     """(wanted, unwanted) answers whose log-probability margin is the smooth curve beside the yes/no."""
+    pin: bool = False
+    """It must not break: passed before a lesson and failed after it, it alone undoes the lesson, however few are
+    asked. A guard all of whose probes are pinned needs no minimum number and no margin."""
+    max_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """So long may its answer be; never longer than 160."""
+    tags: Annotated[list[Name], Field(max_length=16)] = []
+    """What it belongs to (`refund`, `geography`): whether losses concentrate in a tag is tested."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +80,9 @@ class Probe(Record):
         return with_messages(data)
 
     def digest(self) -> str:
-        """Content hash of the probe (16 hex digits)."""
-        return digest(self.model_dump(mode="json"))
+        """Content hash of the probe (16 hex digits); what was added later counts only where it is given."""
+        raw = self.model_dump(mode="json")
+        return digest({k: v for k, v in raw.items() if v or k not in ("pin", "tags", "max_tokens")})
 
     @property
     def cluster(self) -> str:

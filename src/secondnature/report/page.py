@@ -25,18 +25,20 @@ from secondnature.report.words import MARKS
 _HERE = Path(__file__).parent
 
 
-def write(lesson_dir: Path, out: Path) -> Path:
+def write(lesson_dir: Path, out: Path, options: Sequence[str] = ()) -> Path:
     """Write the report of one lesson to `out` (an .html file) and its data beside it as JSON; returns `out`.
+
+    `options`: of the commands that it proposes, which lead them to the server (`--home`, `--url`).
 
     Raises:
         BadInput: `out` is no .html file.
         NotFound, BadRecord, TooLarge: the run directory cannot be read (see `read_run`).
         StorageError: the files cannot be written.
     """
-    return write_many([lesson_dir], out)
+    return write_many([lesson_dir], out, options)
 
 
-def write_many(lesson_dirs: Sequence[Path], out: Path) -> Path:
+def write_many(lesson_dirs: Sequence[Path], out: Path, options: Sequence[str] = ()) -> Path:
     """Write one report over several lessons, a summary first; else like `write`."""
     if out.suffix.lower() not in {".html", ".htm"}:
         raise BadInput(f"{out}: expected a name that ends in .html", "the data is written beside it as .json")
@@ -46,14 +48,14 @@ def write_many(lesson_dirs: Sequence[Path], out: Path) -> Path:
         )
     runs = [read_run(directory) for directory in lesson_dirs]
     _replace(out.with_suffix(".json"), ReportData(runs=runs).model_dump_json(indent=1) + "\n")
-    _replace(out, render(runs))
+    _replace(out, render(runs, options))
     return out
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], options: Sequence[str] = ()) -> str:
     """The page over `runs` as HTML."""
     page = _template().render(
-        views=[view(run) for run in runs],
+        views=[view(run, options) for run in runs],
         css=Markup((_HERE / "report.css").read_text("utf-8")),  # noqa: S704
         heat_levels=range(1, svg.HEAT_LEVELS + 1),
         marks=MARKS,

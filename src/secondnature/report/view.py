@@ -6,7 +6,7 @@ The page is for reading, so long lists end early and say so; the JSON beside it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -58,6 +58,8 @@ class Row:
     gains: list[Flip]
     harms_left: int
     gains_left: int
+    losses: list[str]
+    """What the losses have in common."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ class View:
     commands: list[str]
 
 
-def view(run: Run) -> View:
-    """What the page says about `run`."""
+def view(run: Run, options: Sequence[str] = ()) -> View:
+    """What the page says about `run`; `options`: of the commands that undo."""
     lesson, evidence = run.lesson, run.evidence
-    undo, commands = words.undo(lesson)
+    undo, commands = words.undo(lesson, options)
     text = words.sentence(lesson, evidence)
     said = words.outcome(lesson, evidence)
     comparisons = evidence.comparisons if evidence else []
@@ -235,11 +237,13 @@ def _row(c: Comparison, key: str) -> Row:
         gains=[_short_flip(f) for f in gains[:MAX_GAINS]],
         harms_left=max(0, len(harms) - MAX_LOSSES),
         gains_left=max(0, len(gains) - MAX_GAINS),
+        losses=words.losses(c),
     )
 
 
 def _short_flip(f: Flip) -> Flip:
-    return Flip(prompt=shorten(f.prompt), before=shorten(f.before), after=shorten(f.after), gained=f.gained)
+    texts = {key: shorten(getattr(f, key)) for key in ("prompt", "before", "after")}
+    return f.model_copy(update=texts)
 
 
 def _evidence_note(run: Run) -> str:

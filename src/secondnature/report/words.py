@@ -6,16 +6,21 @@ A verdict is a word and a mark, never a colour alone. `tone` only chooses the co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson
+from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
 MARKS: dict[Tone, str] = {"good": "✓", "bad": "✕", "warn": "?", "info": "…", "quiet": "–"}
 ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
+
+
+SHOWN_TAG_P = 0.05
+"""A tag is told where losses concentrate in it at this (adjusted) level, whether or not it undoes the lesson."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ DECISIONS: dict[Decision, tuple[str, Tone]] = {
     "gained": ("improved", "good"),
     "held": ("held", "good"),
     "harmed": ("harmed", "bad"),
+    "pin_lost": ("pinned probe lost", "bad"),
+    "tag_harmed": ("harmed in a tag", "bad"),
     "no_gain": ("no gain", "bad"),
     "not_shown": ("not shown to hold", "warn"),
     "not_judged": ("not judged", "quiet"),
@@ -47,8 +54,74 @@ def judgement(c: Comparison) -> Said:
     word, tone = DECISIONS[c.decision]
     if c.role == "gain" and c.decision in ("harmed", "not_shown"):
         word = "got worse" if c.decision == "harmed" else "gain not shown"
-    detail = c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else "")
-    return Said(word, tone, detail)
+    return Said(word, tone, c.note or (f"n ≥ {c.n_needed:,} would do" if c.n_needed else ""))
+
+
+def reach(r: Reach) -> str:
+    """What one probe set could show: `rules out a fall of 3.7 points at best, 5.9 usually (5 asked for)`."""
+    if r.role != "gain" and r.pinned == r.n:
+        return "one that is lost undoes the lesson"
+    what = "shows a gain" if r.role == "gain" else "rules out a fall"
+    if r.at_best is None:
+        said = f"{what} of no size"
+    else:
+        said = f"{what} of {100 * r.at_best:.1f} points at best"
+        said += f", {100 * r.usual:.1f} usually" if r.usual is not None else ""
+    if r.margin is not None:
+        said += f" ({100 * r.margin:g} must be ruled out)"
+    if r.too_few:
+        return f"too few for the gate's minimum; {said}"
+    return said + (f"; passes with a chance of {_chance(r.chance)}" if r.chance is not None else "")
+
+
+def reaches(found: Reaches) -> list[str]:
+    """What the probes of a lesson could show, a line each, and what that means for the verdict."""
+    lines: list[str] = []
+    for r in found.sets:
+        name = r.name if r.role == "gain" else f"{r.name} ({ROLES[r.role]})"
+        scenarios = f" of {count(r.num_seeds, 'scenario')}" if r.num_seeds < r.n else ""
+        lines.append(f"{name}, {count(r.n, 'probe')}{scenarios}: {reach(r)}")
+    if all(r.role != "gain" for r in found.sets):
+        lines.append("no probe asks for what is taught: no gain can be shown")
+    if found.chance is None:
+        lines.append("no guard: nothing is known of what else the lesson changes")
+    elif any(r.too_few for r in found.sets):
+        lines.append("with too few probes the lesson ends without a verdict, unless harm is shown or no gain")
+    else:
+        rate = found.sets[0].flip_rate
+        lines.append(
+            f"a lesson that changes nothing else passes all guards with a chance of {_chance(found.chance)}, "
+            f"if {100 * rate:g} % of answers flip by themselves (`secondnature doctor --probes` measures that)"
+        )
+    return lines
+
+
+def _chance(share: float | None) -> str:
+    assert share is not None
+    return (
+        f"{100 * share:.0f} %" if 0.005 <= share <= 0.995 else ("under 1 %" if share < 0.5 else "over 99 %")
+    )
+
+
+def losses(c: Comparison) -> list[str]:
+    """What the losses of one probe set have in common, a sentence each; empty where nothing was found."""
+    if c.lost is None:
+        return []
+    label = f"the other side of {c.name}" if c.role == "other" else c.name
+    of = f"of {count(c.lost.losses, 'loss').replace('losss', 'losses')} in {label}"
+    where = "scenarios" if c.clusters else "probes"
+    found = [
+        f"{of}, {t.losses} are tagged {t.tag} ({t.losses} of its {t.before} {where}; {p_value(t.p_adjusted)})"
+        for t in c.lost.tags
+        if t.p_adjusted <= SHOWN_TAG_P
+    ]
+    for w in c.lost.shared:
+        chance = "" if w.p_adjusted <= 0.05 else f", may be chance: {c.lost.num_sequences:,} looked at"
+        found.append(
+            f"{of}, {w.losses} have “{w.words}” ({w.losses} of {w.before} {where} that have it; "
+            f"{p_value(w.p)}{chance})"
+        )
+    return found
 
 
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:
@@ -85,20 +158,24 @@ def sentence(lesson: Lesson, evidence: Evidence | None) -> str:
     }[lesson.state]
 
 
-def undo(lesson: Lesson) -> tuple[str, list[str]]:
-    """What can be undone now: a sentence, and the commands that do it."""
+def undo(lesson: Lesson, options: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """What can be undone now: a sentence, and the commands that do it, with these options."""
+
+    def command(what: str) -> str:
+        return shlex.join(["secondnature", "lessons", what, lesson.id, *options])
+
     if lesson.reverted_by is not None:
         return f"Already taken back by {lesson.reverted_by}.", []
     if lesson.state == "kept":
         return (
             "This takes the lesson back to the byte: the weights, the optimizer's state and the version "
             "are what they were before.",
-            [f"secondnature lessons revert {lesson.id}"],
+            [command("revert")],
         )
     if lesson.state == "on_trial":
         return (
             "The lesson is on trial and is undone when its lease ends. Decide now:",
-            [f"secondnature lessons keep {lesson.id}", f"secondnature lessons revert {lesson.id}"],
+            [command("keep"), command("revert")],
         )
     if lesson.state in {"queued", "running"}:
         return "The lesson has not ended; cancelling its job undoes it.", []

@@ -30,7 +30,8 @@ from torch import nn
 from secondnature import config
 from secondnature.config import Settings
 from secondnature.engines.local import self_test as engine_test
-from secondnature.engines.local.engine import Engine
+from secondnature.engines.local.engine import MAX_HELD_TOKENS, Engine
+from secondnature.engines.local.rows import token_bytes
 from secondnature.engines.stamps import Clock
 from secondnature.errors import ConfigError, SecondnatureError
 from secondnature.lessons.home import Home
@@ -38,18 +39,23 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, gguf, load
+from secondnature.model import chat, gguf, load, turns
 from secondnature.model.defaults import sampling_defaults
+from secondnature.serve import gpu
+from secondnature.train.device import prepare
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
 from secondnature.weights import checkpoint
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import content_id
-from secondnature.wire import Wiring
+from secondnature.weights.cuda import DeviceArena
+from secondnature.wire import EndToken, Wiring
 
 LOG = logging.getLogger("secondnature")
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 """How this machine reaches a server that listens on all of its addresses."""
+ENGINE_BYTES = 1 << 30
+"""Of a GPU: activations of the engine; an estimate."""
 KEEP_ALIVE_S = 30
 """Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
 
@@ -142,7 +148,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         home = Home(settings.home)  # locked before gigabytes are read
         stack.callback(home.close)
         with load.named_fault(directory, "reading its files"):
-            arena = Arena.reserve(checkpoint.specs(directory))
+            arena, max_held_tokens = _reserve(directory, settings.device)
             for name, tensor in checkpoint.stream(directory):
                 arena.fill(name, tensor)
             fingerprint = load.fingerprint(directory)
@@ -165,6 +171,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             clock=clock,
             max_rows=settings.max_rows,
             max_waiting=settings.max_queue,
+            max_held_tokens=max_held_tokens,
             threads=settings.engine_threads,
             on_step=[lambda e: setattr(arena, "load", e.metrics.running + e.metrics.waiting)],
         )
@@ -182,7 +189,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
             context_limit=engine.limits.context,
             layout="transformers",
             model_name=model_name(settings, directory),
-            wiring=lambda: _wiring(model, arena),
+            wiring=lambda: _wiring(model, arena, tokenizer),
         )
         defaults = sampling_defaults(directory) if settings.model_sampling else None
         parts = Parts(settings, teaching, engine, local_application(teaching, engine, tokenizer, defaults))
@@ -193,7 +200,35 @@ def assemble(settings: Settings) -> Generator[Parts]:
         yield parts
 
 
-def _wiring(model: nn.Module, arena: Arena) -> Wiring:
+def _reserve(directory: Path, device: str) -> tuple[Arena, int]:
+    """An arena for the weights of `directory`, empty, and how many tokens' keys and values may be held.
+
+    On a GPU its memory is planned before anything is loaded, and the sums are said.
+
+    Raises:
+        ConfigError: no GPU is seen.
+        WeightsError: there is not room for weights, keys and values, and the trainer.
+    """
+    specs = checkpoint.specs(directory)
+    if device == "cpu":
+        return Arena.reserve(specs), MAX_HELD_TOKENS
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"no GPU is seen by torch {torch.__version__}",
+            "see nvidia-smi, CUDA_VISIBLE_DEVICES, and whether this torch is a build with CUDA",
+        )
+    prepare()
+    card = torch.device("cuda", 0)
+    free, total = torch.cuda.mem_get_info(card)  # with this process's context in place
+    planned = gpu.budget(directory, free=free, total=total, num_processes=1, engine=ENGINE_BYTES)
+    planned.check()
+    LOG.info("%s: %s", torch.cuda.get_device_name(card), planned)
+    # twice: while the buffers grow, the old ones are there too
+    tokens = planned.left // (2 * max(1, token_bytes(load.read_config(directory), itemsize=2)))
+    return DeviceArena.reserve_on(card, specs), min(MAX_HELD_TOKENS, tokens)
+
+
+def _wiring(model: nn.Module, arena: Arena, tokenizer: Any) -> Wiring:
     """Every parameter of the model is looked up in the arena."""
     slots = {t.data_ptr() for t in arena.tensors.values()}
     parameters = dict(model.named_parameters())
@@ -206,6 +241,7 @@ def _wiring(model: nn.Module, arena: Arena) -> Wiring:
         writes=arena.writes[0],
         cache="none",
         problems=[f"{n} is not in the arena" for n, p in parameters.items() if p.data_ptr() not in slots],
+        ends=[EndToken.model_validate(e._asdict()) for e in turns.endings(tokenizer)],
     )
 
 

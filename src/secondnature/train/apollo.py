@@ -30,6 +30,7 @@ from secondnature.errors import BadCheckpoint, ConfigError
 from secondnature.model.gradients import Gradient
 from secondnature.records import Moved, OptimizerSettings
 from secondnature.train.guard import check_norms
+from secondnature.train.readback import Reading, together
 from secondnature.train.sums import Sums
 from secondnature.train.update import (
     Rule,
@@ -37,11 +38,12 @@ from secondnature.train.update import (
     Update,
     fresh_state,
     moment_shape,
-    plan_update,
+    planned_update,
     write_,
 )
+from secondnature.weights.rounding import overflow
 
-__all__ = ["DEFAULT_LR", "Apollo", "fingerprint", "highest_rank"]
+__all__ = ["DEFAULT_LR", "Apollo", "fingerprint", "highest_rank", "state_bytes"]
 
 FORMAT = "apollo/3"
 DEFAULT_LR = 1e-5
@@ -78,6 +80,8 @@ class Apollo:
         folder: Path | None = None,
     ) -> None:
         self.parameters: dict[str, Tensor] = {n: p.data for n, p in model.named_parameters()}
+        self._device = next(iter(self.parameters.values())).device
+        self._on_gpu = self._device.type == "cuda"
         self.settings = settings
         self.lr = DEFAULT_LR if settings.lr is None else settings.lr
         self.seed = seed
@@ -125,26 +129,35 @@ class Apollo:
         lr = self.lr * min(1.0, (step - self._steps_before) / max(1, self.settings.warmup_steps))
         updates: dict[str, Update] = {}
         states: dict[str, TensorState] = {}
-        for name in self.parameters:
-            gradient = gradients.get(name)
-            planned = None if gradient is None else self._plan(name, gradient, use_up)
+        names = [name for name in self.parameters if gradients.get(name) is not None]
+        plans = together(
+            (self._planned(name, gradients[name], use_up) for name in names), at_once=self._on_gpu
+        )
+        for name, planned in zip(names, plans, strict=True):
             if planned is not None:
                 updates[name], states[name] = planned
         check_norms({name: update.norm for name, update in updates.items()}, "the update")
+        flags = torch.zeros(len(updates), 1, dtype=torch.int32, device=self._device) if self._on_gpu else None
         with writing():
-            for name, update in updates.items():
-                self._write(name, update, lr, step)
+            for i, (name, update) in enumerate(updates.items()):
+                self._write(name, update, lr, step, None if flags is None else flags[i])
+            if flags is not None:
+                for name, flag in zip(updates, flags.view(-1).tolist(), strict=True):
+                    if flag:
+                        raise overflow(name)
         self._states.update(states)
         self.steps = step
 
-    def _plan(self, name: str, gradient: Gradient, use_up: bool) -> tuple[Update, TensorState] | None:
+    def _planned(
+        self, name: str, gradient: Gradient, use_up: bool
+    ) -> Reading[tuple[Update, TensorState] | None]:
         rule, parameter = self.rules[name], self.parameters[name]
         state = self._states.get(name)
         if state is None:
             state = fresh_state(rule, parameter.shape, self.settings.rank, parameter.device)
-        return plan_update(rule, gradient, state, self.settings, seed=self.seed, name=name, use_up=use_up)
+        return planned_update(rule, gradient, state, self.settings, seed=self.seed, name=name, use_up=use_up)
 
-    def _write(self, name: str, update: Update, lr: float, step: int) -> None:
+    def _write(self, name: str, update: Update, lr: float, step: int, overflowed: Tensor | None) -> None:
         parameter, total = self.parameters[name], None
         if self.task_vector is not None:
             if name not in self.task_vector:
@@ -161,6 +174,7 @@ class Apollo:
             name=name,
             step=step,
             total=total,
+            overflowed=overflowed,
         )
         if total is not None:
             self._noise[name] += noise
@@ -253,6 +267,13 @@ def highest_rank(model: nn.Module) -> int:
         max((min(parameters[n].shape) for n, rule in _rules(model, 0).items() if rule == "apollo"), default=0)
         - 1
     )
+
+
+def state_bytes(model: nn.Module, rank: int) -> int:
+    """What the moments of this model take at most, but for rows of an untied embedding; only shapes are read."""
+    rules, parameters = _rules(model, rank), dict(model.named_parameters())
+    held = (moment_shape(rules[n], p.shape, rank) for n, p in parameters.items() if rules[n] != "rows")
+    return sum(2 * 4 * math.prod(shape) for shape in held)
 
 
 def _rules(model: nn.Module, rank: int) -> dict[str, Rule]:

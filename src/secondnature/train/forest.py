@@ -151,9 +151,8 @@ def num_tokens(stems: Sequence[Stem]) -> int:
 def state_size(model: nn.Module) -> StateSize:
     """Measured on the prefix of one token."""
     prefix = freeze(model, [0, 0])
-    sizes = [sum(t.numel() * t.element_size() for t in pair or ()) for pair in prefix.states]
-    fixed = sum(s for s, recurrent in zip(sizes, prefix.recurrent, strict=True) if recurrent)
-    return StateSize(fixed, sum(sizes) - fixed)
+    per_token = sum(t.numel() * t.element_size() for s in prefix.states for t in s.attention or ())
+    return StateSize(prefix.num_bytes - per_token, per_token)
 
 
 def prefixes(

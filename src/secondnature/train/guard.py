@@ -19,6 +19,7 @@ from secondnature.model.gradients import Gradient
 from secondnature.model.limits import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
+from secondnature.train.readback import floats
 
 __all__ = [
     "Bounds",
@@ -125,8 +126,8 @@ def check_tensors(tensors: Mapping[str, Gradient], what: str) -> float:
         NonFinite: names the first tensor that is not, and `what` it is ("example 3: the gradient").
     """
     whole = [t for t in tensors.values() if isinstance(t, Tensor)]
-    parts = [float(t.norm()) for t in tensors.values() if not isinstance(t, Tensor)]
-    norm = math.hypot(float(torch.nn.utils.get_total_norm(whole)) if whole else 0.0, *parts)
+    parts = [t.norm() for t in tensors.values() if not isinstance(t, Tensor)]
+    norm = math.hypot(*floats([*([torch.nn.utils.get_total_norm(whole)] if whole else []), *parts]))
     if not math.isfinite(norm):
         check_norms({name: float(tensor.norm()) for name, tensor in tensors.items()}, what)
         raise NonFinite(f"{what} has no finite norm", HINT)

@@ -16,8 +16,7 @@ import triton  # pyright: ignore[reportMissingImports]  (no part of a CPU's envi
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from secondnature.errors import NonFinite
-from secondnature.weights.rounding import RandomWords, chunk_rows
+from secondnature.weights.rounding import RandomWords, chunk_rows, overflow
 
 __all__ = ["add_dense_", "add_factored_", "fits", "fits_dense"]
 
@@ -203,22 +202,24 @@ def add_factored_(
     seed: int,
     name: str,
     step: int,
+    bad: Tensor | None = None,
 ) -> None:
     """target (A, B) += scale * (L^T R) - decay * target, rounded stochastically, keyed by (seed, name, step).
 
     Args:
         left_SA, right_SB: of one dtype, bf16 or fp32.
         scale: fp32, per row if there are more rows than columns, else per column.
+        bad: (1), int32, zero: becomes 1 where a sum does not fit; the caller reads it, when it suits.
 
     Raises:
-        NonFinite: a sum does not fit into the dtype; that element was not written, others were.
+        NonFinite: without `bad`, a sum does not fit into the dtype; that element was not written, others were.
     """
     assert fits(target)
     num_rows, num_columns = target.shape
     rows = chunk_rows(num_columns)
     blocks = 1 + -(-min(num_rows, rows) * num_columns // 16)
     key0, key1 = _keys(seed, name, step)
-    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=target.device) if bad is None else bad
     tiles = _FEW_TOKENS if len(left_SA) <= 128 else _MANY_TOKENS
     grid = (triton.cdiv(num_rows, tiles["TILE_A"]), triton.cdiv(num_columns, tiles["TILE_B"]))
     _add_factored[grid](  # pyright: ignore[reportIndexIssue]
@@ -228,7 +229,7 @@ def add_factored_(
         scale.float().contiguous(),
         key0,
         key1,
-        bad,
+        flag,
         num_rows,
         num_columns,
         len(left_SA),
@@ -239,25 +240,35 @@ def add_factored_(
         WIDENED=not target.is_cuda,  # the interpreter multiplies bf16 by its bits
         **tiles,
     )
-    _check(bad, name)
+    if bad is None:
+        _check(flag, name)
 
 
-def add_dense_(target: Tensor, change: Tensor, *, decay: float, seed: int, name: str, step: int) -> None:
+def add_dense_(
+    target: Tensor,
+    change: Tensor,
+    *,
+    decay: float,
+    seed: int,
+    name: str,
+    step: int,
+    bad: Tensor | None = None,
+) -> None:
     """target += change (fp32, of its shape) - decay * target, rounded stochastically, keyed by (seed, name, step).
 
-    Raises:
-        NonFinite: a sum does not fit into the dtype; that element was not written, others were.
+    `bad` and Raises: as `add_factored_`.
     """
     assert fits_dense(target)
     columns = target.shape[1] if target.ndim == 2 else 1
     chunk, numel = chunk_rows(columns) * columns, target.numel()
     blocks = 1 + -(-min(numel, chunk) // 16)
     key0, key1 = _keys(seed, name, step)
-    bad = torch.zeros(1, dtype=torch.int32, device=target.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=target.device) if bad is None else bad
     _add_dense[(triton.cdiv(numel, _TILE),)](  # pyright: ignore[reportIndexIssue]
-        target, change.float().contiguous(), key0, key1, bad, numel, decay, chunk, blocks, TILE=_TILE
+        target, change.float().contiguous(), key0, key1, flag, numel, decay, chunk, blocks, TILE=_TILE
     )
-    _check(bad, name)
+    if bad is None:
+        _check(flag, name)
 
 
 def _keys(seed: int, name: str, step: int) -> tuple[int, int]:
@@ -268,4 +279,4 @@ def _keys(seed: int, name: str, step: int) -> tuple[int, int]:
 
 def _check(bad: Tensor, name: str) -> None:
     if int(bad):
-        raise NonFinite(f"tensor {name}: the updated weight is not finite", "lower the learning rate")
+        raise overflow(name)

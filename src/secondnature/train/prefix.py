@@ -1,10 +1,10 @@
 """The frozen context: the model's state after the context, made once, read by any continuations (trainer).
 
-The context is run without gradients and its state kept: attention keys and values, GatedDeltaNet convolution and
-recurrent states. A continuation then runs with gradients on top of it. transformers' own cache cannot do this: it
-is written in place, which destroys what backward needs and what the next continuation reads. So the state is held
-in layers that answer `update_*` with the concatenation, or with the new state, and store nothing; transformers is
-not patched.
+The context is run without gradients and its state kept: attention keys and values, convolution and recurrent
+states (`model/states.py`). A continuation then runs with gradients on top of it. transformers' own cache cannot do
+this: it is written in place, which destroys what backward needs and what the next continuation reads. So the state
+is held in layers that answer `update_*` with the concatenation, or with the new state, and store nothing;
+transformers is not patched.
 
 What is frozen is all of the context but its last token: that one is read again, with gradients, because its
 output predicts the first token of the continuation. The gradient is that of a model whose prefix is a constant:
@@ -12,8 +12,11 @@ exact for that (law 3), and a truncation of full training, in which context posi
 
 A longer context starts from the prefix of a shorter one (`extend`): what both share is computed once.
 
+A recurrence that reads one token alone takes the path of decoding, which writes its state in place; so it is never
+given one token alone (`_outputs` pads).
+
 Shapes: K continuations of one context, C context tokens, T continuation tokens; keys and values (1, heads, C-1,
-head), convolution states (1, channels, kernel), recurrent states (1, heads, key, value).
+head), convolution states (1, channels, kernel), recurrent states (1, heads, ...).
 """
 
 from __future__ import annotations
@@ -24,22 +27,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import cache_utils
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
 from secondnature.model.head import find_head, target_logps, token_logps, token_ranks, whole_logits
 from secondnature.model.limits import context_limit
+from secondnature.model.states import BothLayer, EmptyLayer, Keeps, kept, reading
 
 __all__ = [
+    "LayerState",
     "Prefix",
-    "SharedKeysLayer",
     "continuation_logits",
     "continuation_logps",
     "continuation_ranks",
@@ -48,20 +45,33 @@ __all__ = [
     "self_test",
 ]
 
-SharedKeysLayer: Any = getattr(cache_utils, "DummyLayer", None)
-"""What transformers puts where a layer takes the keys of another; None: this version has no such models."""
-
 PAD_ID = 0
 """Fills the right end of shorter continuations; causality keeps it out of every real position."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer keeps of a context."""
+
+    attention: tuple[Tensor, Tensor] | None = None
+    """Keys and values."""
+    recurrences: tuple[tuple[Tensor | None, Tensor | None], ...] = ()
+    """Pairs of a convolution and a recurrent state; a layer may have only one of the two."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*(self.attention or ()), *(t for pair in self.recurrences for t in pair if t is not None)]
 
 
 class _FrozenAttention(DynamicLayer):
     """Keys and values of the context; new ones are appended to a copy."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
+    def __init__(self, state: LayerState, batch: int) -> None:
+        DynamicLayer.__init__(self)
+        assert state.attention is not None
+        self.keys, self.values = state.attention
+        self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
 
     def update(
@@ -75,18 +85,16 @@ class _FrozenAttention(DynamicLayer):
 
 
 class _FrozenRecurrence(LinearAttentionLayer):
-    """Convolution and recurrent state after the context; new states are returned, never stored."""
+    """Convolution and recurrent states after the context; new states are returned, never stored."""
 
-    def __init__(self, conv: Tensor, recurrent: Tensor, batch: int) -> None:
-        super().__init__()
-        self.conv_states = {0: conv.expand(batch, -1, -1)}
-        self.recurrent_states = {0: recurrent.expand(batch, -1, -1, -1)}
-        self.is_conv_states_initialized = {0: True}
-        self.is_recurrent_states_initialized = {0: True}
-        self.has_previous_state = {0: True}
-        self.dtype, self.device = conv.dtype, conv.device
-        # keeps single tokens off the fused decoding kernel, which writes the convolution state in place
-        self.record_past = True
+    def __init__(self, state: LayerState, batch: int) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=len(state.recurrences))
+        for index, (conv, recurrent) in enumerate(state.recurrences):
+            self.conv_states[index] = _rows(conv, batch)
+            self.recurrent_states[index] = _rows(recurrent, batch)
+            self.is_conv_states_initialized[index] = conv is not None
+            self.is_recurrent_states_initialized[index] = recurrent is not None
+            self.has_previous_state[index] = True
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -99,15 +107,33 @@ class _FrozenRecurrence(LinearAttentionLayer):
         return recurrent_states
 
 
+class _FrozenBoth(_FrozenRecurrence, _FrozenAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Attention and recurrences side by side."""
+
+    def __init__(self, state: LayerState, batch: int) -> None:
+        _FrozenAttention.__init__(self, state, batch)
+        _FrozenRecurrence.__init__(self, state, batch)
+
+
+def _rows(state: Tensor | None, batch: int) -> Tensor | None:
+    """One state for each of so many continuations; costs no memory."""
+    return None if state is None else state.expand(batch, *[-1] * (state.ndim - 1))
+
+
+def _frozen(state: LayerState, batch: int) -> Any:
+    if not state.tensors:
+        return EmptyLayer()
+    if state.attention is None:
+        return _FrozenRecurrence(state, batch)
+    return _FrozenBoth(state, batch) if state.recurrences else _FrozenAttention(state, batch)
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The state after all context tokens but the last; immutable, so it can be read any number of times."""
 
-    states: tuple[tuple[Tensor, Tensor] | None, ...]
-    """Per layer (keys, values) or (convolution, recurrent), or None where it reads another layer's; empty where the
-    context has one token."""
-    recurrent: tuple[bool, ...]
-    """Per layer: does it hold a recurrence rather than keys and values?"""
+    states: tuple[LayerState, ...]
+    """Per layer; none where the context has one token."""
     num_tokens: int
     """C - 1."""
     last_id: int
@@ -118,7 +144,12 @@ class Prefix:
     @property
     def num_bytes(self) -> int:
         """What its states take."""
-        return sum(t.numel() * t.element_size() for pair in self.states if pair for t in pair)
+        return sum(t.numel() * t.element_size() for state in self.states for t in state.tensors)
+
+    @property
+    def recurs(self) -> bool:
+        """Whether a layer carries a state from token to token."""
+        return any(state.recurrences for state in self.states)
 
     def check(self, version: str | None) -> None:
         """Raises StalePrefix if it was computed with other weights than `version`."""
@@ -132,18 +163,7 @@ class Prefix:
         """The state as transformers wants it, for `batch` continuations; costs no memory until it is read."""
         if self.num_tokens == 0:
             return None
-        return Cache(
-            layers=[
-                _frozen(pair, recurrent, batch)
-                for pair, recurrent in zip(self.states, self.recurrent, strict=True)
-            ]
-        )
-
-
-def _frozen(pair: tuple[Tensor, Tensor] | None, recurrent: bool, batch: int) -> Any:
-    if pair is None:
-        return SharedKeysLayer()
-    return _FrozenRecurrence(*pair, batch) if recurrent else _FrozenAttention(*pair)
+        return Cache(layers=[_frozen(state, batch) for state in self.states])
 
 
 def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None = None) -> Prefix:
@@ -157,7 +177,7 @@ def freeze(model: nn.Module, context_ids: Sequence[int], *, version: str | None 
         raise BadExample(
             "the context is empty", "give at least one context token (the beginning-of-text token)"
         )
-    return _read(model, Prefix((), (), 0, context_ids[0], version), context_ids[1:])
+    return _read(model, Prefix((), 0, context_ids[0], version), context_ids[1:])
 
 
 def extend(model: nn.Module, base: Prefix, more_ids: Sequence[int], *, version: str | None = None) -> Prefix:
@@ -180,66 +200,64 @@ def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     if not more_ids:
         return base
     inputs = [base.last_id, *more_ids[:-1]]
-    cache = _writable(model, base)
+    wanted = kept(model.config)
+    cache = _writable(wanted, base)
     ids = torch.tensor([inputs], device=next(model.parameters()).device)
     body = getattr(model, "base_model", model)  # nobody asks for logits
-    body(input_ids=ids, past_key_values=cache, use_cache=True)
-    states: list[tuple[Tensor, Tensor] | None] = []
-    recurrent: list[bool] = []
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is SharedKeysLayer:
-            states.append(None)
-            recurrent.append(False)
-            continue
-        if type(layer) is DynamicLayer:
-            pair = (layer.keys, layer.values)
-        elif type(layer) is LinearAttentionLayer and layer.number_of_states == 1:
-            pair = (layer.conv_states[0], layer.recurrent_states[0])
-        else:
-            pair = (None, None)
-        if pair[0] is None or pair[1] is None:
-            if type(layer) is DynamicLayer:
-                raise UnsupportedModel(
-                    f"layer {index} of {type(model).__name__} has not kept the frozen context it read",
-                    "this architecture or transformers version cannot be trained with a frozen context",
-                )
+    body(input_ids=ids, **reading(body, cache, _places(base, ids)))
+    states = [_kept_by(layer, keeps) for layer, keeps in zip(cache.layers, wanted, strict=True)]
+    for index, state in enumerate(states):
+        if state is None:
             raise UnsupportedModel(
-                f"layer {index} of {type(model).__name__} keeps another state ({type(layer).__name__}) than "
-                "attention or GatedDeltaNet",
-                "models of this kind cannot be served and trained yet",
+                f"layer {index} of {type(model).__name__} has not kept the frozen context it read",
+                "this architecture or transformers version cannot be trained with a frozen context",
             )
-        states.append((pair[0], pair[1]))
-        recurrent.append(type(layer) is LinearAttentionLayer)
     num_tokens = base.num_tokens + len(inputs)
-    return Prefix(tuple(states), tuple(recurrent), num_tokens, more_ids[-1], base.version)
+    return Prefix(tuple(s for s in states if s is not None), num_tokens, more_ids[-1], base.version)
 
 
-def _writable(model: nn.Module, base: Prefix) -> DynamicCache:
-    """transformers' own cache, filled with the base's states; what it writes in place is a copy.
+def _places(prefix: Prefix, ids: Tensor) -> Tensor:
+    """The positions (1, T) of tokens that are read after a prefix."""
+    return torch.arange(ids.shape[1], device=ids.device)[None] + prefix.num_tokens
 
-    Sliding and chunked layers keep all keys, as full ones do: transformers' masks say which of them are seen.
-    """
-    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
-    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    if base.num_tokens == 0:
-        return cache
-    for layer, pair in zip(cache.layers, base.states, strict=True):
-        if pair is None:
-            continue
-        a, b = pair
-        if isinstance(layer, LinearAttentionLayer):
-            layer.lazy_initialization(conv_states=a, recurrent_states=b)
-            conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
-            assert conv is not None
-            assert recurrent is not None
-            conv.copy_(a)
-            recurrent.copy_(b)
-            layer.has_previous_state[0] = True
-        else:
-            assert isinstance(layer, DynamicLayer)
-            layer.lazy_initialization(a, b)
-            layer.keys, layer.values = a, b  # never written: new keys are concatenated
-    return cache
+
+def _kept_by(layer: Any, keeps: Keeps) -> LayerState | None:
+    """What a layer of transformers' cache holds; None: not what it should."""
+    attention: tuple[Tensor, Tensor] | None = None
+    if keeps.attention:
+        if layer.keys is None or layer.values is None:
+            return None
+        attention = (layer.keys, layer.values)
+    pairs = tuple((layer.conv_states[i], layer.recurrent_states[i]) for i in range(keeps.recurrences))
+    if any(conv is None and recurrent is None for conv, recurrent in pairs):
+        return None
+    return LayerState(attention, pairs)
+
+
+def _writable(wanted: Sequence[Keeps], base: Prefix) -> Cache:
+    """transformers' own layers, filled with the base's states; what they write in place is a copy."""
+    layers: list[Any] = [_empty(keeps) for keeps in wanted]
+    for layer, state in zip(layers, base.states, strict=bool(base.states)):
+        if state.attention is not None:
+            layer.lazy_initialization(*state.attention)
+            layer.keys, layer.values = state.attention  # never written: new keys are concatenated
+        for index, (conv, recurrent) in enumerate(state.recurrences):
+            layer.lazy_initialization(conv_states=conv, recurrent_states=recurrent, state_idx=index)
+            for mine, theirs in (
+                (layer.conv_states[index], conv),
+                (layer.recurrent_states[index], recurrent),
+            ):
+                if theirs is not None:
+                    mine.copy_(theirs)
+            layer.has_previous_state[index] = True
+    return Cache(layers=layers)
+
+
+def _empty(keeps: Keeps) -> Any:
+    if keeps.recurrences:
+        kind = BothLayer if keeps.attention else LinearAttentionLayer
+        return kind(number_of_states=keeps.recurrences)
+    return DynamicLayer() if keeps.attention else EmptyLayer()
 
 
 def continuation_logits(
@@ -310,11 +328,11 @@ def _outputs(
     prefix.check(version)
     if not all(continuations):
         raise BadExample("a continuation is empty", "nothing to learn from, nothing to score")
-    longest = max(len(c) for c in continuations)
+    longest = max(*(len(c) for c in continuations), 2 if prefix.recurs else 1)
     inputs = [[prefix.last_id, *c[:-1], *[PAD_ID] * (longest - len(c))] for c in continuations]
     ids = torch.tensor(inputs, device=next(run.parameters()).device)
     cache = prefix.cache(len(continuations))
-    output = run(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    output = run(input_ids=ids, **reading(run, cache, _places(prefix, ids)))
     whole = output.logits if "logits" in output else output.last_hidden_state
     ends = zip(whole, continuations, counts, strict=True)
     return torch.cat([row[len(c) - count : len(c)] for row, c, count in ends])

@@ -55,7 +55,7 @@ def model_in(arena: Arena, directory: Path, layout: wire.Layout) -> nn.Module:
     tensors = arena.tensors
     if layout == "vllm":
         headers = {name: names.Header.of(tensor) for name, tensor in tensors.items()}
-        tensors = names.views(names.plan(directory, headers), tensors)
+        tensors = names.views(names.plan(directory, headers, device=names.device_of(tensors)), tensors)
     return build(directory, tensors)
 
 
@@ -92,7 +92,9 @@ class TrainingRun:
         except ValidationError as e:
             raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
         folder = Path(job.optimizer_out).parent  # of the lesson: its disk is the one that must hold it anyway
-        self.optimizer = Apollo(model, settings, seed=job.seed, folder=folder)
+        # a GPU has no room for fp32 sums of the updates, twice the weights: there, nobody tells how far they moved
+        self._on_gpu = next(model.parameters()).is_cuda
+        self.optimizer = Apollo(model, settings, seed=job.seed, track=not self._on_gpu, folder=folder)
         self._lr = self.optimizer.lr
 
     def run(self, report: Report, check: Check) -> wire.Done:
@@ -110,8 +112,11 @@ class TrainingRun:
         means = {on: self._after(on, before, report, phases) for on, before in kl.items() if before}
         each = phases.begin("saving the optimizer's state", len(self.optimizer.state_dict()[0]))
         sha256 = save_optimizer(self.optimizer, Path(job.optimizer_out), each)
-        moved = [m.model_dump() for m in self.optimizer.moved()]
-        return wire.Done(job.job, steps, loss, means, moved, stopped_by, sha256)
+        moved = [] if self._on_gpu else self.optimizer.moved()
+        if moved and stopped_by != "learned" and not any(m.written for m in moved):
+            stopped_by = "nothing moved"  # whatever else ended it: this is what there is to know
+        told = [m.model_dump() for m in moved]
+        return wire.Done(job.job, steps, loss, means, told, stopped_by, sha256)
 
     # ------------------------------------------------------------------------- before the first write
 
@@ -248,6 +253,7 @@ class TrainingRun:
                 learned_loss=self.job.learned_loss,
                 anchors=anchors,
                 anchor_weight=self.job.replay_weight,
+                recompute=self._on_gpu,  # its memory is what is short
                 bounds=self._bounds,
                 each=lambda _: check(),
             )

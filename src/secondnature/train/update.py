@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secondnature.model.gradients import Factors, Gradient, Rows, dense
 from secondnature.records import OptimizerSettings
+from secondnature.train.readback import Reading, together
 from secondnature.weights.rounding import RandomWords, Writer, scratch
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "fresh_state",
     "moment_shape",
     "plan_update",
+    "planned_update",
     "projection",
     "write_",
 ]
@@ -164,17 +166,35 @@ def plan_update(
     A gradient that is not finite gives an update whose norm is not. With `use_up` a whole gradient's memory may
     become the update's.
     """
+    planning = planned_update(rule, gradient, old, settings, seed=seed, name=name, use_up=use_up)
+    (found,) = together([planning], at_once=False)
+    return found
+
+
+def planned_update(
+    rule: Rule,
+    gradient: Gradient,
+    old: TensorState,
+    settings: OptimizerSettings,
+    *,
+    seed: int,
+    name: str,
+    use_up: bool = False,
+) -> Reading[tuple[Update, TensorState] | None]:
+    """`plan_update`, which stops where it needs numbers: so that those of many tensors can be read at once."""
     if rule == "apollo":
-        return _apollo(gradient, old, settings, seed=seed, name=name)
+        return (yield from _apollo(gradient, old, settings, seed=seed, name=name))
     if rule == "rows":
-        return _adam_rows(gradient, old, settings)
+        return (yield from _adam_rows(gradient, old, settings))
     whole = dense(gradient)
-    if float(whole.norm()) == 0:
+    (norm,) = yield [whole.norm()]
+    if norm == 0:
         return None
     wide = whole.float()
     out = wide if use_up or wide is not gradient else None
     state, step = _adam(old, wide, settings, floored=rule == "floored", out=out)
-    return Update(step, float(step.norm())), state
+    (norm,) = yield [step.norm()]
+    return Update(step, norm), state
 
 
 def _adam(
@@ -212,14 +232,15 @@ def _adam(
         torch.mul(old_v, beta2, out=new_v).addcmul_(g, g, value=1 - beta2)
         torch.mul(new_v, square, out=done).sqrt_()
         if floored:
-            done.clamp_(min=DENOMINATOR_FLOOR * float(done.norm()) / math.sqrt(done.numel()))
+            norm = done.norm() if done.is_cuda else float(done.norm())
+            done.clamp_(min=DENOMINATOR_FLOOR * norm / math.sqrt(done.numel()))
         torch.div(new_m, done.add_(correction * settings.eps), out=done)
     return replace(old, m=m, v=v, steps=steps), step
 
 
 def _adam_rows(
     gradient: Gradient, old: TensorState, settings: OptimizerSettings
-) -> tuple[Update, TensorState] | None:
+) -> Reading[tuple[Update, TensorState] | None]:
     """Adam on the rows that have a gradient, each with its own count; moments of rows that ever had one."""
     assert old.rows is not None, "made by fresh_state"
     if isinstance(gradient, Rows):
@@ -246,17 +267,42 @@ def _adam_rows(
         steps=steps.index_copy_(0, place, new.steps),
         rows=known,
     )
-    return Update(step, float(step.norm()), rows=rows), state
+    (norm,) = yield [step.norm()]
+    return Update(step, norm, rows=rows), state
 
 
 def _apollo(
     gradient: Gradient, old: TensorState, settings: OptimizerSettings, *, seed: int, name: str
-) -> tuple[Update, TensorState] | None:
+) -> Reading[tuple[Update, TensorState] | None]:
     """Algorithm 1 of the paper for one matrix, in either form."""
     rank, tall = settings.rank, gradient.shape[0] > gradient.shape[1]
     num_small, num_channels = sorted(gradient.shape)
     epoch = int(old.steps) // settings.proj_refresh
     p_RM = _kept_projection(seed, name, epoch, rank, num_small, old.m.device)
+    state, scale_N, scalars = _scaled(gradient, old, p_RM, settings, tall)
+    # only what the update is made of is held while numbers are waited for: others plan meanwhile
+    norm, raw, square, scale = yield [*scalars, scale_N.view(-1)[0]]
+    if norm == 0:
+        return None
+    factor = settings.scale * math.sqrt(num_small / rank)
+    level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
+    # the gate comes after the limiter: what it held back is not what the next step may grow from
+    gate = _gate(raw, square, int(state.steps), settings)
+    factor *= limited * gate
+    if rank == 1:
+        update = Update(gradient, level * gate, factor=factor * scale)
+    else:
+        update = Update(gradient, level * gate, factor=factor, channels=scale_N)
+    return update, replace(state, level=level)
+
+
+def _scaled(
+    gradient: Gradient, old: TensorState, p_RM: Tensor, settings: OptimizerSettings, tall: bool
+) -> tuple[TensorState, Tensor, list[Tensor]]:
+    """The moments after a gradient, the scales (N) of its channels, and three scalars.
+
+    These are the norm of the scaled gradient, the norm of the projected one, and the sum of the second moments.
+    """
     if isinstance(gradient, Factors):
         left, right = (t.float() for t in gradient.matrices())
         small_SM, wide_SN = (right, left) if tall else (left, right)
@@ -267,31 +313,19 @@ def _apollo(
     state, s_RN = _adam(old, r_RN, settings, out=r_RN)
     scale_N = (_channel_norms(s_RN) / raw_N).masked_fill_(raw_N == 0, 0.0)
     if isinstance(gradient, Factors):
-        scaled = Factors(small_SM, wide_SN * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
-        norm = float(scaled.norm())
+        norm = Factors(small_SM, wide_SN * scale_N).norm()  # pyright: ignore[reportPossiblyUnboundVariable]
     else:
-        norm = float(torch.linalg.vector_norm(norm_N * scale_N))  # pyright: ignore[reportPossiblyUnboundVariable]
-    if norm == 0:
-        return None
-    factor = settings.scale * math.sqrt(num_small / rank)
-    level, limited = _limited(norm * factor, old.level, num_small * num_channels, settings)
-    # the gate comes after the limiter: what it held back is not what the next step may grow from
-    gate = _gate(float(torch.linalg.vector_norm(raw_N)), state, settings)
-    factor *= limited * gate
-    if rank == 1:
-        update = Update(gradient, level * gate, factor=factor * float(scale_N))
-    else:
-        update = Update(gradient, level * gate, factor=factor, channels=scale_N)
-    return update, replace(state, level=level)
+        norm = torch.linalg.vector_norm(norm_N * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
+    return state, scale_N, [norm, torch.linalg.vector_norm(raw_N), state.v.sum()]
 
 
-def _gate(norm: float, state: TensorState, settings: OptimizerSettings) -> float:
-    """1, or less where the projected gradient's norm is far below its history.
+def _gate(norm: float, square: float, steps: int, settings: OptimizerSettings) -> float:
+    """1, or less where the projected gradient's norm is far below its history, whose squares' sum is `square`.
 
     The step's length comes from the moments, its direction from this gradient alone: without the gate, momentum
     would carry noise of a learned example for a full step.
     """
-    usual = math.sqrt(float(state.v.sum()) / (1 - settings.betas[1] ** int(state.steps)))
+    usual = math.sqrt(square / (1 - settings.betas[1] ** steps))
     return min(1.0, norm / (GATE * usual)) if usual > 0 else 1.0
 
 
@@ -365,6 +399,7 @@ def write_(
     name: str,
     step: int,
     total: Tensor | None = None,
+    overflowed: Tensor | None = None,
 ) -> float:
     """target -= lr * (update + weight_decay * target), rounded stochastically, in one pass by chunks of rows.
 
@@ -372,10 +407,11 @@ def write_(
     intended change is added there too, and the squared norm of what rounding added to it is returned; else 0.
 
     Raises:
-        NonFinite: a sum does not fit into the dtype.
+        NonFinite: a sum does not fit into the dtype. With `overflowed` (1, int32, on the device), a kernel marks
+            that there instead, for who reads it later.
     """
     if total is None and _in_one_kernel(
-        target, update, lr=lr, decay=weight_decay, seed=seed, name=name, step=step
+        target, update, lr=lr, decay=weight_decay, seed=seed, name=name, step=step, bad=overflowed
     ):
         return 0.0
     part = target if update.rows is None else target[update.rows]
@@ -413,7 +449,15 @@ def _has_triton() -> bool:
 
 
 def _in_one_kernel(
-    target: Tensor, update: Update, *, lr: float, decay: float, seed: int, name: str, step: int
+    target: Tensor,
+    update: Update,
+    *,
+    lr: float,
+    decay: float,
+    seed: int,
+    name: str,
+    step: int,
+    bad: Tensor | None,
 ) -> bool:
     """Do the update on a GPU in one kernel, where there is one for it; whether it was done."""
     if not (target.is_cuda and _has_triton()):
@@ -422,7 +466,7 @@ def _in_one_kernel(
 
     source, factor = update.source, -lr * update.factor
     decay = lr * decay if target.ndim >= 2 else 0.0
-    key = {"decay": decay, "seed": seed, "name": name, "step": step}
+    key: dict[str, Any] = {"decay": decay, "seed": seed, "name": name, "step": step, "bad": bad}
     if isinstance(source, Factors):
         if not kernels.fits(target):
             return False

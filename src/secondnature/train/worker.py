@@ -59,6 +59,7 @@ class Worker:
             return self._attached(message)
         if isinstance(message, wire.Train):
             self._answered(message.job, lambda: self._trained(message))
+            self._ended = self._ended or _device_is_lost()  # a new process can do what this one no longer can
             _give_back()
         elif isinstance(message, wire.Shutdown):
             self._ended = True
@@ -95,13 +96,15 @@ class Worker:
         import torch  # from here on the process is heavy
         import transformers
 
+        from secondnature.train.device import prepare
         from secondnature.train.prefix import self_test
         from secondnature.train.run import TrainingRun, model_in
-        from secondnature.weights.arena import Arena
+        from secondnature.weights.attach import attach
 
         transformers.logging.set_verbosity_error()  # it warns of kernels that no CPU has
         torch.set_num_threads(message.threads)
-        arena = Arena.attach(message.manifest)
+        prepare()
+        arena = attach(message.manifest)
         model = model_in(arena, Path(message.model_dir), message.layout)
         self._tell("", {"kind": "phase", "phase": "checking the model", "done": 0, "total": 1})
         self_test(model)
@@ -125,6 +128,12 @@ class Worker:
         if isinstance(message, wire.Shutdown):
             self._ended = True
             raise Cancelled("the server is shutting down")
+
+
+def _device_is_lost() -> bool:
+    from secondnature.train.device import is_lost
+
+    return is_lost()
 
 
 def _give_back() -> None:

@@ -19,9 +19,8 @@ from typing import Any
 
 from secondnature.engines.generation import Span
 from secondnature.engines.stamps import Clock
-from secondnature.errors import BadInput, SecondnatureError, TooLarge, Unauthorized
+from secondnature.errors import SecondnatureError, TooLarge, Unauthorized
 from secondnature.lessons.memory import Memory, Said, Unread
-from secondnature.records import Message
 from secondnature.web.guards import (
     INFERENCE_PATHS,
     KEY_SCOPE,
@@ -34,6 +33,7 @@ from secondnature.web.guards import (
     same_key,
 )
 from secondnature.web.in_band import CHAT, InBand
+from secondnature.web.overheard import RESPONSES, overheard
 from secondnature.web.refusals import error_body
 from secondnature.web.stamps import headers_of, stamps
 
@@ -50,6 +50,10 @@ MAX_REMEMBERED_BYTES = 256_000
 """A completion whose request and answer are longer together is not remembered for feedback."""
 _ID = re.compile(rb'"id":\s*"([\w.:-]{1,200})"')
 _FINISHED = re.compile(rb'"finish_reason":\s*"')
+_FINGERPRINT = re.compile(rb'"system_fingerprint":\s*(?:null|"[^"\\]*")')
+"""vLLM's; in a text its quotes would be escaped."""
+_RESPONDED = re.compile(rb"^event: response\.(completed|incomplete)$", re.MULTILINE)
+"""The event that ends a streamed response, whole."""
 
 
 class OwnThread:
@@ -276,7 +280,9 @@ class Door:
                     body = rest + body
                     end = body.rfind(b"\n\n") + 2 if message.get("more_body", False) else len(body)
                     rest, body = (body, b"") if end == 1 else (body[end:], body[:end])
-                    if _FINISHED.search(body):
+                    if path == RESPONSES and _RESPONDED.search(body):
+                        body = _stamp_response(body, span)
+                    elif _FINISHED.search(body) or _FINGERPRINT.search(body):
                         body = _stamp_events(body, span)
                 if body or not message.get("more_body", False):
                     await send({**message, "body": body})
@@ -307,10 +313,9 @@ class Door:
             self._memory.forget(found[1].decode())
             return True
         version = self._clock.read().version
-        chat = path == CHAT
 
         def read(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
-            return _said(bytes(asked), bytes(said), version, chat=chat)
+            return overheard(path, bytes(asked), bytes(said), version)
 
         self._memory.remember(found[1].decode(), Unread(asked, said, read))
         return True
@@ -326,62 +331,40 @@ def _with_headers(
     return {**start, "headers": headers}
 
 
+def _fingerprinted(body: bytes, span: Span) -> tuple[bytes, int]:
+    """vLLM's fingerprint, of its build, changed for ours, which names the weights; and how often it was there."""
+    own = json.dumps({"system_fingerprint": span.last.version})[1:-1].encode()
+    return _FINGERPRINT.subn(lambda _: own, body)
+
+
 def _stamp_document(body: bytes, span: Span) -> bytes:
     """The stamp's fields before the last brace of a JSON object; anything else stays as it is."""
     end = body.rstrip()
-    if not end.endswith(b"}") or not end.startswith(b"{"):
+    if not end.endswith(b"}") or not end.startswith(b"{") or end == b"{}":
         return body
-    fields = json.dumps(stamps(span))[1:]
-    return end[:-1] + b", " + fields.encode() if end != b"{}" else body
+    end, there = _fingerprinted(end, span)
+    fields = {k: v for k, v in stamps(span).items() if not (there and k == "system_fingerprint")}
+    return end[:-1] + b", " + json.dumps(fields)[1:].encode()
 
 
 def _stamp_events(body: bytes, span: Span) -> bytes:
-    """The stamp in every server-sent event that ends a choice."""
+    """The stamp in every server-sent event that ends a choice; no fingerprint but ours in the others."""
     events = body.split(b"\n\n")
     for i, event in enumerate(events):
         if event.startswith(b"data: {") and _FINISHED.search(event):
             events[i] = b"data: " + _stamp_document(event.removeprefix(b"data: "), span)
+        else:
+            events[i] = _fingerprinted(event, span)[0]
     return b"\n\n".join(events)
 
 
-def _said(asked: bytes, said: bytes, version: str, *, chat: bool) -> Said:
-    """A remembered completion, taken apart. Raises BadInput: it is none that can be corrected."""
-    try:
-        request = json.loads(asked)
-        prompt = [_message(m) for m in request["messages"]] if chat else None
-        if said.lstrip().startswith(b"{"):
-            choice = json.loads(said)["choices"][0]
-            text = str(choice["message"]["content"] or "") if chat else str(choice["text"])
-            finish = choice.get("finish_reason")
-        else:
-            pieces, finish = _pieces(said, chat=chat)
-            text = "".join(pieces)
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise BadInput(
-            "this completion cannot be corrected: its request or its answer is not plain text",
-            "POST /v1/corrections takes the whole conversation",
-        ) from None
-    return Said(prompt, text, version, finish)
-
-
-def _message(given: dict[str, Any]) -> Message:
-    if given["role"] == "tool" or given.get("tool_calls"):
-        raise ValueError("a turn with calls of tools")
-    content = given["content"]
-    if isinstance(content, list):  # parts; only text can be learned
-        content = "".join(part["text"] for part in content)
-    return Message(role=given["role"], content=content)
-
-
-def _pieces(stream: bytes, *, chat: bool) -> tuple[list[str], str]:
-    """(texts of the first choice in a stream of server-sent events, why it ended); the last one may be torn."""
-    found: list[str] = []
-    finish = "unfinished"
-    for line in stream[: stream.rfind(b"\n\n") + 1].splitlines():
-        if not line.startswith(b"data: {"):
-            continue
-        for choice in json.loads(line.removeprefix(b"data: ")).get("choices", []):
-            if choice.get("index", 0) == 0:
-                found.append((choice["delta"].get("content") if chat else choice["text"]) or "")
-                finish = choice.get("finish_reason") or finish
-    return found, finish
+def _stamp_response(body: bytes, span: Span) -> bytes:
+    """The stamp in the response that the last event of a stream holds."""
+    events = body.split(b"\n\n")
+    for i, event in enumerate(events):
+        if _RESPONDED.search(event):
+            head, mark, data = event.partition(b"data: ")
+            found = json.loads(data)
+            found["response"] |= stamps(span)
+            events[i] = head + mark + json.dumps(found, ensure_ascii=False).encode()
+    return b"\n\n".join(events)

@@ -177,6 +177,8 @@ class Asked:
     """That the model was shown."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the answer says besides the stamp."""
+    template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a chat's template was told besides."""
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """The fields that every body and every piece begins with."""

@@ -174,6 +174,7 @@ class Completions:
             prompt=body.plain(),
             tools=how.tools,
             headers=how.headers,
+            template_options=body.template_options(),
         )
 
     def _texts(self, body: CompletionRequest) -> Asked:
@@ -229,7 +230,8 @@ class Completions:
 
     def _stream(self, asked: Asked, running: Running, form: Form) -> Response:
         stamp = self._clock.read()
-        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, asked.tools)
+        options, tools = asked.template_options, asked.tools
+        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, options, tools)
         events = form.events(asked, self._told(asked, telling, running.events()), stamp.version)
         return Stream(running, events, headers_of(Span.begin(stamp)) | dict(asked.headers))
 
@@ -242,6 +244,7 @@ class Completions:
             read.text if read.calls else result.text,
             version,
             result.finish_reason,
+            asked.template_options,
             [
                 ToolCall(function=CalledFunction(name=call.name, arguments=call.arguments))
                 for call in read.calls

@@ -1,16 +1,15 @@
 """The arena: the shared memory in which the engine's only copy of the weights lies (engine and trainer).
 
-A `memfd_create` file, allocated for real (`posix_fallocate`: a sparse file on a full tmpfs kills its writer with
-SIGBUS) and sealed against shrinking. The engine owns it; the trainer opens the same file through
-`/proc/PID/fd/N`, which needs no name, no /dev/shm and vanishes with its last user. The first page holds the
-write counters (`counters`); each tensor lies at a 64-byte boundary. A JSON manifest says what lies where. Weights
-come in and change one tensor at a time, so that nobody needs a second copy of them.
+A file in memory (`memory_file`), allocated for real (`posix_fallocate`: a sparse file on a full tmpfs kills its
+writer with SIGBUS). The engine owns it; the trainer opens the same file. The first page holds the write counters
+(`counters`); each tensor lies at a 64-byte boundary. A JSON manifest says what lies where. Weights come in and
+change one tensor at a time, so that nobody needs a second copy of them. Where the weights lie on a GPU, the arena
+is a `cuda.DeviceArena`; who opens one of either kind asks `attach`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import mmap
@@ -22,13 +21,15 @@ from typing import Any, Protocol, Self
 import torch
 
 from secondnature.errors import WeightsError
+from secondnature.weights import memory_file
 from secondnature.weights.content import Weights, named
 from secondnature.weights.counters import HEADER_BYTES, Counters
 
-__all__ = ["HEADER_BYTES", "Arena", "Slot", "Spec"]
+__all__ = ["DTYPES", "HEADER_BYTES", "Arena", "Slot", "Spec", "dtype_name"]
 
 ALIGN_BYTES = 64
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+"""Of weights, by the names that manifests have for them."""
 
 
 class Spec(Protocol):
@@ -58,26 +59,24 @@ class Slot:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def _no_memory(nbytes: int, cause: OSError) -> WeightsError:
-    return WeightsError(
-        f"cannot allocate {nbytes:,} bytes of shared memory: {cause.strerror}",
-        "free memory or raise the limit",
-    )
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """What a manifest calls the dtype of tensor `name`. Raises WeightsError: it is no weight's."""
+    found = str(dtype).removeprefix("torch.")
+    if found not in DTYPES:
+        raise WeightsError(
+            f"tensor {name}: dtype {found}; expected one of {sorted(DTYPES)}", "convert the model"
+        )
+    return found
 
 
 def _layout(tensors: Mapping[str, Spec]) -> tuple[list[Slot], int]:
     slots: list[Slot] = []
     end = HEADER_BYTES
     for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise WeightsError(
-                f"tensor {name}: dtype {dtype}; expected one of {sorted(_DTYPES)}", "convert the model"
-            )
-        slot = Slot(name, end, tuple(tensor.shape), dtype)
+        slot = Slot(name, end, tuple(tensor.shape), dtype_name(name, tensor.dtype))
         slots.append(slot)
         end += -(-slot.nbytes // ALIGN_BYTES) * ALIGN_BYTES
     return slots, end
@@ -86,20 +85,36 @@ def _layout(tensors: Mapping[str, Spec]) -> tuple[list[Slot], int]:
 class Arena:
     """The mapped weights: `tensors` are views (name -> tensor) of memory that every process shares.
 
-    Make one with `create` (the engine) or `attach` (the trainer).
+    Make one with `create` or `reserve` (the engine), or `attach` (the trainer).
     """
 
-    def __init__(self, fd: int, nbytes: int, slots: list[Slot], *, owner_pid: int, owner_fd: int) -> None:
-        self._fd = fd
-        self._memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._slots = {slot.name: slot for slot in slots}
-        self._owner = (owner_pid, owner_fd)
-        self.nbytes = nbytes
-        self.counters = Counters(memoryview(self._memory)[:HEADER_BYTES])
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.tensors: dict[str, torch.Tensor] = {
-            s.name: whole[s.offset : s.offset + s.nbytes].view(_DTYPES[s.dtype]).view(s.shape) for s in slots
+    def __init__(
+        self, counters: mmap.mmap, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]
+    ) -> None:
+        """Around what is mapped already; `counters`: memory that begins with theirs."""
+        self._memory = counters
+        self.counters = Counters(memoryview(counters)[:HEADER_BYTES])
+        self.tensors: dict[str, torch.Tensor] = dict(tensors)
+        self.nbytes = int(manifest["nbytes"])
+        self._manifest = dict(manifest)
+        self._memories = {t.untyped_storage().data_ptr() for t in tensors.values()}
+
+    @classmethod
+    def _around(cls, fd: int, slots: list[Slot], manifest: Mapping[str, Any]) -> Self:
+        """The whole file as memory."""
+        memory = memory_file.mapped(fd, int(manifest["nbytes"]))
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        tensors = {
+            s.name: whole[s.offset : s.offset + s.nbytes].view(DTYPES[s.dtype]).view(s.shape) for s in slots
         }
+        arena = cls(memory, tensors, manifest)
+        arena._fd = fd
+        arena._slots = {slot.name: slot for slot in slots}
+        return arena
+
+    _fd: int
+    """Of the file, where the arena has one."""
+    _slots: dict[str, Slot]
 
     @classmethod
     def create(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
@@ -122,18 +137,9 @@ class Arena:
             WeightsError: a dtype that is not a weight's, or no file of this size.
         """
         slots, nbytes = _layout(tensors)
-        try:
-            fd = os.memfd_create("secondnature-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as e:
-            raise _no_memory(nbytes, e) from e
-        try:
-            os.ftruncate(fd, nbytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            os.posix_fallocate(fd, 0, HEADER_BYTES)
-        except OSError as e:
-            os.close(fd)
-            raise _no_memory(nbytes, e) from e
-        arena = cls(fd, nbytes, slots, owner_pid=os.getpid(), owner_fd=fd)
+        fd = memory_file.make("secondnature-weights", nbytes, HEADER_BYTES)
+        places = [{"name": s.name, "offset": s.offset, "shape": s.shape, "dtype": s.dtype} for s in slots]
+        arena = cls._around(fd, slots, {"pid": os.getpid(), "fd": fd, "nbytes": nbytes, "tensors": places})
         arena.counters.format()
         return arena
 
@@ -155,7 +161,7 @@ class Arena:
         try:
             os.posix_fallocate(self._fd, offset, nbytes)
         except OSError as e:
-            raise _no_memory(self.nbytes, e) from e
+            raise memory_file.refused(self.nbytes, e) from e
 
     @classmethod
     def attach(cls, manifest: str) -> Self:
@@ -172,29 +178,18 @@ class Arena:
             raise WeightsError(
                 f"not an arena's manifest: {e!r}", "server and trainer differ in version?"
             ) from None
-        try:
-            fd = os.open(f"/proc/{pid}/fd/{owner_fd}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as e:
-            raise WeightsError(
-                f"cannot map the weights of process {pid}: {e.strerror}",
-                "is the server alive, and the same user?",
-            ) from e
+        fd = memory_file.open_(pid, owner_fd)
         if os.fstat(fd).st_size != nbytes or any(s.offset + s.nbytes > nbytes for s in slots):
             os.close(fd)
             raise WeightsError("the manifest does not fit the weights in memory", "restart the server")
-        arena = cls(fd, nbytes, slots, owner_pid=pid, owner_fd=owner_fd)
+        arena = cls._around(fd, slots, plan)
         if not arena.counters.is_arena:
             raise WeightsError("the mapped memory is not an arena", "restart the server")
         return arena
 
     def manifest(self) -> str:
         """What `attach` needs, as JSON: owner, size, and per tensor name, offset, shape, dtype."""
-        pid, fd = self._owner
-        tensors = [
-            {"name": s.name, "offset": s.offset, "shape": s.shape, "dtype": s.dtype}
-            for s in self._slots.values()
-        ]
-        return json.dumps({"pid": pid, "fd": fd, "nbytes": self.nbytes, "tensors": tensors})
+        return json.dumps(self._manifest)
 
     @property
     def writes(self) -> tuple[int, int]:
@@ -216,9 +211,8 @@ class Arena:
         Raises:
             WeightsError: a view is not of this memory.
         """
-        first = next(iter(self.tensors.values())).untyped_storage().data_ptr()
         for name, view in views.items():
-            if view.untyped_storage().data_ptr() != first:
+            if view.untyped_storage().data_ptr() not in self._memories:
                 raise WeightsError(f"tensor {name} is no view of the arena", "is it a copy?")
         self.tensors = dict(views)
 

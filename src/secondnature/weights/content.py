@@ -3,7 +3,8 @@
 An id is the root of a tree: sha256 of every block of a tensor, of a tensor's header and its blocks, of all
 tensors in the order of their names. So tensors can come one at a time and in any order, a part can be checked, or
 sent, alone, and a tensor that did not change needs no second look (docs/decisions/content-ids-as-a-tree.md).
-`w2-` and 16 hex digits name it. Ids of the first kind, `w` and 16 digits, are one sha256 over everything in the
+`w2-` and 16 hex digits name it. The blocks of a large tensor are hashed on several threads where there are cores
+for it. Ids of the first kind, `w` and 16 digits, are one sha256 over everything in the
 order of names; homes hold them, so they are still computed where something is compared with one.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from secondnature.errors import WeightsError
 
 __all__ = [
     "BLOCK_BYTES",
+    "MAX_THREADS",
     "Bytes",
     "ContentHasher",
     "Named",
@@ -36,6 +41,9 @@ __all__ = [
 
 BLOCK_BYTES = 1 << 22
 """Of a tensor's bytes, hashed (and packed, in a delta) at a time; the last block of a tensor is what is left."""
+MAX_THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+"""That hash one tensor: a quarter of the cores, for whoever answers meanwhile needs the others. sha256 of 54 GB (27
+billion bf16 weights) takes one thread half a minute."""
 _FLAT = re.compile(r"w[0-9a-f]{16}")
 _TREE = re.compile(r"w2-[0-9a-f]{16}")
 _HEX_DIGITS = 16
@@ -54,11 +62,36 @@ def named(weights: Weights) -> Iterable[Named]:
 
 
 def blocks(tensor: torch.Tensor) -> Iterator[Bytes]:
-    """The tensor's bytes in order, by blocks of `BLOCK_BYTES`; views of a contiguous tensor in host memory."""
+    """The tensor's bytes in order, by blocks of `BLOCK_BYTES`.
+
+    Views of a contiguous tensor in host memory; of one on a GPU, copies, one at a time.
+    """
     flat = tensor.detach().contiguous().view(-1)
     step = BLOCK_BYTES // flat.element_size()
     for start in range(0, flat.numel(), step):
         yield flat[start : start + step].view(torch.uint8).cpu().numpy()
+
+
+def _sha256(part: Bytes) -> bytes:
+    return hashlib.sha256(part.data).digest()
+
+
+def _digested(parts: Iterator[Bytes], whole: Any, num_threads: int) -> Iterator[Bytes]:
+    """The blocks as they pass; their digests go into `whole`, in order. No more blocks are kept than threads."""
+    if num_threads == 1:
+        for part in parts:
+            whole.update(_sha256(part))
+            yield part
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[Future[bytes]] = deque()
+        for part in parts:
+            ahead.append(pool.submit(_sha256, part))
+            if len(ahead) > num_threads:
+                whole.update(ahead.popleft().result())
+            yield part
+        for digest in ahead:
+            whole.update(digest.result())
 
 
 def is_flat(version: str) -> bool:
@@ -136,9 +169,8 @@ class ContentHasher:
             raise WeightsError(f"tensor {name} came twice", "each tensor is read once")
         if self._flat is None:
             whole = hashlib.sha256(b"tensor\n" + _header(name, tensor))
-            for part in blocks(tensor):
-                whole.update(hashlib.sha256(part.data).digest())
-                yield part
+            num_threads = max(1, min(MAX_THREADS, tensor.nbytes // BLOCK_BYTES))
+            yield from _digested(blocks(tensor), whole, num_threads)
             self.digests[name] = whole.digest()
             return
         if self.digests and name <= self._last:

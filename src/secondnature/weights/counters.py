@@ -125,17 +125,26 @@ class Counters:
     def load(self, requests: int) -> None:
         self._words[3] = max(0, requests)
 
-    @contextlib.contextmanager
-    def writing(self) -> Generator[None]:
-        """Brackets writes into the weights: begun is seen before any of them, done after all. Takes no lock."""
+    def begin(self) -> int:
+        """A write begins: seen before anything of it. Gives what `end` takes."""
         begun = max(int(self._words[1]), int(self._words[2])) + 1
         self._words[1] = begun
         self._order()
+        return begun
+
+    def end(self, begun: int) -> None:
+        """That write is done: seen after all of it. Never called for one that may still be under way."""
+        self._order()
+        self._words[2] = begun
+
+    @contextlib.contextmanager
+    def writing(self) -> Generator[None]:
+        """Brackets writes into host memory: begun is seen before any of them, done after all. Takes no lock."""
+        begun = self.begin()
         try:
             yield
         finally:
-            self._order()
-            self._words[2] = begun
+            self.end(begun)
 
     def close_torn_write(self) -> None:
         """After a writer died inside `writing`: counts its torn write as done. Call when nobody writes."""

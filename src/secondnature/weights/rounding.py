@@ -28,7 +28,7 @@ from torch import Tensor
 
 from secondnature.errors import NonFinite, UnsupportedModel
 
-__all__ = ["CHUNK", "RandomWords", "Writer", "chunk_rows", "scratch", "stochastic_round_"]
+__all__ = ["CHUNK", "RandomWords", "Writer", "chunk_rows", "overflow", "scratch", "stochastic_round_"]
 
 CHUNK = 1 << 16
 """Elements rounded at a time, unless one row has more: the fp64 temporaries stay in the cache."""
@@ -48,6 +48,11 @@ _LEAST_NORMAL, _INFINITY = 0x0080, 0x7F80
 """Their bits in bf16."""
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+
+def overflow(name: str) -> NonFinite:
+    """What to raise where a weight of tensor `name` does not fit into its dtype any more."""
+    return NonFinite(f"tensor {name}: the updated weight is not finite", "lower the learning rate")
 
 
 class RandomWords:
@@ -167,9 +172,7 @@ class Writer:
     def _check(self, exact: Tensor) -> None:
         low, high = exact.aminmax()  # NaN if any is
         if not (float(low) > -_OVERFLOW and float(high) < _OVERFLOW):
-            raise NonFinite(
-                f"tensor {self._name}: the updated weight is not finite", "lower the learning rate"
-            )
+            raise overflow(self._name)
 
     def _draw(self, count: int) -> Words:
         """The next chunk's words."""

@@ -13,6 +13,7 @@ from secondnature.records import (
     Evidence,
     Example,
     GateSettings,
+    GuardPack,
     KlSet,
     Lesson,
     LessonState,
@@ -22,6 +23,7 @@ from secondnature.records import (
     Prompt,
     Text,
     Unicode,
+    guard_name,
 )
 from secondnature.wire.completions import ChatMessage, with_plain_messages
 
@@ -37,6 +39,11 @@ ReplayMatch = Literal["answer", "distribution"]
 AsSent = Annotated[Correction, BeforeValidator(with_plain_messages)]
 
 
+def _without_prefix(value: Any) -> Any:
+    return value.removeprefix("pack:") if isinstance(value, str) else value
+
+
+NamedPack = Annotated[GuardPack, BeforeValidator(_without_prefix)]
 Identifier = Annotated[Unicode, Field(min_length=1, max_length=200)]
 
 
@@ -48,7 +55,8 @@ class FeedbackRequest(Body):
     """Of the answer; known from its first chunk on."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
     """Instead: the conversation, with or without the answer at its end. The server knows what it answered; an
-    answer that is not the one it gave was edited, and is what was wanted."""
+    answer that is not the one it gave was edited, and is what was wanted. Where the client had shown the model more
+    than the user wrote (files, search results), the answer as it was given says which it is."""
     id: Identifier | None = None
     """Of the correction: the client's own name for it, or that of one to amend, which needs no more."""
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
@@ -228,6 +236,9 @@ class TrainRequest(Body):
     keep: bool = False
     """Keep at once, unjudged. Not together with `probes`."""
     probes: Annotated[list[Probe], Field(max_length=20_000)] = []
+    guards: Annotated[list[NamedPack], Field(max_length=5)] = []
+    """Shipped packs of guards that are asked too (`pack:facts`): who sends no probes gets a verdict by them alone,
+    kept where what is taught is answered as wanted and the guards hold. What the lesson teaches is left out."""
     gate: GateSettings = GateSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     lesson: LessonInfo = LessonInfo()
@@ -244,8 +255,9 @@ class TrainRequest(Body):
             raise ValueError(
                 f"found {given or 'no source'}; expected one of examples, corrections, ledger: true"
             )
-        if self.keep and self.probes:
-            raise ValueError("found both `keep` and `probes`; with probes the gate decides")
+        if self.keep and (self.probes or self.guards):
+            given = "probes" if self.probes else "guards"
+            raise ValueError(f"found both `keep` and `{given}`; with {given} the gate decides")
         if self.objective in ("orpo", "dpo", "dpop") and self.examples is not None:
             missing = [i for i, e in enumerate(self.examples) if e.rejected_ids is None]
             if missing:
@@ -261,7 +273,19 @@ class TrainRequest(Body):
                 raise ValueError(f"development probe {i} has no `prefers`; the trainer looks at margins only")
         if self.probes and self.lesson.behaviour is None:
             raise ValueError("`probes` need `lesson.behaviour`: it says which probes must improve")
+        self._has_margins_of_guards()
         return self
+
+    def _has_margins_of_guards(self) -> None:
+        """Raises ValueError: a margin for a guard that is not asked, perhaps misspelled."""
+        margins = self.gate.guard_margin
+        guards = {p.behaviour for p in self.probes if p.behaviour != self.lesson.behaviour}
+        guards |= {guard_name(pack) for pack in self.guards}
+        unknown = sorted(set(margins) - guards) if isinstance(margins, dict) else []
+        if unknown:
+            raise ValueError(
+                f"`gate.guard_margin` names `{unknown[0]}`; the guards are: {', '.join(sorted(guards)) or 'none'}"
+            )
 
 
 class PassedOver(Body):
@@ -415,6 +439,15 @@ class Health(Body):
     detail: str = ""
 
 
+class EndToken(Body):
+    """A token that ends an answer."""
+
+    id: int
+    text: str
+    named_by: list[str]
+    """Who says so: files, the tokenizer, the chat template."""
+
+
 class Wiring(Body):
     """`GET /v1/wiring`: what the running engine computes with."""
 
@@ -433,3 +466,5 @@ class Wiring(Body):
     """The prefix cache: there is none, it is off, or its blocks are salted with the epoch."""
     problems: list[str]
     """What does not hold; empty where all is well."""
+    ends: list[EndToken] = []
+    """What ends an answer, whoever asks for it."""

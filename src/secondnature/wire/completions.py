@@ -353,7 +353,7 @@ class ChatCompletionRequest(_Sampling):
     add_special_tokens: Literal[False] = False
     """The template writes them."""
     tools: Tools = []
-    """Shown to the model by its chat template; one that shows none: 400, see `ignore_tools` in the settings."""
+    """Shown to the model by its chat template; for one that shows none, see `ignore_tools` in the settings."""
     tool_choice: ToolChoice = "auto"
     """`none`: tools are not shown. `required`, or a name: the answer is one call whose arguments fit."""
     parallel_tool_calls: bool = True

@@ -61,8 +61,10 @@ from secondnature.model.load import context_limit
 from secondnature.model.thoughts import Thoughts
 from secondnature.model.turns import end_ids
 
-__all__ = ["Engine", "Unchanging"]
+__all__ = ["MAX_HELD_TOKENS", "Engine", "Unchanging"]
 
+MAX_HELD_TOKENS = 262_144
+"""Of all rows together, as long as the longest of them."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ class Engine:
         max_waiting_tokens: int = 2_000_000,
         prefill_tokens: int = 256,
         max_context: int | None = None,
-        max_held_tokens: int = 262_144,
+        max_held_tokens: int = MAX_HELD_TOKENS,
         stop_ids: Iterable[int] | None = None,
         threads: int = 1,
         on_step: Sequence[Callable[[Engine], None]] = (),
@@ -510,6 +512,8 @@ class Engine:
         for job in jobs:
             job.see(stamp)
         logits = forward()
+        if logits.is_cuda:  # a kernel that is still to run may read what is written after the next look
+            torch.cuda.current_stream(logits.device).synchronize()
         stamp = self._clock.read()
         for job in jobs:
             job.see(stamp)

@@ -2,13 +2,13 @@
 
 The rows of a batch lie right-aligned ("left-padded") in buffers that grow by doubling: every row's newest token is
 in the same column, so one step writes one column and copies nothing. A row that joins is copied in once; a row that
-leaves is overwritten by the last one. GatedDeltaNet's states have no columns and are stacked by row.
+leaves is overwritten by the last one. Recurrent states have no columns and are stacked by row.
 
 Sliding and chunked layers keep all keys, as full ones do: which of them a token may look at is decided by
 transformers' masks, and a row can join or leave without anybody counting windows.
 
 The layers implement the cache interface of transformers 5.23 (`cache_utils`); transformers zeroes the padded
-positions in front of GatedDeltaNet itself (`create_recurrent_attention_mask`), which is checked by the tests.
+positions in front of a recurrence itself (`create_recurrent_attention_mask`), which the self-test checks.
 Padding has to be *finite*, not only masked: 0 * NaN is NaN in attention, so columns that a row does not own are
 zeroed when it joins.
 
@@ -22,17 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-from secondnature.errors import UnsupportedModel
-from secondnature.train.prefix import SharedKeysLayer
+from secondnature.model.states import EmptyLayer, Keeps, kept, reading
 
 MIN_COLUMNS = 64
 
@@ -53,7 +45,7 @@ class AttentionRows(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, window: Window) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -125,7 +117,7 @@ class AttentionRows(CacheLayerMixin):
 
 
 class LinearRows(LinearAttentionLayer):
-    """Convolution [B, channels, kernel] and recurrent [B, H, Dk, Dv] states of one GatedDeltaNet layer."""
+    """Convolution [B, channels, kernel] and recurrent [B, ...] states of one layer."""
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -166,6 +158,14 @@ class LinearRows(LinearAttentionLayer):
                     states[i] = state[list(rows)]
 
 
+class BothRows(AttentionRows, LinearRows):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Attention and recurrences side by side in one layer."""
+
+    def __init__(self, window: Window, number_of_states: int) -> None:
+        AttentionRows.__init__(self, window)
+        LinearRows.__init__(self, number_of_states)
+
+
 class BatchRows:
     """The rows that go through the model together; row i has `lengths[i]` tokens."""
 
@@ -173,26 +173,22 @@ class BatchRows:
         """An empty batch for `model` (a transformers causal language model).
 
         Raises:
-            UnsupportedModel: a layer keeps a state that is neither full attention nor GatedDeltaNet.
+            UnsupportedModel: a layer keeps a state that is neither attention nor a recurrence.
         """
         self.model = model
         self.device: torch.device = next(model.parameters()).device
         self.lengths: list[int] = []
         self.window = Window()
-        self.layers = [self._layer(i, kind) for i, kind in enumerate(layer_kinds(model.config))]
-        self.cache = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
+        self._kept = kept(model.config)
+        self.layers = [self._layer(keeps) for keeps in self._kept]
+        self.cache = Cache(layers=self.layers)
 
-    def _layer(self, index: int, kind: type) -> Any:
-        if kind in (DynamicLayer, DynamicSlidingWindowLayer):
-            return AttentionRows(self.window)
-        if kind is LinearAttentionLayer:
-            return LinearRows()
-        if kind is SharedKeysLayer:
-            return SharedKeysLayer()
-        raise UnsupportedModel(
-            f"layer {index} keeps its state as {kind.__name__}; expected attention or GatedDeltaNet",
-            "models of this kind cannot be served yet",
-        )
+    def _layer(self, keeps: Keeps) -> Any:
+        if keeps.attention:
+            return (
+                BothRows(self.window, keeps.recurrences) if keeps.recurrences else AttentionRows(self.window)
+            )
+        return LinearRows(keeps.recurrences) if keeps.recurrences else EmptyLayer()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -237,14 +233,8 @@ class BatchRows:
 
     def _forward(self, ids: Tensor, mask: Tensor | None, places: Tensor, keep: int) -> Tensor:
         """ids, places: [B, T]; mask: [B, columns in use + T]."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        state = reading(self.model, self.cache, places)
+        out = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, **state)
         self.window.end += ids.shape[1]
         return out.logits
 
@@ -259,7 +249,7 @@ class BatchRows:
             if isinstance(mine, LinearRows):
                 assert isinstance(theirs, LinearRows)
                 mine.append(theirs, rows)
-            elif isinstance(mine, AttentionRows):
+            if isinstance(mine, AttentionRows):
                 assert isinstance(theirs, AttentionRows)
                 for k, row in enumerate(rows):
                     mine.put(first + k, theirs, row, new[k])
@@ -275,7 +265,7 @@ class BatchRows:
         for layer in self.layers:
             if isinstance(layer, LinearRows):
                 layer.select(order)
-            elif isinstance(layer, AttentionRows):
+            if isinstance(layer, AttentionRows):
                 for target, source in enumerate(order):
                     if source != target:
                         layer.copy_row(source, target)
@@ -290,10 +280,7 @@ class BatchRows:
         """Drop every row and all memory."""
         self.lengths.clear()
         self.window.start = self.window.end = 0
-        self.layers[:] = [
-            AttentionRows(self.window) if isinstance(layer, AttentionRows) else type(layer)()
-            for layer in self.layers
-        ]
+        self.layers[:] = [self._layer(keeps) for keeps in self._kept]
 
     def _trim(self) -> None:
         """Columns that no row owns any more are not looked at; they are given back when they are the half."""
@@ -330,15 +317,18 @@ class BatchRows:
         self.window.end += shift
 
 
+def token_bytes(config: Any, itemsize: int) -> int:
+    """What the keys and values of one token take, over all layers of attention, `itemsize` bytes a number."""
+    text = config.get_text_config(decoder=True)
+    num_layers = sum(keeps.attention for keeps in kept(config))
+    if not num_layers:
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * num_layers * int(heads) * int(size) * itemsize
+
+
 def _stacked(old: Tensor | None, new: Tensor | None, rows: Sequence[int]) -> Tensor | None:
     if new is None:
         return None
     return new[list(rows)] if old is None else torch.cat([old, new[list(rows)]])
-
-
-def layer_kinds(config: Any) -> list[type]:
-    """Per layer, the kind of state that transformers itself would keep for it."""
-    layers = DynamicCache(config=config).layers
-    if layers:
-        return [type(layer) for layer in layers]
-    return [DynamicLayer] * int(config.get_text_config(decoder=True).num_hidden_layers)

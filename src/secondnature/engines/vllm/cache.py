@@ -19,7 +19,7 @@ import functools
 import secrets
 from typing import Any
 
-from secondnature.weights.arena import Arena
+from secondnature.weights.counters import Counters
 
 __all__ = ["EPOCHS", "PARTS", "Epochs", "install"]
 
@@ -31,7 +31,7 @@ class Epochs:
     """Which epoch it is, in the process that schedules."""
 
     def __init__(self) -> None:
-        self._arena: Arena | None = None
+        self._counters: Counters | None = None
         self._nonce = secrets.token_hex(8)
         self.parts = set(PARTS)
         """What is done; a test takes one away to see that it matters."""
@@ -39,18 +39,18 @@ class Epochs:
     @property
     def watching(self) -> bool:
         """Are the weights known?"""
-        return self._arena is not None
+        return self._counters is not None
 
-    def watch(self, arena: Arena) -> None:
-        """From now on, the epoch of these weights."""
-        self._arena = arena
+    def watch(self, counters: Counters) -> None:
+        """From now on, the epoch of the weights that these count."""
+        self._counters = counters
 
     def now(self) -> int:
         """Even: nobody writes. Never goes back. 0 before the weights are known."""
-        if self._arena is None:
+        if self._counters is None:
             return 0
-        begun, done = self._arena.writes
-        return begun + done
+        begun, done = self._counters.writes
+        return 2 * begun - (begun != done)
 
     def salt(self, epoch: int, given: str | None) -> str:
         """What is hashed into the first block of a request that was born in `epoch`; `given`: the client's own."""

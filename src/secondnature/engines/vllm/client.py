@@ -41,6 +41,8 @@ LOG = logging.getLogger("secondnature")
 AT_ONCE = 64
 """Background requests in the engine while no user waits; it batches as many as it has been told to."""
 AT_ONCE_UNDER_LOAD = 8
+LEAST_TEMPERATURE = 0.01
+"""vLLM takes what is below, and not 0, for this."""
 
 
 class VllmEngine:
@@ -109,8 +111,7 @@ class VllmEngine:
                 f"{len(ids)} and an answer of {answer}: {len(ids) + answer} tokens",
                 "shorten it, or start vLLM with a longer --max-model-len",
             )
-        if request.logprobs is not None and request.score_from is None:
-            raise BadInput("log-probabilities of an answer were asked for", "ask vLLM's own routes for them")
+        _refuse_what_vllm_cannot(request)
         if self._loop.is_closed():
             raise self._ended()
         running: list[asyncio.Task[None]] = []
@@ -228,9 +229,33 @@ class VllmEngine:
             finish_reason="stop" if answer.finish_reason == "stop" else "length",
             num_prompt_tokens=len(request.prompt_ids),
             prompt_tokens=scored,
-            stop_reason=answer.stop_reason,
+            stop_reason=_met(answer),
             weights=span,
         )
+
+
+def _refuse_what_vllm_cannot(request: GenerationRequest) -> None:
+    """Fields that vLLM has not, or would take for others without a word. Raises BadInput."""
+    t, seed = request.temperature, request.seed
+    penalties = {name: getattr(request, name) for name in ("presence_penalty", "frequency_penalty")}
+    own_routes = "ask vLLM's own routes for it"
+    refusals = (
+        ("logprobs", bool(request.logprobs), "alternatives", own_routes),
+        ("logprobs", request.logprobs is not None and request.score_from is None, "of an answer", own_routes),
+        ("shape", request.shape is not None, "of an answer", own_routes),
+        ("marks", bool(request.marks), "in the text of an answer", own_routes),
+        (
+            "temperature",
+            0 < t < LEAST_TEMPERATURE or t > 2,
+            f"{t:g}",
+            f"expected 0, or {LEAST_TEMPERATURE} to 2",
+        ),
+        *((name, abs(x) > 2, f"{x:g}", "expected -2 to 2") for name, x in penalties.items()),
+        ("seed", seed is not None and not 0 <= seed < 2**63, f"{seed}", "expected 0 to 2^63 - 1"),
+    )
+    for name, wrong, found, hint in refusals:
+        if wrong:
+            raise BadInput(f"{name}: {found}; vLLM does not do that for us", hint).about(name)
 
 
 def _scores(found: Any, ids: list[int], start: int) -> list[TokenLogprob]:
@@ -242,6 +267,12 @@ def _scores(found: Any, ids: list[int], start: int) -> list[TokenLogprob]:
             raise NonFinite(f"the log-probability of token {i} is {entry.logprob}", "the weights are damaged")
         scored.append(TokenLogprob(ids[i], entry.decoded_token or "", float(entry.logprob)))
     return scored
+
+
+def _met(answer: Any) -> str | int | None:
+    """The stop string or the end token that was met; vLLM does not say which, where it is the tokenizer's own."""
+    ends = answer.finish_reason == "stop" and answer.stop_reason is None and len(answer.token_ids) > 0
+    return int(answer.token_ids[-1]) if ends else answer.stop_reason
 
 
 def _ended(

@@ -1,5 +1,8 @@
 # pyright: reportMissingImports=false
-"""The engine core finds the arena of its worker, whose epoch its prefix cache follows (vLLM's engine core)."""
+"""The engine core finds its worker's write counters, whose epoch its prefix cache follows (vLLM's engine core).
+
+It needs no weight and, where these lie on a GPU, no GPU. With one rank on a GPU, core and worker are one process.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from secondnature.engines.vllm.cache import EPOCHS, PARTS
 from secondnature.errors import WeightsError
-from secondnature.weights.arena import Arena
+from secondnature.weights.attach import counters
 
 __all__ = ["install"]
 
@@ -30,7 +33,7 @@ def install() -> None:
             raise WeightsError(
                 f"{len(manifests)} workers hold weights; expected 1", "start vLLM with one worker"
             )
-        EPOCHS.watch(Arena.attach(json.dumps(json.loads(manifests[0])["arena"])))
+        EPOCHS.watch(counters(json.dumps(json.loads(manifests[0])["arena"])))
         return start(self, *args, **kwargs)
 
     EngineCore._initialize_kv_caches = start_and_watch

@@ -47,7 +47,11 @@ def is_plain(layer: Any) -> bool:
 
 
 def install() -> None:
-    """Take packing away; later calls change nothing."""
+    """Take packing away, on CPUs: elsewhere nothing is packed. Later calls change nothing."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
 

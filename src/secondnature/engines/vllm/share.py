@@ -1,9 +1,10 @@
-"""The engine's weights, moved once into shared memory where the trainer can write (vLLM's worker; API server).
+"""The engine's weights as memory in which the trainer can write (vLLM's worker; API server).
 
-At start, when the model is loaded: the headers of all parameters are checked against the plan of names (what cannot
-be trained is refused before anything is moved), each parameter is copied into its place in an arena, and the
-Parameter object is pointed there. The objects stay the same, so whatever has hold of them computes with the shared
-memory; the memory that they had before is given back. Nothing here imports vLLM.
+At start, when the model is loaded, the headers of all parameters are checked against the plan of names: what cannot
+be trained is refused before anything is touched. On CPUs each parameter is then copied into its place in an arena,
+and the Parameter object is pointed there: the objects stay the same, so whatever has hold of them computes with the
+shared memory, and the memory that they had before is given back. On a GPU the parameters stay where they lie, and
+their own allocations are shared (`weights.cuda`). Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from secondnature.errors import ConfigError, UnsupportedModel, WeightsError
 from secondnature.model import names
 from secondnature.model.load import fingerprint
+from secondnature.weights import attach as opening
 from secondnature.weights.arena import Arena
+from secondnature.weights.cuda import DeviceArena
 
 __all__ = ["Shared", "attach", "share"]
 
@@ -46,18 +49,26 @@ class Shared:
 def share(
     model: nn.Module, directory: Path, *, world_size: int = 1, quantization: str | None = None
 ) -> Shared:
-    """Move all parameters of the engine's model into an arena; the Parameter objects stay.
+    """Make all parameters of the engine's model an arena; the Parameter objects stay.
 
     `directory` is the model's; `world_size` and `quantization` are the engine's. Call it before the first request.
 
     Raises:
         UnsupportedModel: the weights cannot be trained in place; nothing was moved. Or the engine keeps a tensor
             beside its parameters that would no longer follow them.
-        WeightsError: no memory.
+        WeightsError: no memory; or, on a GPU, memory that cannot be shared.
     """
     parameters = dict(model.named_parameters())
     headers = {name: names.Header.of(parameter) for name, parameter in parameters.items()}
-    names.plan(directory, headers, world_size=world_size, quantization=quantization)
+    device = names.device_of(parameters)
+    names.plan(directory, headers, device=device, world_size=world_size, quantization=quantization)
+    if device == "cuda":
+        return Shared(DeviceArena.adopt({n: p.data for n, p in parameters.items()}), directory)
+    return Shared(_moved(model, parameters), directory)
+
+
+def _moved(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Arena:
+    """All parameters in an arena of host memory."""
     before = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
     for where, tensor in _others(model):
         name = before.get(tensor.untyped_storage().data_ptr())
@@ -67,17 +78,14 @@ def share(
                 "this version of vLLM is not supported",
             )
     arena = Arena.reserve({name: parameter.data for name, parameter in parameters.items()})
-    for (
-        name,
-        parameter,
-    ) in parameters.items():  # one after the other: the memory of each is given back at once
+    for name, parameter in parameters.items():  # one by one: the memory of each is given back at once
         parameter.data = arena.fill(name, parameter.data)
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() != arena.tensors[name].data_ptr() or parameter is not parameters[name]:
             raise UnsupportedModel(
                 f"the engine's parameter {name} did not move", "this version of vLLM is not supported"
             )
-    return Shared(arena, directory)
+    return arena
 
 
 def _others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -108,7 +116,7 @@ def attach(manifest: str) -> Shared:
             f"{directory}: config.json is no longer that of the model which is being served",
             "restart the server",
         )
-    return Shared(Arena.attach(inner), directory)
+    return Shared(opening.attach(inner), directory)
 
 
 def model_directory(made: Any) -> Path:

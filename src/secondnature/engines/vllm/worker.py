@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""The worker's side: after vLLM has loaded a model, its parameters move into the arena (vLLM's worker).
+"""The worker's side: after vLLM has loaded a model, its parameters become the arena (vLLM's worker).
 
 Adds two methods to vLLM's worker, for `collective_rpc`: `secondnature_manifest` (where the weights lie) and
 `secondnature_wiring` (is every parameter of the running model still the arena's memory?). Both answer JSON.
@@ -18,6 +18,7 @@ import torch
 from secondnature.engines.vllm import packing
 from secondnature.engines.vllm.share import Shared, model_directory, share
 from secondnature.errors import SecondnatureError, WeightsError
+from secondnature.weights.cuda import DeviceArena
 
 __all__ = ["install"]
 
@@ -56,9 +57,12 @@ def _share(worker: Any) -> Shared:
         quantization=config.model_config.quantization,
     )
     LOG.info(
-        "secondnature: %d parameters (%.1f MB) moved into shared memory in %.3f s",
+        "secondnature: %d parameters (%.1f MB) %s in %.3f s",
         len(shared.arena.tensors),
         shared.arena.nbytes / 1e6,
+        "shared where they lie on the GPU"
+        if isinstance(shared.arena, DeviceArena)
+        else "moved into shared memory",
         time.perf_counter() - begun,
     )
     return shared

@@ -123,16 +123,22 @@ def _teach(
     model_name: str,
 ) -> tuple[Teaching, VllmEngine]:
     """Everything but the routes; on a thread, for it reads and hashes all weights."""
+    from secondnature.engines.vllm.rendering import read_as_taught, stop_at
+
     torch.set_num_threads(1)
     shared = attach(manifest)
     arena, directory = shared.arena, shared.directory
     clock, log = _truth(shared, home)
     limit = int(vllm_config.model_config.max_model_len)
+    tokenizer = _tokenizer(directory, vllm_config, args)
+    vocab_size = load.read_config(directory).get_text_config(decoder=True).vocab_size
+    read_as_taught(client, tokenizer)
+    stop_at(client, {i for i in chat.end_ids(tokenizer) if i < vocab_size})
     engine = VllmEngine(
         client,
         loop,
         clock,
-        vocab_size=load.read_config(directory).get_text_config(decoder=True).vocab_size,
+        vocab_size=vocab_size,
         max_context=limit,
         load=lambda: arena.load,
         priorities=str(vllm_config.scheduler_config.policy) == "priority",
@@ -146,11 +152,11 @@ def _teach(
         directory=directory,
         engine=engine,
         model=load.skeleton(directory),
-        tokenizer=_tokenizer(directory, vllm_config, args),
+        tokenizer=tokenizer,
         context_limit=limit,
         layout="vllm",
         model_name=model_name,
-        wiring=lambda: _wiring(client, loop),
+        wiring=lambda: _wiring(client, loop, tokenizer),
     )
     home.bind(directory, load.fingerprint(directory), log.base_version, "vllm")
     return teaching, engine
@@ -171,14 +177,6 @@ def _tokenizer(directory: Path, vllm_config: Any, args: Any) -> Any:
         tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
     for wrong in chat.look(tokenizer):
         LOG.warning("%s: %s", directory, wrong)
-    written = turns.template_end(tokenizer)
-    if written is not None and not turns.is_named(tokenizer, written):
-        LOG.warning(
-            "%s: the chat template ends an answer with token %d, which vLLM does not stop at; name it in "
-            "`eos_token_id` of generation_config.json",
-            directory,
-            written,
-        )
     return tokenizer
 
 
@@ -186,12 +184,13 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     """Make the engine's weights those that the home's log stands for. Nothing was served yet."""
     arena, directory = shared.arena, shared.directory
     headers = {name: names.Header.of(tensor) for name, tensor in arena.tensors.items()}
-    arena.seen_as(names.views(names.plan(directory, headers), arena.tensors))
+    parts = names.plan(directory, headers, device=names.device_of(arena.tensors))
+    arena.seen_as(names.views(parts, arena.tensors))
     dtypes = {name: tensor.dtype for name, tensor in arena.tensors.items()}
     hasher = ContentHasher(home.base_version())
     for name, tensor in checkpoint.stream(directory, dtypes):
         hasher.add(name, tensor)
-        if not torch.equal(tensor, arena.tensors[name]):
+        if not torch.equal(tensor, arena.tensors[name].cpu()):
             raise UnsupportedModel(
                 f"{name}: the engine holds other values than {directory}",
                 "it changes weights while loading them, and a lesson's undo would not know how",
@@ -203,7 +202,7 @@ def _truth(shared: Shared, home: Home) -> tuple[Clock, Log]:
     return Clock(arena, log.kept_version()), log
 
 
-def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
+def _wiring(client: Any, loop: asyncio.AbstractEventLoop, tokenizer: Any) -> Wiring:
     """What the worker says of the running model. Raises WeightsError: it does not answer."""
     import vllm
 
@@ -221,7 +220,13 @@ def _wiring(client: Any, loop: asyncio.AbstractEventLoop) -> Wiring:
     if cache == "unsalted":
         found["problems"].append("the prefix cache is not salted with the epoch")
     return Wiring.model_validate(
-        {"engine": "vllm", "engine_version": str(vllm.__version__), "cache": cache, **found}
+        {
+            "engine": "vllm",
+            "engine_version": str(vllm.__version__),
+            "cache": cache,
+            "ends": [e._asdict() for e in turns.endings(tokenizer)],
+            **found,
+        }
     )
 
 

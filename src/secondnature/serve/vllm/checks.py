@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secondnature import config
 from secondnature.config import Settings
 from secondnature.engines.vllm.share import model_directory
 from secondnature.errors import BadCheckpoint, ConfigError, SecondnatureError, UnsupportedModel, WeightsError
 from secondnature.lessons.home import Home
+from secondnature.serve.vllm import card
 
 __all__ = ["Opened", "check", "install", "opened"]
 
@@ -52,8 +54,12 @@ def install() -> None:
 
     @functools.wraps(create)
     def create_and_check(self: Any, usage_context: Any = None, **kwargs: Any) -> Any:
+        from vllm.platforms import current_platform
+
         try:
             _check_arguments(self)
+            if current_platform.is_cuda():
+                card.plan_memory(self)
             made = create(self, usage_context, **kwargs)
             check(made)
             if getattr(usage_context, "name", "") == "OPENAI_API_SERVER":
@@ -115,13 +121,23 @@ def _check_arguments(arguments: Any) -> None:
 
     from secondnature.model import names
 
-    directory = Path(str(arguments.model))
-    if not current_platform.is_cpu() or not directory.is_dir():
-        return
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        _refuse((True, f"it runs on {current_platform.device_name}", "expected CPUs, or a GPU with CUDA"))
     _refuse(_sleeps(arguments))
+    if current_platform.is_cuda():
+        _refuse(*card.refusals(arguments, os.environ))
+    directory = Path(str(arguments.model))
+    if not directory.is_dir():
+        return
     spread = arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
-    names.preflight(directory, device="cpu", world_size=spread, quantization=arguments.quantization)
+    names.preflight(directory, device=_device(), world_size=spread, quantization=arguments.quantization)
     _check_files(directory)
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "cuda"
 
 
 def check(made: Any) -> None:
@@ -133,13 +149,11 @@ def check(made: Any) -> None:
         WeightsError: not enough memory for the arena.
     """
     from vllm import envs
-    from vllm.platforms import current_platform
 
     from secondnature.model import names
 
     model, parallel = made.model_config, made.parallel_config
     refusals = (
-        (not current_platform.is_cpu(), "it runs on a GPU; expected a CPU", _GPU),
         (made.lora_config is not None, "LoRA adapters are enabled", "leave --enable-lora out"),
         (made.speculative_config is not None, "speculative decoding is on", "leave --speculative-config out"),
         (
@@ -178,19 +192,19 @@ def check(made: Any) -> None:
     directory = model_directory(made)
     names.preflight(
         directory,
-        device="cpu",
+        device=_device(),
         dtype=model.dtype,
         world_size=parallel.world_size * parallel.data_parallel_size,
         quantization=model.quantization,
     )
-    _check_attention(made)
     _check_files(directory)
-    _check_memory(directory, model.dtype.itemsize)
+    if _device() == "cpu":
+        _check_attention(made)
+        _check_memory(directory, model.dtype.itemsize)
 
 
 MAX_QUERIES_PER_KEY = 16
 """In vLLM's attention on CPUs: with more, its worker ends at the first batch (cpu_attn_impl.hpp)."""
-_GPU = "start it on CPUs; what is missing for GPUs: docs/decisions/vllm-on-gpus-and-many-ranks.md"
 
 
 def _sees(made: Any) -> bool:

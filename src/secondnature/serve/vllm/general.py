@@ -43,7 +43,7 @@ def register() -> None:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if getattr(main, "name", "") == "vllm.model_executor.models.registry":
         return  # a process that only looks at a model's class
-    from secondnature.engines.vllm import cache, core, packing, parent_death, waiting, worker
+    from secondnature.engines.vllm import cache, core, packing, parent_death, rendering, waiting, worker
     from secondnature.serve.vllm import checks
 
     parent_death.install()
@@ -52,6 +52,7 @@ def register() -> None:
     worker.install()
     cache.install()
     core.install()
+    rendering.install()
     waiting.install()
 
 
