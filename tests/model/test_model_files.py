@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import TEMPLATES, tokenizer_for
 from safetensors.torch import load_file, save_file
 from tiny_models import dense_config, llama_config, read_weights, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, JambaConfig
 
 from secondnature.engines.local import self_test as engine_test
 from secondnature.errors import BadCheckpoint, SecondnatureError, UnsupportedModel
+from secondnature.model.chat import read_tokenizer
 from secondnature.model.limits import context_limit
 from secondnature.model.load import build, fingerprint, named_fault, plan, read_config
 from secondnature.weights import checkpoint
@@ -101,6 +103,11 @@ def adapter(directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(about))
 
 
+def adapter_beside(directory: Path) -> None:
+    about = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (directory / "adapter_config.json").write_text(json.dumps(about))
+
+
 def gguf_folder(directory: Path) -> None:
     (directory / "config.json").unlink()
     (directory / "tiny.gguf").write_bytes(b"GGUF")
@@ -128,18 +135,30 @@ def nonsense(directory: Path) -> None:
     configure(directory, num_attention_heads=0)
 
 
+def own_code(directory: Path) -> None:
+    configure(directory, model_type="mine", auto_map={"AutoConfig": "modeling_mine.Config"})
+
+
+def nameless(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_type"}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (missing_file, r"two\.safetensors is missing \(1 of the 2 files"),
         (pointer, "a pointer of git-lfs, not the weights"),
         (adapter, "an adapter of org/base"),
+        (adapter_beside, "an adapter of org/base lies beside the model .*merge it into the model"),
         (gguf_folder, r"serve the file itself: .*tiny\.gguf"),
         (no_directory_rights, r"config\.json: Not a directory"),
         (classifier, "Qwen3ForSequenceClassification is not a causal language model"),
         (headless, "a model without a head"),
-        (a_string_for_a_number, "model_type 'qwen3'"),
+        (a_string_for_a_number, r"field 'num_hidden_layers'.*\(mend config\.json\)"),
         (nonsense, "model_type 'qwen3'"),
+        (own_code, r"model_type 'mine' is made by code in the directory \(auto_map\), which is never run"),
+        (nameless, r"no model_type \(say in config\.json what kind"),
     ],
 )
 def test_what_is_there_is_named(model: Path, spoil: Callable[[Path], None], words: str) -> None:
@@ -166,6 +185,40 @@ def test_a_weight_that_is_no_number_is_named(model: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     with pytest.raises(BadCheckpoint, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         engine_test.self_test(build(model, weights))
+
+
+def test_a_text_that_is_another_one_where_it_is_read_on_is_refused(tmp_path: Path) -> None:
+    """transformers' scan of Mamba 1 begins anew with each piece."""
+    config = JambaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        num_experts_per_tok=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        initializer_range=0.3,
+    )
+    built = build(save_tiny(config, tmp_path), checkpoint.read(tmp_path))
+    with pytest.raises(UnsupportedModel, match=r"in two pieces.*would be another text"):
+        engine_test.self_test(built)
+
+
+def test_a_tokenizer_made_by_code_of_the_directory_is_refused_as_that(tmp_path: Path) -> None:
+    tokenizer_for(TEMPLATES["chatml"]).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    about = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+    (tmp_path / "tokenization_mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(
+        BadCheckpoint, match=r"made by code in the directory \(auto_map\), which is never run"
+    ):
+        read_tokenizer(tmp_path)
 
 
 def test_a_row_that_depends_on_the_others_is_refused(model: Path) -> None:

@@ -43,6 +43,11 @@ def test_what_is_no_model_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         model_directory(settings(tmp_path / "models--org--name", tmp_path))
     assert "below snapshots/" in caught.value.hint
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ConfigError) as caught:
+        model_directory(settings(tmp_path / "adapter", tmp_path))
+    assert "an adapter of org/base: merge it" in caught.value.hint
 
 
 def test_a_model_in_a_hubs_cache_has_its_own_name(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from secondnature.engines.generation import (
     TokenLogprob,
 )
 from secondnature.lessons import runner, trainer
-from secondnature.model import chat, load
+from secondnature.model import chat, layout, load
 from secondnature.records import Correction, OptimizerSettings, Probe
 from secondnature.serve import local
 from secondnature.wire import LessonInfo, TrainRequest
@@ -134,7 +134,7 @@ def light(forker: Forker) -> Generator[None]:
             named_fault=load.named_fault,
         ),
         (local, "chat"): SimpleNamespace(read_tokenizer=tokenizer, look=lambda _: []),
-        (load, "skeleton"): lambda d: _skeleton(d, (d / "config.json").read_text()),
+        **{(m, "skeleton"): lambda d: _skeleton(d, (d / "config.json").read_text()) for m in (load, layout)},
     }
     seconds[trainer, "subprocess"] = SimpleNamespace(
         Popen=forker.launch, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired

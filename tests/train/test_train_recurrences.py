@@ -187,7 +187,6 @@ def test_a_recurrence_that_cannot_go_on_from_its_state_is_refused(tmp_path: Path
         num_experts_per_tok=1,
         mamba_d_state=8,
         mamba_dt_rank=4,
-        use_mamba_kernels=False,
     )
     with pytest.raises(UnsupportedModel, match="frozen context changes the logits"):
         self_test(in_arena(save_tiny(config, tmp_path))[1])

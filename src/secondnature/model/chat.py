@@ -48,6 +48,11 @@ def read_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
+        if "trust_remote_code" in str(e):
+            raise BadCheckpoint(
+                f"{directory}: the tokenizer is made by code in the directory (auto_map), which is never run",
+                "save it as a PreTrainedTokenizerFast; where its tokenizer.json says all, take auto_map out",
+            ) from None
         raise BadCheckpoint(f"{directory}: tokenizer cannot be read: {e}", "export it again") from None
     turns.note(tokenizer, directory)
     return tokenizer

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from secondnature.errors import BadCheckpoint, UnsupportedModel
 
-__all__ = ["Header", "headers", "plain_dtype", "quantization", "raw_config"]
+__all__ = ["Header", "headers", "instead", "plain_dtype", "quantization", "raw_config"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What can be served, as the format names it."""
@@ -43,7 +43,7 @@ def raw_config(directory: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
-        raise BadCheckpoint(f"{path}: {e.strerror or e}", _instead(directory)) from None
+        raise BadCheckpoint(f"{path}: {e.strerror or e}", instead(directory)) from None
     except OSError as e:
         raise BadCheckpoint(f"{path}: {e.strerror or e}", "mend the disk or the permissions") from None
     except (ValueError, RecursionError) as e:
@@ -53,8 +53,8 @@ def raw_config(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _instead(directory: Path) -> str:
-    """What to do with a directory that has no config.json."""
+def instead(directory: Path) -> str:
+    """What to give in the place of a directory that is no model's, or has no weights that can be read."""
     try:
         names = sorted(path.name for path in directory.iterdir())
     except OSError:
@@ -68,7 +68,7 @@ def _instead(directory: Path) -> str:
         return f"serve the file itself: {directory / ggufs[0]}"
     if "snapshots" in names:
         return "it is a hub's cache: give the folder of a revision, below snapshots/"
-    return "expected a Hugging Face model directory"
+    return "give a Hugging Face directory, a .gguf file, or `--model embedded`"
 
 
 def _base_of(directory: Path) -> str:
@@ -108,10 +108,18 @@ def headers(directory: Path) -> dict[str, Header]:
     """Every tensor of a directory by its name in the files, from safetensors headers only.
 
     Raises:
-        BadCheckpoint: there are none, or a file is missing, damaged or not what its name says.
+        BadCheckpoint: there are none, a file is missing, damaged or not what its name says, or an adapter lies
+            beside them, which would change every answer and is not applied.
     """
     found: dict[str, Header] = {}
-    for file in _files(directory):
+    files = _files(directory)
+    if (directory / "adapter_config.json").exists():
+        raise BadCheckpoint(
+            f"{directory}: an adapter of {_base_of(directory)} lies beside the model (adapter_config.json), "
+            "and none is applied here",
+            "merge it into the model and serve the merged one, or move it to a folder of its own",
+        )
+    for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  (not a mapping)
@@ -137,7 +145,7 @@ def _files(directory: Path) -> list[Path]:
         raise BadCheckpoint(f"{index}: missing, but not the files that it is of", _AGAIN)
     hint = "pickled weights (.bin, .pt) are never read: export with save_pretrained"
     if any(name.lower().endswith(".gguf") for name in names) or "adapter_config.json" in names:
-        hint = _instead(directory)
+        hint = instead(directory)
     raise BadCheckpoint(f"{directory}: no model.safetensors and no {index.name}", hint)
 
 

@@ -41,6 +41,7 @@ from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, gguf, load, turns
 from secondnature.model.defaults import sampling_defaults
+from secondnature.model.files import instead
 from secondnature.serve import gpu
 from secondnature.train.device import prepare
 from secondnature.train.prefix import self_test
@@ -56,6 +57,8 @@ REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 """How this machine reaches a server that listens on all of its addresses."""
 ENGINE_BYTES = 1 << 30
 """Of a GPU: activations of the engine; an estimate."""
+COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of the engine, by setting; None: what `load.build` takes on the device."""
 KEEP_ALIVE_S = 30
 """Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
 
@@ -110,19 +113,11 @@ def model_directory(settings: Settings) -> Path:
     except OSError as e:
         raise ConfigError(f"{directory}: {e.strerror or e}", "mend the disk or the permissions") from None
     if not is_there:
-        raise ConfigError(
-            f"{directory}: no model there (no config.json)", _instead(settings.model, directory)
-        )
+        said, hint = settings.model, instead(directory)
+        if not directory.exists() and said.count("/") == 1 and not said.startswith((".", "~", "/")):
+            hint = f"nothing is downloaded here: `hf download {said} --local-dir DIR` first, then serve DIR"
+        raise ConfigError(f"{directory}: no model there (no config.json)", hint)
     return directory
-
-
-def _instead(said: str, directory: Path) -> str:
-    """What to give in the place of a directory that is no model's."""
-    if not directory.exists() and said.count("/") == 1 and not said.startswith((".", "~", "/")):
-        return f"nothing is downloaded here: `hf download {said} --local-dir DIR` first, then serve DIR"
-    if (directory / "snapshots").is_dir():
-        return "it is a hub's cache: give the folder of a revision, below snapshots/"
-    return "give a Hugging Face directory, a .gguf file, or `--model embedded`"
 
 
 def model_name(settings: Settings, directory: Path) -> str:
@@ -158,7 +153,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         fill_kept(arena, log)
         clock = Clock(arena, log.kept_version())
         with load.named_fault(directory, "making the model"):
-            model = load.build(directory, arena.tensors)
+            model = load.build(directory, arena.tensors, compute_dtype=COMPUTE_DTYPES[settings.compute_dtype])
         with load.named_fault(directory, "trying it"):
             engine_test.self_test(model)
             self_test(model)

@@ -1,9 +1,9 @@
 """Before it serves, the local engine does with a model what it will do with it, and compares (server process).
 
-Two rows of different length in one forward; a prompt read in two pieces; rows that join, go on together and leave;
-a window that is crossed. Every logit on the way is compared with a plain run of that row's whole text, without a
+Two rows of different length in one forward; a prompt read in two pieces; rows that join and go on together; a
+window that is crossed. Every logit on the way is compared with a plain run of that row's whole text, without a
 cache. Windows are narrowed for the time of the check, so that a short text crosses them: the masks are the same
-code at any width.
+code at any width. Each forward reads all weights, which for a large model takes seconds: there are eight.
 """
 
 from __future__ import annotations
@@ -48,49 +48,41 @@ def self_test(model: nn.Module) -> float:
         [(11 * i + i * i // 5 + 3) % num_ids for i in range(min(_SHORT, long - 1) + _STEPS)],
     ]
     with _narrow_windows(config):
-        together = _served(model, texts, piece=0)
-        in_pieces = _served(model, texts, piece=min(_PIECE, long - 1))
+        *together, in_pieces = _served(model, texts)
         plain = [_plain(model, text) for text in texts]
-    if not all(bool(torch.isfinite(logits).all()) for logits in (*together, *in_pieces, *plain)):
+    if not all(bool(torch.isfinite(logits).all()) for logits in (*together, in_pieces, *plain)):
         raise _not_finite(model)
     scale = max(1.0, *(float(p.abs().max()) for p in plain))
     tolerance = (0.1 if plain[0].dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
     worst = 0.0
-    for how, found in (("together", together), ("in two pieces", in_pieces)):
-        difference = max(float((f - p[-len(f) :]).abs().max()) for f, p in zip(found, plain, strict=True))
+    for how, rows, so in (
+        ("together", together, "an answer would depend on who else asks"),
+        ("in two pieces", [in_pieces], "what is read on from a state would be another text"),
+    ):
+        difference = max(float((r - p[-len(r) :]).abs().max()) for r, p in zip(rows, plain, strict=False))
         if not difference <= tolerance:
             raise UnsupportedModel(
                 f"rows that are read {how} have logits that differ by {difference:.2g} from those of each alone; "
                 f"expected at most {tolerance:.2g}",
-                "an answer would depend on who else asks: this architecture cannot be served yet",
+                f"{so}: this architecture cannot be served yet",
             )
         worst = max(worst, difference)
     return worst
 
 
-def _served(model: nn.Module, texts: list[list[int]], *, piece: int) -> list[Tensor]:
-    """Per text the logits of its last `_STEPS` + 1 tokens, the engine's way; `piece` 0: prompts in one forward."""
+def _served(model: nn.Module, texts: list[list[int]]) -> list[Tensor]:
+    """The engine's logits of the last `_STEPS` + 1 tokens: of each text, and of the first read in two pieces."""
     prompts = [text[:-_STEPS] for text in texts]
-    batch = BatchRows(model)
-    if piece:
-        rows: list[BatchRows] = []
-        first: list[Tensor] = []
-        for prompt in prompts:
-            one = BatchRows(model)
-            cut = min(piece, len(prompt) - 1)
-            one.prefill([prompt[:cut]], 1)
-            first.append(one.prefill([prompt[cut:]], 1)[0])
-            rows.append(one)
-        for one in rows:
-            batch.append(one, [0])
-    else:
-        joining = BatchRows(model)
-        logits = joining.prefill(prompts, 1)
-        first = [logits[i] for i in range(len(prompts))]
-        batch.append(joining, range(len(prompts)))
-    found = [[f[-1]] for f in first]
+    joining, in_pieces, batch = BatchRows(model), BatchRows(model), BatchRows(model)
+    logits = joining.prefill(prompts, 1)
+    cut = min(_PIECE, len(prompts[0]) - 1)
+    in_pieces.prefill([prompts[0][:cut]], 1)
+    first = [*logits, in_pieces.prefill([prompts[0][cut:]], 1)[0]]
+    batch.append(joining, range(len(prompts)))
+    batch.append(in_pieces, [0])
+    rows, found = [*texts, texts[0]], [[f[-1]] for f in first]
     for step in range(_STEPS):
-        logits = batch.step([text[len(text) - _STEPS + step] for text in texts])
+        logits = batch.step([text[len(text) - _STEPS + step] for text in rows])
         for row, of_row in enumerate(found):
             of_row.append(logits[row])
     return [torch.stack(of_row) for of_row in found]
