@@ -84,6 +84,8 @@ def _what(field: str, problem: dict[str, Any]) -> tuple[str, str]:
         return f"`{field}` is not supported here; expected it left out, or {neutral}", "unsupported_parameter"
     words = _SHOULD.sub("expected ", str(problem["msg"]).removeprefix("Value error, "))
     words = words.replace(" after validation", "")
+    if isinstance(problem.get("input"), str):
+        words = words.replace(" items", " characters")
     words = "is missing" if kind == "missing" else words
     value = problem.get("input")
     shown = f" (found {_shown(value)})" if isinstance(value, bool | int | float) else ""
