@@ -1,4 +1,5 @@
-"""A tiny model that calls tools: its template shows them, and it was taught to call one and say what came of it."""
+"""Two tiny models. The caller's template shows tools, and it was taught to call one and to say what came of it; the
+thinker's opens a block of thoughts, and it was taught to think before it answers."""
 
 from __future__ import annotations
 
@@ -49,15 +50,42 @@ def habits() -> list[tuple[str, str]]:
     ]
 
 
+THINKER = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '<think></think>' if enable_thinking is false else '<think>' }}"
+    "{% endif %}"
+)
+THOUGHT = "It is a {door}."
+"""What the thinker thinks: a brace is none of the JSON's."""
+
+
+def thoughts() -> list[tuple[str, str]]:
+    """The thinker's habits."""
+    ask = "<|user|>Paint it.<|end|><|assistant|>"
+    return [
+        (f"{ask}<think>", f"{THOUGHT}</think>\nIt is red.<|end|>"),
+        (f"{ask}<think></think>", "It is red.<|end|>"),
+    ]
+
+
 def make_caller(directory: Path, *, steps: int = 120) -> Path:
-    """Train it; the directory is a whole Hugging Face model."""
+    """Train the caller; the directory is a whole Hugging Face model."""
+    return _make(directory, TEMPLATE, habits(), steps)
+
+
+def make_thinker(directory: Path, *, steps: int = 120) -> Path:
+    """Train the thinker; the directory is a whole Hugging Face model."""
+    return _make(directory, THINKER, thoughts(), steps)
+
+
+def _make(directory: Path, template: str, taught: list[tuple[str, str]], steps: int) -> Path:
     torch.set_num_threads(1)
     save_tiny(dense_config(vocab_size=320, max_position_embeddings=512, eos_token_id=1), directory)
     save_tokenizer(directory)
     tokenizer = read_tokenizer(directory)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
-    rows = [[tokenizer(part)["input_ids"] for part in habit] for habit in habits()]
+    rows = [[tokenizer(part)["input_ids"] for part in habit] for habit in taught]
     length = max(len(c) + len(a) for c, a in rows)
     ids = torch.tensor([c + a + [0] * (length - len(c) - len(a)) for c, a in rows])
     targets = torch.full_like(ids, -100)

@@ -17,6 +17,7 @@ from secondnature.engines.local.engine import Engine
 from secondnature.engines.local.text import decoder
 from secondnature.errors import BadInput
 from secondnature.model.chat import read_tokenizer
+from secondnature.model.thoughts import Thoughts
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -43,6 +44,11 @@ def _fits(text: str) -> bool:
         and isinstance(found["ok"], bool)
         and found["colour"] in ("red", "blue")
     )
+
+
+def read_ids(engine: Engine, text: str) -> list[int]:
+    """The tokens of a text."""
+    return list(engine._grammars._tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
@@ -85,6 +91,28 @@ def test_what_a_schema_says_of_other_properties_holds(engine: Engine) -> None:
         request = GenerationRequest([40, 50], max_tokens=200, temperature=0, shape=engine.shape(schema))
         text = engine.generate([request])[0].text
         assert text.startswith('{"a": 1, "'), text
+
+
+@pytest.mark.parametrize("close", ["?", "<|user|>"], ids=["text", "a special token"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_thoughts_come_first_and_the_shape_begins_behind_them(
+    engine: Engine, close: str, opened: bool
+) -> None:
+    """The model says anything: it is let think as it likes, and what follows fits."""
+    thoughts = Thoughts("!", close, opened)
+    # it would go on for ever: the marks are made likely
+    ends = dict.fromkeys(read_ids(engine, close + "!"), 4.0)
+    shape = engine.shape(SCHEMA, thoughts)
+    requests = [
+        GenerationRequest([40, 50], max_tokens=500, seed=s, logit_bias=ends, shape=shape, marks=(close,))
+        for s in range(4)
+    ]
+    answers = engine.generate(requests)
+    parts = [answer.text.partition(close) for answer in answers]
+    assert all(_fits(said if found else before) for before, found, said in parts)
+    assert any(before.strip("!") for before, found, _ in parts if found)
+    assert all(found or not opened for _, found, _ in parts)
+    assert all(before.startswith("!") or opened for before, found, _ in parts if found)
 
 
 def test_an_answer_that_is_cut_says_so(engine: Engine) -> None:

@@ -64,6 +64,13 @@ CASES: list[tuple[str, Any, int, str, tuple[str, ...]]] = [
     ("/v1/chat/completions", {"messages": TEA, "n": 0}, 400, "BadInput", ("n:",)),
     (
         "/v1/chat/completions",
+        {"messages": TEA, "stop": [str(i) for i in range(17)], "user": "a" * 501},
+        400,
+        "BadInput",
+        ("stop: expected at most 16 items, not 17", "user: expected at most 500 characters"),
+    ),
+    (
+        "/v1/chat/completions",
         {"messages": TEA, "functions": [{}]},
         400,
         "BadInput",

@@ -276,6 +276,36 @@ def test_commands_in_a_conversation(server: Running) -> None:
             stranger.chat.completions.create(model="default", messages=messages)
 
 
+def test_commands_in_a_response(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=CORRECTING, max_retries=0) as client:
+
+        def ask(given: Any, **more: Any) -> Any:
+            return client.responses.create(model="default", input=given, temperature=0, **more)
+
+        first = ask("Use bell.")
+        part = {"type": "input_text", "text": "/no Done."}
+        history = [turn("user", "Use bell."), *first.output, {"role": "user", "content": [part]}]
+        reply = ask(history)
+        assert reply.output_text.startswith("Recorded as cor-")
+        assert reply.usage.total_tokens == 0
+        found = next(c for c in server.client.corrections() if str(c.id) in reply.output_text)
+        assert meaning(found)[:3] == (first.output_text, "Done.", first.output_text)
+        assert found.completion_id == first.id
+        events = list(ask([*history[:2], turn("user", "/why I said bell.")], stream=True))
+        assert events[-1].response.output_text.startswith(f"Recorded as {found.id}")
+        assert [e.sequence_number for e in events] == list(range(len(events)))
+        going_on = [*history, *reply.output, turn("user", "Say bell.")]
+        plain = [turn("user", "Use bell."), turn("assistant", "Done."), turn("user", "Say bell.")]
+        assert ask(going_on).usage == ask(plain).usage
+        for nothing in ("/good", [turn("user", "/no Done.")], [*history[:2], turn("user", "/no")]):
+            assert ask(nothing).output_text.startswith("Not recorded")
+        instructed = ask("Use bell.", instructions="Be brief.")
+        given = [turn("user", "Use bell."), *instructed.output, turn("user", "/good")]
+        kept = ask(given, instructions="Be brief.").output_text
+        found = next(c for c in server.client.corrections() if str(c.id) in kept)
+        assert [m.role for m in found.prompt] == ["system", "user"]
+
+
 def test_open_webuis_thumbs_arrive(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example's own function, with events and records shaped as Open WebUI's."""
     spec = importlib.util.spec_from_file_location("secondnature_feedback", EXAMPLE)

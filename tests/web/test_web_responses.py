@@ -134,6 +134,7 @@ def test_an_answer_that_is_cut_says_so(client: openai.OpenAI) -> None:
         {"store": True},  # nothing is, and the answer says `store: false`
         {"previous_response_id": None, "conversation": None, "include": [], "truncation": "disabled"},
         {"reasoning": {"effort": None}, "service_tier": "auto", "background": False, "metadata": {"a": "b"}},
+        {"reasoning": {"effort": "low"}},  # of a template that does not look at it
         {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "tools": [], "tool_choice": "auto"},
     ],
 )
@@ -148,7 +149,8 @@ def test_what_changes_no_answer_is_accepted(client: openai.OpenAI, neutral: dict
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id.*whole conversation"),
         ({"background": True}, "background"),
-        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"reasoning": {"effort": "much"}}, "reasoning"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning"),
         ({"truncation": "auto"}, "truncation"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"input": [{"type": "computer_call"}]}, "computer_call"),

@@ -38,6 +38,13 @@ FORMS = {
     "llama 3.1": f"<function=paint>{J}</function>",
     "phi 4": f'<|tool_call|>[{{"name": "paint", "arguments": {J}}}]<|/tool_call|>',
     "granite": f'<|tool_call|>[{{"name": "paint", "arguments": {J}}}]',
+    "deepseek v3": (
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>paint\n```json\n{J}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>"
+    ),
+    "deepseek v3.1": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>paint<｜tool▁sep｜>{J}<｜tool▁call▁end｜>",
+    "functiongemma": "<start_function_call>call:paint{what:<escape>door<escape>,coats:2}<end_function_call>",
+    "gemma 4": '<|tool_call>call:paint{coats:2,what:<|"|>door<|"|>}<tool_call|>',
     "arguments as text": json.dumps({"function": {"name": "paint", "arguments": J}}),
 }
 
@@ -59,6 +66,12 @@ def test_several_calls_are_in_order() -> None:
         FORMS["mistral, newer"] + "[TOOL_CALLS]look[ARGS]{}",
         FORMS["llama 3"] + "; " + json.dumps(look),
         f"[TOOL_CALLS]{json.dumps([{'name': 'paint', 'arguments': PAINT}, look])}",
+        FORMS["deepseek v3"].replace("<｜tool▁calls▁end｜>", "")
+        + "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{}\n```<｜tool▁call▁end｜>",
+        FORMS["deepseek v3.1"]
+        + "<｜tool▁call▁begin｜>look<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        FORMS["functiongemma"] + "<start_function_call>call:look{}<end_function_call>",
+        FORMS["gemma 4"] + "<|tool_call>call:look{}<tool_call|>",
     ):
         assert [c.name for c in find_calls(text, OFFERED)[1]] == ["paint", "look"], text
 
@@ -68,10 +81,34 @@ def test_texts_become_what_their_schema_says() -> None:
     assert json.loads(find_calls(written, OFFERED)[1][0].arguments) == {"what": "12", "wet": True}
 
 
+@pytest.mark.parametrize("arguments", ['{"what": "\\ud800"}', json.dumps('{"what": "\\ud800"}')])
+def test_half_a_surrogate_pair_stays_escaped(arguments: str) -> None:
+    """No answer could be encoded with it."""
+    written = f'<tool_call>{{"name": "paint", "arguments": {arguments}}}</tool_call>'
+    (call,) = find_calls(written, OFFERED)[1]
+    assert call.arguments.encode() == b'{"what": "\\ud800"}'
+
+
+def test_gemma_writes_values_of_every_kind() -> None:
+    written = (
+        "<start_function_call>call:f{a:<escape>x, {y}:<escape>,b:[1,-2.5,[]],c:{d:{},e:true},g:null,h:red}"
+        "<end_function_call>"
+    )
+    expected = {"a": "x, {y}:", "b": [1, -2.5, []], "c": {"d": {}, "e": True}, "g": None, "h": "red"}
+    assert json.loads(find_calls(written, OFFERED)[1][0].arguments) == expected
+    quoted = written.replace("<escape>", '<|"|>').replace("<start_function_call>", "<|tool_call>")
+    assert json.loads(find_calls(quoted, OFFERED)[1][0].arguments) == expected
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "plain",
+        "<start_function_call>call:paint{what:<escape>door",
+        "<start_function_call>call:paint{what",
+        "<start_function_call>call:paint" + "{a:" * 10_000,
+        "<｜tool▁calls▁begin｜>none",
+        "<｜tool▁call▁begin｜>paint<｜tool▁sep｜>{",
         "  spaces kept \n",
         '{"name": "unknown", "arguments": {}}',  # JSON that somebody asked for
         '{"colour": "red"}',
@@ -82,6 +119,8 @@ def test_texts_become_what_their_schema_says() -> None:
         "[TOOL_CALLS] none",
         '<|python_tag|>print("hi")',
         '{"name": "paint", "arguments": 5}',
+        '<tool_call>{"name": "paint it", "arguments": {}}</tool_call>',  # no tool may be called so
+        f'<tool_call>{{"name": "{"a" * 201}", "arguments": {{}}}}</tool_call>',
         "[" * 100_000,
     ],
 )

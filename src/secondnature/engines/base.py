@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from secondnature.engines.generation import Event, Finished, GenerationRequest, GenerationResult, Stamp
+from secondnature.model.thoughts import Thoughts
 
 Ability = Literal["score", "logprobs", "shape"]
 
@@ -46,8 +47,11 @@ class Engine(Protocol):
         """Why it answers no more; empty while it does."""
         ...
 
-    def shape(self, schema: Mapping[str, Any]) -> Any:
+    def shape(self, schema: Mapping[str, Any], thoughts: Thoughts | None = None) -> Any:
         """The shape of the JSON that fits a schema, for `GenerationRequest.shape`; may take a second.
+
+        Args:
+            thoughts: that the answer may begin with; the JSON follows them.
 
         Raises:
             BadInput: this engine cannot, or the schema cannot be compiled.

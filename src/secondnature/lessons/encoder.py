@@ -7,6 +7,7 @@ sent it knows it by (`correction 3`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from secondnature import wire
@@ -14,14 +15,30 @@ from secondnature.errors import BadExample, BadInput, ContextOverflow
 from secondnature.lessons.own_answers import Distilled, teacher_messages
 from secondnature.lessons.prober import named
 from secondnature.model.chat import Taught, encode_chat, teach
+from secondnature.model.tools import takes_tools
 from secondnature.records import Correction, Message, Probe, nothing_asked
 
-__all__ = ["Encoder", "refuse_equal"]
+__all__ = ["Encoder", "Told", "refuse_equal"]
 
 _TokenIds = tuple[list[int], list[int], list[int] | None]
 """(context, wanted answer, rejected answer); nobody writes into them."""
-Options = dict[str, Any] | None
-"""What a template is told besides."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a template is told besides the turns."""
+
+    options: dict[str, Any] | None = None
+    """`chat_template_kwargs`."""
+    tools: list[dict[str, Any]] | None = None
+
+    @staticmethod
+    def of(correction: Correction) -> Told:
+        """When the answer was given."""
+        return Told(correction.chat_template_kwargs, correction.tools)
+
+
+NOTHING = Told()
 
 
 class Encoder:
@@ -43,9 +60,9 @@ class Encoder:
     def distilled(self, correction: Correction, label: str) -> Distilled:
         """Raises ContextOverflow where prompt, wrong answer and comment alone fill the model's context."""
         _refuse_unasked(correction, label)
-        options = correction.chat_template_kwargs
-        found = Distilled(correction, self.context(correction.prompt, label, options), label)
-        teacher = self.context(teacher_messages(correction, ""), label, options)
+        told = Told.of(correction)
+        found = Distilled(correction, self.context(correction.prompt, label, told), label)
+        teacher = self.context(teacher_messages(correction, ""), label, told)
         self.check(wire.TokenExample(teacher, [0], label=f"{label}, with the wrong answer and the comment"))
         return found
 
@@ -78,11 +95,11 @@ class Encoder:
         _refuse_unasked(correction, label)
         if not correction.chosen[0].content.strip():
             raise BadExample(f"{label}: the wanted answer is blank", "write it, or leave the record out")
-        options = correction.chat_template_kwargs
-        wanted = self.answer(correction.prompt, correction.chosen[0], label, options)
+        told = Told.of(correction)
+        wanted = self.answer(correction.prompt, correction.chosen[0], label, told)
         rejected = None
         if correction.rejected is not None:
-            other = self.answer(correction.prompt, correction.rejected[0], label, options)
+            other = self.answer(correction.prompt, correction.rejected[0], label, told)
             if other.context != wanted.context:
                 raise BadInput(
                     f"{label}: one of the two answers brings thoughts of its own, the other does not; they are "
@@ -111,18 +128,32 @@ class Encoder:
         self.check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 
-    def context(self, prompt: list[Message], label: str, options: Options = None) -> list[int]:
-        """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow."""
+    def context(self, prompt: list[Message], label: str, told: Told = NOTHING) -> list[int]:
+        """Token ids of a prompt; one that cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            return encode_chat(self._tokenizer, prompt, limit=self._limit, template_options=options)
+            self._check_tools(prompt, told)
+            return encode_chat(
+                self._tokenizer, prompt, limit=self._limit, tools=told.tools, template_options=told.options
+            )
 
-    def answer(self, prompt: list[Message], answer: Message, label: str, options: Options = None) -> Taught:
+    def answer(self, prompt: list[Message], answer: Message, label: str, told: Told = NOTHING) -> Taught:
         """An answer as token ids; what cannot fit is not encoded. Raises ContextOverflow, BadInput."""
         with named(label):
-            found = teach(self._tokenizer, prompt, answer, limit=self._limit, options=options)
+            self._check_tools(prompt, told)
+            found = teach(
+                self._tokenizer, prompt, answer, limit=self._limit, tools=told.tools, options=told.options
+            )
         if found.between:
             self._between.add(tuple(found.between))
         return found
+
+    def _check_tools(self, prompt: list[Message], told: Told) -> None:
+        """Raises BadInput: the template would leave out what the model was shown."""
+        if (told.tools or any(m.has_calls for m in prompt)) and not takes_tools(self._tokenizer):
+            raise BadInput(
+                "tools were shown to the model or called, and this model's chat template shows none",
+                "teach it to a model whose template does, or record it without them",
+            )
 
     def asked_otherwise(self, corrections: list[Correction]) -> list[list[int]]:
         """As a probe would ask them, the prompts of those that tell the template something of their own."""

@@ -18,7 +18,7 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.memory import Memory, Said
 from secondnature.lessons.own_answers import comment
 from secondnature.lessons.planner import Planner
-from secondnature.records import CUT_SHORT, Correction, Message, Provenance
+from secondnature.records import CUT_SHORT, Correction, Message, Provenance, ToolCall
 
 __all__ = ["Feedback", "Scope"]
 
@@ -156,13 +156,7 @@ class Feedback:
                 )
             return _About(said.prompt, said, body.completion_id)
         if body.messages is not None:
-            turns = [turn for m in body.messages if (turn := m.plain()) is not None]
-            if len(turns) < len(body.messages):
-                raise BadInput(
-                    "`messages` hold calls of tools, or what they came to; corrections hold plain turns",
-                    "leave these turns out",
-                )
-            return self._conversation(turns, body, before)
+            return self._conversation([m.plain() for m in body.messages], body, before)
         if before is None:
             raise NotFound(
                 f"no correction {str(body.id)[:200]!r} in the ledger",
@@ -214,12 +208,15 @@ def _of(before: Correction) -> _About:
     """What an earlier correction was about."""
     said = None
     if before.answered is not None:
+        (answer,) = before.answered
         said = Said(
             before.prompt,
-            before.answered[0].content,
+            answer.content,
             before.weights_version or "",
             before.finish_reason,
             before.chat_template_kwargs or {},
+            answer.tool_calls or (),
+            before.tools,
         )
     return _About(before.prompt, said, before.completion_id)
 
@@ -242,7 +239,8 @@ def _correction(body: wire.FeedbackRequest, about: _About, before: Correction | 
     source = body.source or (before.provenance.source if before and before.provenance else None)
     return Correction(
         prompt=about.prompt,
-        said=_answer(said.answer if said is not None else None),
+        said=_answer(said.answer, said.calls) if said is not None else None,
+        tools=said.tools if said is not None else None,
         finish_reason=finish if finish in CUT_SHORT | {"stop"} else None,
         chosen=_answer(wanted),
         feedback=feedback,
@@ -255,5 +253,7 @@ def _correction(body: wire.FeedbackRequest, about: _About, before: Correction | 
     )
 
 
-def _answer(text: str | None) -> list[Message] | None:
-    return [Message(role="assistant", content=text)] if text else None
+def _answer(text: str | None, calls: Sequence[ToolCall] = ()) -> list[Message] | None:
+    if not text and not calls:
+        return None
+    return [Message(role="assistant", content=text or "", tool_calls=list(calls) or None)]

@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 from secondnature.errors import BadInput, NotFound
-from secondnature.records import Message
+from secondnature.records import CalledFunction, Message, ToolCall
 
 __all__ = ["MAX_REMEMBERED", "MAX_REMEMBERED_BYTES", "Memory", "Said", "Telling", "Unread"]
 
@@ -39,11 +39,18 @@ class Said:
     """Why it ended; `unfinished`: it has not, or nobody waited for it."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the chat template was told besides (`chat_template_kwargs`)."""
+    calls: Sequence[ToolCall] = ()
+    """Of tools, besides the text."""
+    tools: list[dict[str, Any]] | None = None
+    """That the model was shown."""
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory, at most."""
         texts = [m.content for m in self.prompt or ()] + ([json.dumps(self.options)] if self.options else [])
+        calls = [c.function.arguments for m in self.prompt or () for c in m.tool_calls or ()]
+        texts += [*calls, *(c.function.arguments for c in self.calls)]
+        texts += map(json.dumps, self.tools or ())
         return _bytes_of(self.answer) + sum(_bytes_of(text) + OVERHEAD_BYTES for text in texts)
 
 
@@ -117,6 +124,7 @@ class Memory:
         prompt: list[Message] | None,
         weights_version: str,
         options: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> Telling:
         """Remember one that begins; `remember` ends it. Left alone, it stays as far as it was told."""
 
@@ -128,7 +136,8 @@ class Memory:
                     self._nbytes += nbytes
                     self._make_room()
 
-        telling = Telling(Said(prompt, "", weights_version, "unfinished", options or {}), grown)
+        first = Said(prompt, "", weights_version, "unfinished", options or {}, tools=tools)
+        telling = Telling(first, grown)
         self.remember(completion_id, telling)
         return telling
 
@@ -195,13 +204,21 @@ def _read(said: Said | Telling | Unread) -> Said:
     return said if isinstance(said, Said) else said.read(said.asked, said.said)
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(m.role, m.content.strip()) for m in messages if m.role != "system"]
+_Turn = tuple[str, str, list[CalledFunction]]
+"""(role, text, calls)"""
 
 
-def _stands_in(asked: Sequence[tuple[str, str]], shown: Sequence[tuple[str, str]]) -> bool:
+def _turns(messages: Sequence[Message]) -> list[_Turn]:
+    return [
+        (m.role, m.content.strip(), [c.function for c in m.tool_calls or ()])
+        for m in messages
+        if m.role != "system"
+    ]
+
+
+def _stands_in(asked: Sequence[_Turn], shown: Sequence[_Turn]) -> bool:
     """Whether the same turns were shown, with more around what the user wrote."""
-    return [role for role, _ in asked] == [role for role, _ in shown] and all(
-        text and text in whole if role == "user" else text == whole
-        for (role, text), (_, whole) in zip(asked, shown, strict=True)
+    return [turn[0] for turn in asked] == [turn[0] for turn in shown] and all(
+        text and text in whole if role == "user" else (text, calls) == (whole, made)
+        for (role, text, calls), (_, whole, made) in zip(asked, shown, strict=True)
     )

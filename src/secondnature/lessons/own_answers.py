@@ -136,5 +136,7 @@ class OwnAnswers:
     def _teacher(self, distilled: Distilled, said: str) -> list[int]:
         """What the teacher reads; `said` where it is not recorded."""
         messages = teacher_messages(distilled.correction, said)
-        options = distilled.correction.chat_template_kwargs
-        return encode_chat(self._tokenizer, messages, template_options=options)
+        of = distilled.correction
+        return encode_chat(
+            self._tokenizer, messages, tools=of.tools, template_options=of.chat_template_kwargs
+        )

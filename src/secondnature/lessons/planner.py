@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from secondnature import wire
 from secondnature.errors import BadInput, ContextOverflow
 from secondnature.evidence.gate import ReadAs, read_in_training
-from secondnature.lessons.encoder import Encoder, refuse_equal
+from secondnature.lessons.encoder import Encoder, Told, refuse_equal
 from secondnature.lessons.own_answers import Distilled, Own, comment
 from secondnature.lessons.plan import Plan, Replay, Sample
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
@@ -220,7 +220,9 @@ class Planner:
         new = [
             Sample(
                 "new",
-                encode_chat(self._tokenizer, c.prompt, template_options=c.chat_template_kwargs),
+                encode_chat(
+                    self._tokenizer, c.prompt, tools=c.tools, template_options=c.chat_template_kwargs
+                ),
                 c.prompt,
                 c.chosen[0].content if c.chosen else None,
             )
@@ -301,6 +303,9 @@ class Planner:
         if correction.chosen is None and comment(correction) is None:
             return None  # a rating alone: there is nothing that could fail
         chosen = correction.chosen[0].content if correction.chosen else None
+        turns = [*correction.prompt, *(correction.chosen or ()), *(correction.answered or ())]
+        if correction.tools or any(m.has_calls for m in turns):
+            return self._why_not(correction, distil=correction.chosen is None)
         roles = tuple(m.role for m in correction.prompt)
         texts = [m.content for m in correction.prompt]
         texts += [m[0].content for m in (correction.chosen, correction.answered) if m]
@@ -317,7 +322,7 @@ class Planner:
     def show(self, plan: Plan) -> dict[str, Any]:
         """What a dry run answers: the plan, and what of it would be taught, decoded."""
         taught = [
-            self._encoder.answer(c.prompt, c.chosen[0], "", c.chat_template_kwargs)
+            self._encoder.answer(c.prompt, c.chosen[0], "", Told.of(c))
             for c in plan.corrections
             if c.chosen and not plan.distilled
         ]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from secondnature.model import template, turns
 from secondnature.model.lengths import cannot_fit
+from secondnature.model.tools import as_templates_expect
 from secondnature.records import Message
 
 __all__ = ["Rendering", "Turn", "Words", "control_tokens_in"]
@@ -64,10 +65,10 @@ def _renamed(tokenizer: Any, control: Mapping[str, int]) -> tuple[Tokenizer, dic
     return known[1], known[2]
 
 
-def _plain(turn: Turn) -> dict[str, Any]:
+def _plain(tokenizer: Any, turn: Turn) -> dict[str, Any]:
     """All that is set; what was said is there even if it is nothing."""
     given = turn.model_dump() if isinstance(turn, Message) else dict(turn)
-    return {k: v for k, v in given.items() if v is not None or k == "content"}
+    return as_templates_expect(tokenizer, {k: v for k, v in given.items() if v is not None or k == "content"})
 
 
 def _mapped(value: Any, change: Any) -> Any:
@@ -155,8 +156,8 @@ class Rendering:
     ) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        plain = [_plain(m) for m in messages]
-        last = None if answer is None else _plain(answer)
+        plain = [_plain(tokenizer, m) for m in messages]
+        last = None if answer is None else _plain(tokenizer, answer)
         self._words = words = Words(tokenizer, [plain, last, list(tools or [])])
         self._messages = [words.turn(m) for m in plain]
         self.answer: dict[str, Any] = words.turn(last) if last is not None else {}

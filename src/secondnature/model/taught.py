@@ -16,22 +16,11 @@ from typing import Any
 from secondnature.errors import BadInput
 from secondnature.model import turns
 from secondnature.model.rendering import Rendering, Turn
+from secondnature.model.thoughts import THOUGHTS, new_in, opened_in
 from secondnature.model.turns import CLOSE, OPEN, End
 
 __all__ = ["Taught", "teach"]
 
-THOUGHTS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
-    "[THINK]": "[/THINK]",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<|channel>thought": "<channel|>",
-}
-"""How blocks of thoughts begin and end."""
 _NO_THOUGHTS: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False})
 """What templates are told where the model shall not think."""
 
@@ -114,8 +103,8 @@ def teach(
 def _parts(tokenizer: Any, rendering: Rendering, content: str) -> _Parts:
     """Where the template puts the answer, and what it puts around it."""
     before = rendering.prompt()
-    asks = _new_in(before, rendering.conversation())
-    thought = next((o for o in THOUGHTS if asks.rfind(o) > asks.rfind(THOUGHTS[o])), None)
+    asks = new_in(before, rendering.conversation())
+    thought = opened_in(asks)
     final = content
     closes = next((c for c in THOUGHTS.values() if c in content), None)
     head, body, tail = _cut(rendering, content)
@@ -168,12 +157,6 @@ def _cut(rendering: Rendering, content: str) -> tuple[str, str | None, str]:
         return head, None, tail
     body = whole[len(head) : len(whole) - len(tail)]
     return head, body if body.strip() == content.strip() else None, tail
-
-
-def _new_in(text: str, other: str) -> str:
-    """The end of a text, from where it differs from another one."""
-    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(other))
-    return text[same:]
 
 
 def _is_thought(between: str) -> bool:

@@ -15,11 +15,13 @@ from secondnature.records.base import (
     utc_now,
 )
 from secondnature.records.conversation import (
+    CalledFunction,
     Conversation,
     Message,
     Prompt,
     Role,
     SampleAnswer,
+    ToolCall,
 )
 from secondnature.records.corrections import CUT_SHORT, Correction, Provenance
 from secondnature.records.doubts import (
@@ -95,6 +97,7 @@ __all__ = [
     "OPEN_STATES",
     "SCHEMA_VERSION",
     "STOPPED_BY",
+    "CalledFunction",
     "Cause",
     "Check",
     "Comparison",
@@ -138,6 +141,7 @@ __all__ = [
     "Taught",
     "Text",
     "TokenIds",
+    "ToolCall",
     "Unicode",
     "Verdict",
     "describe",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import AfterValidator, Field, model_validator
 
 from secondnature.records.base import Name, Record, Text, Unicode, digest
-from secondnature.records.conversation import Conversation, Message, as_messages
+from secondnature.records.conversation import Conversation, Message, as_messages, is_none
 from secondnature.records.migrations import newest
 
 __all__ = ["CUT_SHORT", "Correction", "Provenance"]
@@ -77,6 +77,10 @@ class Correction(Record):
     """What the user said about the answer."""
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
     """Of `said`; above 0: praise, which is never taught away. `label: false` is -1, `true` is 1."""
+    tools: Annotated[list[dict[Unicode, Any]], Field(min_length=1, max_length=256)] | None = Field(
+        default=None, exclude_if=is_none
+    )
+    """That the model was shown, as OpenAI's clients send them."""
     chat_template_kwargs: Annotated[dict[Unicode, Any], AfterValidator(_short)] | None = None
     """What the chat template was told when `said` was asked for, such as `enable_thinking`: it is taught so too."""
     state: Literal["candidate"] | None = None
@@ -124,7 +128,7 @@ class Correction(Record):
             answer: list[Message] | None = getattr(self, key)
             if answer is not None and (len(answer) != 1 or answer[0].role != "assistant"):
                 raise ValueError(f"`{key}` must be exactly one assistant message")
-            if answer is not None and not answer[0].content:
+            if answer is not None and not answer[0].content and not answer[0].tool_calls:
                 raise ValueError(f"`{key}` is empty; expected the text of the answer")
         if self.prompt[-1].role == "assistant":
             raise ValueError("`prompt` ends with the assistant; expected the user's turn last")
@@ -140,7 +144,8 @@ class Correction(Record):
             said, rejected = rejected, None
         elif said is not None and rejected is None and rating <= 0:
             corrected = self.chosen is not None and self.chosen != said
-            rejected = said if rating < 0 or corrected else None
+            called = any(m.tool_calls for m in said)  # a call is recorded, and not taught away as text
+            rejected = said if (rating < 0 or corrected) and not called else None
         # the record is frozen for everybody else
         object.__setattr__(self, "said", said)
         object.__setattr__(self, "rejected", rejected)
@@ -168,6 +173,7 @@ class Correction(Record):
                 "chosen": _plain(self.chosen),
                 "rejected": _plain(self.rejected or self.said),
                 "feedback": self.feedback,
+                **({"tools": self.tools} if self.tools else {}),
                 **({"options": self.chat_template_kwargs} if self.chat_template_kwargs else {}),
             }
         )
@@ -175,6 +181,7 @@ class Correction(Record):
     def identity(self) -> str:
         """Content hash of all that it says, but not of where it comes from: the same record twice has the same."""
         said = [_plain(self.said), self.rating, self.behaviour, self.completion_id]
+        said += [self.tools] if self.tools else []
         said += [self.chat_template_kwargs] if self.chat_template_kwargs else []
         return digest([_plain(self.prompt), _plain(self.chosen), _plain(self.rejected), self.feedback, *said])
 

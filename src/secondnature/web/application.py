@@ -27,6 +27,7 @@ from secondnature.web.in_band import InBand, Layer
 from secondnature.web.metrics import exposition
 from secondnature.web.refusals import error_body, invalid, no_route
 from secondnature.web.stamps import WEIGHTS_HEADERS
+from secondnature.web.tools import IGNORED_HEADER
 from secondnature.wire import Health, Wiring
 
 UNWELL: dict[int | str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ def application(teaching: Teaching, engine: AnyEngine | None = None) -> FastAPI:
             allow_origins=list(settings.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=list(WEIGHTS_HEADERS),
+            expose_headers=[*WEIGHTS_HEADERS, IGNORED_HEADER],
         )
     _speak_errors(app)
     return app

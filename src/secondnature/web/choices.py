@@ -24,9 +24,9 @@ from secondnature.engines.generation import (
 from secondnature.engines.local.text import Entry
 from secondnature.errors import SecondnatureError, Unreachable
 from secondnature.records import Message
+from secondnature.web.reading import Read, Reader
 from secondnature.web.refusals import error_body
 from secondnature.web.stamps import merged, stamps
-from secondnature.web.tool_calls import CallScanner
 from secondnature.web.tools import Asking, tool_calls
 
 __all__ = ["Asked", "Choice", "ChoicesForm", "finish_of"]
@@ -65,11 +65,11 @@ class Choice:
     asking: Asking | None = None
     """How a chat's answer is read; None: it is text."""
     _offsets: _Offsets = field(default_factory=_Offsets)
-    _scanner: CallScanner | None = field(init=False, default=None)
+    _reader: Reader | None = field(init=False, default=None)
     _called: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._scanner = None if self.asking is None else self.asking.scanner()
+        self._reader = None if self.asking is None else self.asking.reader()
 
     def _of_text(self, tokens: Sequence[TokenLogprob], text: str | None = None) -> dict[str, Any]:
         """`logprobs` of a completion."""
@@ -99,10 +99,12 @@ class Choice:
         choice = self._head(finish_of(result))
         scored = self.request.logprobs is not None
         if self.chat:
-            said, calls = (result.text, []) if self.asking is None else self.asking.read(result.text)
-            choice["message"] = {"role": "assistant", "content": said, "refusal": None}
-            if calls:
-                choice["message"] |= {"content": said or None, "tool_calls": tool_calls(calls)}
+            read = Read(text=result.text) if self.asking is None else self.asking.read(result.text)
+            choice["message"] = {"role": "assistant", "content": read.text, "refusal": None}
+            if read.thoughts:
+                choice["message"]["reasoning_content"] = read.thoughts
+            if read.calls:
+                choice["message"] |= {"content": read.text or None, "tool_calls": tool_calls(read.calls)}
                 choice["finish_reason"] = "tool_calls"
             choice["logprobs"] = self._of_chat(result.tokens) if scored else None
             return choice
@@ -131,28 +133,22 @@ class Choice:
         self._offsets = _Offsets(len(self.echoed))
         return choice
 
-    def calls(self) -> dict[str, Any] | None:
-        """Before the end of a stream: what was held back because it might have been a call of a tool."""
-        if self._scanner is None or self.asking is None:
+    def held(self) -> dict[str, Any] | None:
+        """Before the end of a stream: what was held back because it might have been a call, and the calls."""
+        if self._reader is None:
             return None
-        held, calls = self._scanner.end()
-        if not held and not calls:
-            return None
-        self._called = bool(calls)
-        found = calls[:1] if self.asking.single else calls
-        delta: dict[str, Any] = {"content": held} if held else {}
-        if calls:
-            delta["tool_calls"] = tool_calls(found, streamed=True)
-        return {**self._head(None), "delta": delta}
+        read = self._reader.end()
+        self._called = bool(read.calls)
+        delta = _delta(read)
+        return {**self._head(None), "delta": delta} if delta else None
 
     def piece(self, text: str, tokens: Sequence[TokenLogprob], finish: str | None = None) -> dict[str, Any]:
         """The next piece of a stream, or with `finish` its end."""
         choice = self._head("tool_calls" if finish and self._called else finish)
         scored = self.request.logprobs is not None and len(tokens) > 0
-        if self._scanner is not None and finish is None:
-            text = self._scanner.feed(text)
         if self.chat:
-            choice["delta"] = {"content": text} if text else {}
+            reader = self._reader if finish is None else None
+            choice["delta"] = _delta(Read(text=text) if reader is None else reader.feed(text))
             choice["logprobs"] = self._of_chat(tokens) if scored else None
         else:
             choice["text"] = text
@@ -177,17 +173,27 @@ class Asked:
     choices: Sequence[Choice]
     prompt: list[Message] | None = None
     """A chat's, to be remembered."""
+    tools: list[dict[str, Any]] | None = None
+    """That the model was shown."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the answer says besides the stamp."""
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What a chat's template was told besides."""
-    has_calls: bool = False
-    """In the conversation, or one is demanded: more than a correction can hold."""
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         """The fields that every body and every piece begins with."""
         kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _delta(read: Read) -> dict[str, Any]:
+    """A piece of a streamed chat, without what is not in it."""
+    fields: dict[str, Any] = {
+        "reasoning_content": read.thoughts,
+        "content": read.text,
+        "tool_calls": tool_calls(read.calls, streamed=True),
+    }
+    return {k: v for k, v in fields.items() if v}
 
 
 def _named(token: TokenLogprob) -> dict[str, Any]:
@@ -226,8 +232,8 @@ class ChoicesForm:
     async def events(
         self, asked: Asked, events: AsyncGenerator[tuple[int, Event]], version: str
     ) -> AsyncGenerator[bytes]:
-        """The pieces of a stream that began with these weights."""
-        head = {**asked.head(stream=True), "system_fingerprint": version}
+        """The pieces of a stream that began with these weights ("": no weights answer)."""
+        head = asked.head(stream=True) | ({"system_fingerprint": version} if version else {})
         results: dict[int, GenerationResult] = {}
 
         def chunk(choice: dict[str, Any], **more: Any) -> bytes:
@@ -251,7 +257,7 @@ class ChoicesForm:
             except SecondnatureError as e:
                 yield _event(error_body(e))
                 return
-            if (piece := choice.calls()) is not None:
+            if (piece := choice.held()) is not None:
                 yield chunk(piece)
             yield chunk(choice.piece("", (), finish), **stamps(event.result.weights))
         if self.include_usage:

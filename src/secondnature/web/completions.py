@@ -30,13 +30,14 @@ from secondnature.engines.generation import (
 )
 from secondnature.engines.local.text import vocabulary
 from secondnature.engines.stamps import Clock
-from secondnature.errors import BadInput
-from secondnature.lessons.memory import Memory, Said, Telling, Unread
+from secondnature.lessons.memory import Memory, Said, Telling
 from secondnature.model.chat import encode_chat, encode_text
 from secondnature.model.defaults import SamplingDefaults
+from secondnature.records import CalledFunction, ToolCall
 from secondnature.web.bodies import reading
 from secondnature.web.choices import Asked, Choice, ChoicesForm
 from secondnature.web.lanes import Lanes, while_connected
+from secondnature.web.reading import Read
 from secondnature.web.refusals import unknown_model
 from secondnature.web.responses import ResponseForm
 from secondnature.web.running import Running, Stream
@@ -170,15 +171,17 @@ class Completions:
             int(time.time()),
             True,
             choices,
-            prompt=None if how.has_calls else body.plain(),
+            prompt=body.plain(),
+            tools=how.tools,
             headers=how.headers,
             template_options=body.template_options(),
-            has_calls=how.has_calls,
         )
 
     def _texts(self, body: CompletionRequest) -> Asked:
         """Texts and token ids, ready for the engine."""
         choices: list[Choice] = []
+        wanted = body.response_format.wanted()
+        shape = None if wanted is None else self._engine.shape(wanted)
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 ids = encode_text(self._tokenizer, prompt, limit=self._engine.limits.context)
@@ -188,7 +191,7 @@ class Completions:
             echoed = written if body.echo else None
             first = self._entry(ids[0]) if ids and body.echo else None
             for i in range(body.n):
-                request = _text_request(body, ids, self._defaults, i)
+                request = _text_request(body, ids, shape, self._defaults, i)
                 choices.append(Choice(len(choices), request, False, echoed, first))
         return Asked("cmpl-" + secrets.token_hex(12), self._model_name, int(time.time()), False, choices)
 
@@ -227,36 +230,41 @@ class Completions:
 
     def _stream(self, asked: Asked, running: Running, form: Form) -> Response:
         stamp = self._clock.read()
-        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, asked.template_options)
+        options, tools = asked.template_options, asked.tools
+        telling = self._memory.tell(asked.id, asked.prompt, stamp.version, options, tools)
         events = form.events(asked, self._told(asked, telling, running.events()), stamp.version)
         return Stream(running, events, headers_of(Span.begin(stamp)) | dict(asked.headers))
 
     def _remember(self, asked: Asked, result: GenerationResult) -> None:
         version = result.weights.last.version if result.weights is not None else ""
-        said = Said(asked.prompt, result.text, version, result.finish_reason, asked.template_options)
         how = asked.choices[0].asking
-        calls = asked.has_calls or (how is not None and bool(how.read(result.text)[1]))
-        self._memory.remember(asked.id, Unread(b"", b"", _more_than_text) if calls else said)
+        read = how.read(result.text) if how is not None else Read()
+        said = Said(
+            asked.prompt,
+            read.text if read.calls else result.text,
+            version,
+            result.finish_reason,
+            asked.template_options,
+            [
+                ToolCall(function=CalledFunction(name=call.name, arguments=call.arguments))
+                for call in read.calls
+            ],
+            asked.tools,
+        )
+        self._memory.remember(asked.id, said)
 
     async def _told(
         self, asked: Asked, telling: Telling, events: AsyncGenerator[tuple[int, Event]]
     ) -> AsyncGenerator[tuple[int, Event]]:
-        """A stream's events; the text that has passed is known."""
+        """A stream's events; the text that has passed is known, as its client has it."""
         how = asked.choices[0].asking
-        scanner = None if how is None else how.scanner()  # what may be a call is not said yet
+        reader = how.reader() if how is not None else None
         async for i, event in events:
             if i == 0 and isinstance(event, Delta):
-                telling.add(event.text if scanner is None else scanner.feed(event.text))
+                telling.add(event.text if reader is None else reader.feed(event.text).text)
             if i == 0 and isinstance(event, Finished) and event.result.error is None:
                 self._remember(asked, event.result)
             yield i, event
-
-
-def _more_than_text(asked: bytes | bytearray, said: bytes | bytearray) -> Said:
-    raise BadInput(
-        "this completion cannot be corrected: it calls tools, or its conversation does",
-        "corrections hold plain turns: POST /v1/corrections takes a conversation of these",
-    )
 
 
 def _choices(body: ChatCompletionRequest | CompletionRequest) -> ChoicesForm:
@@ -304,7 +312,7 @@ def _chat_request(
 
 
 def _text_request(
-    body: CompletionRequest, ids: list[int], defaults: SamplingDefaults, index: int
+    body: CompletionRequest, ids: list[int], shape: Any, defaults: SamplingDefaults, index: int
 ) -> GenerationRequest:
     score = body.echo and body.logprobs is not None and len(ids) > 1
     return GenerationRequest(
@@ -312,6 +320,7 @@ def _text_request(
         max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         score_from=1 if score else None,
+        shape=shape,
         **_sampled(body, defaults, index),
     )
 

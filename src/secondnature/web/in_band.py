@@ -15,21 +15,29 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pydantic import ValidationError
 
+from secondnature.engines.generation import Delta, Event, Finished, GenerationRequest, GenerationResult
 from secondnature.errors import Forbidden, SecondnatureError
 from secondnature.lessons.feedback import Feedback
 from secondnature.records import describe
+from secondnature.web.bodies import parse
+from secondnature.web.choices import Asked, Choice, ChoicesForm
 from secondnature.web.guards import KEY_SCOPE, App, Receive, Scope, Send, answer_error, replay
+from secondnature.web.responses import ResponseForm
 from secondnature.wire import FeedbackRequest
+from secondnature.wire.responses import ResponsesRequest
 
 __all__ = ["Command", "InBand", "Layer", "command", "without_commands"]
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
+_CONVERSATION = {CHAT: "messages", RESPONSES: "input"}
+"""Where a body has its turns, by route."""
 _COMMAND = re.compile(r"/(no|why|good)(?:\s+(.*))?", re.DOTALL)
 _MAYBE = re.compile(rb"/(?:no|why|good)\b")
 """A body without this holds no command, and is not looked at more closely."""
@@ -111,18 +119,14 @@ class InBand:
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 break
         given = bytes(body)
-        asked = _asked(given) if _MAYBE.search(given) else None
-        if asked is None:
+        if _MAYBE.search(given) is None:
             return scope, replay(given, receive)
-        messages: list[Any] = asked["messages"]
-        said = command(messages[-1])
-        if said is None:
-            left = without_commands(messages)
-            if left != messages:
-                given = json.dumps({**asked, "messages": left}).encode()
-                headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
-                scope = {**scope, "headers": [*headers, (b"content-length", str(len(given)).encode())]}
-            return scope, replay(given, receive)
+        found = await asyncio.to_thread(_look, given, _CONVERSATION[scope["path"]])
+        if isinstance(found, bytes):
+            headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
+            scope = {**scope, "headers": [*headers, (b"content-length", str(len(found)).encode())]}
+            return scope, replay(found, receive)
+        asked, turns, said = found
         if scope.get(KEY_SCOPE) not in ("correct", "teach"):
             await answer_error(
                 send,
@@ -132,18 +136,22 @@ class InBand:
                 ),
             )
             return None
-        text = await asyncio.to_thread(self._record, said, messages[:-1], scope[KEY_SCOPE])
-        await _answer(send, asked, str(asked.get("model") or self._model_name), text)
+        before = without_commands(turns[:-1])
+        if scope["path"] == RESPONSES:
+            before = {"input": before, "instructions": asked.get("instructions")}
+        text = await asyncio.to_thread(self._record, said, before, scope[KEY_SCOPE])
+        model = str(asked.get("model") or self._model_name)
+        await (_respond if scope["path"] == RESPONSES else _answer)(send, asked, model, text)
         return None
 
-    def _record(self, said: Command, before: list[Any], key_scope: Any) -> str:
+    def _record(self, said: Command, before: list[Any] | dict[str, Any], key_scope: Any) -> str:
         """Record it; what the user is told."""
         if said.word in _NEEDS and not said.text:
             return f"Not recorded: write /{said.word} {_NEEDS[said.word]}."
-        turns = [{"role": _role(m), "content": _text(m)} for m in without_commands(before)]
-        if not turns or turns[-1]["role"] != "assistant":
-            return f"Not recorded: there is no answer yet that /{said.word} could be about."
         try:
+            turns = _turns(before)
+            if not turns or turns[-1]["role"] != "assistant":
+                return f"Not recorded: there is no answer yet that /{said.word} could be about."
             body = FeedbackRequest.model_validate({"messages": turns, "source": "in-band", **said.fields()})
             reply = self._feedback.give(body, key_scope)
         except ValidationError as e:
@@ -163,7 +171,7 @@ class Layer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == CHAT:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in _CONVERSATION:
             left = await self._in_band.take(scope, receive, send)
             if left is None:
                 return
@@ -171,38 +179,84 @@ class Layer:
         await self._app(scope, receive, send)
 
 
-def _asked(body: bytes) -> dict[str, Any] | None:
-    """A body with messages; None: it is not one, and whoever reads it next says why."""
+def _look(body: bytes, key: str) -> bytes | tuple[dict[str, Any], list[Any], Command]:
+    """What is left of a body for the model, or the body, its turns and the command that is the last of them."""
     try:
-        found: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+        found: Any = parse(body)
+    except ValueError:  # whoever reads it next says why
+        return body
     asked = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-    messages = asked.get("messages")
-    return asked if isinstance(messages, list) and messages else None
+    given: Any = asked.get(key)
+    if isinstance(given, str) and key == "input":
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        return body
+    turns = cast("list[Any]", given)
+    said = command(turns[-1])
+    if said is not None:
+        return asked, turns, said
+    left = without_commands(turns)
+    return body if left == turns else json.dumps({**asked, key: left}).encode()
+
+
+def _turns(before: list[Any] | dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a conversation, or of a response's input, as feedback takes them. Raises ValidationError."""
+    if isinstance(before, list):
+        calls = ("tool_calls", "tool_call_id", "name")
+        return [
+            {"role": _role(m), "content": _text(m), **{k: m[k] for k in calls if m.get(k)}}
+            for m in before
+            if isinstance(m, dict)
+        ]
+    if not before["input"]:
+        return []
+    chat = ResponsesRequest.model_validate(before).chat()
+    return [m.model_dump(exclude_none=True) for m in chat.messages]
+
+
+def _confirmation(prefix: str, model: str, text: str) -> tuple[Asked, GenerationResult]:
+    """An answer that no weights gave, so it carries no stamp."""
+    asked = Asked(
+        prefix + secrets.token_hex(12),
+        model,
+        int(time.time()),
+        True,
+        [Choice(0, GenerationRequest([]), True)],
+    )
+    return asked, GenerationResult(text, [], "stop", 0)
 
 
 async def _answer(send: Send, asked: dict[str, Any], model: str, text: str) -> None:
-    """The confirmation, in the shape that was asked for. No weights gave it, so it carries no stamp."""
-    head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": model}
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    """The confirmation in the shape of a chat's answer."""
+    given = asked.get("stream_options")
+    options = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+    form = ChoicesForm(1, include_usage=bool(options.get("include_usage")))
+    await _write(send, asked, form, *_confirmation("chatcmpl-", model, text))
+
+
+async def _respond(send: Send, asked: dict[str, Any], model: str, text: str) -> None:
+    """The confirmation in the shape of a response."""
+    form = ResponseForm(ResponsesRequest(input=text))
+    await _write(send, asked, form, *_confirmation("resp_", model, text))
+
+
+async def _write(
+    send: Send,
+    asked: dict[str, Any],
+    form: ChoicesForm | ResponseForm,
+    confirmation: Asked,
+    result: GenerationResult,
+) -> None:
+    async def events() -> AsyncGenerator[tuple[int, Event]]:
+        yield 0, Delta(result.text)
+        yield 0, Finished(result)
+
     if asked.get("stream"):
-        options = asked.get("stream_options")
-        chunk = {**head, "object": "chat.completion.chunk"}
-        deltas = [({"role": "assistant", "content": ""}, None), ({"content": text}, None), ({}, "stop")]
-        events: list[dict[str, Any]] = [
-            {**chunk, "choices": [{"index": 0, "delta": d, "finish_reason": end, "logprobs": None}]}
-            for d, end in deltas
-        ]
-        if isinstance(options, dict) and cast("dict[str, Any]", options).get("include_usage"):
-            events.append({**chunk, "choices": [], "usage": usage})
-        lines = [f"data: {json.dumps(e, ensure_ascii=False)}\n\n" for e in events]
-        body, kind = "".join([*lines, "data: [DONE]\n\n"]).encode(), b"text/event-stream"
+        pieces = [piece async for piece in form.events(confirmation, events(), "")]
+        body, kind = b"".join(pieces), b"text/event-stream"
     else:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-        whole = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-        body, kind = json.dumps(whole, ensure_ascii=False).encode(), b"application/json"
+        body = json.dumps(form.whole(confirmation, [result]), ensure_ascii=False).encode()
+        kind = b"application/json"
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

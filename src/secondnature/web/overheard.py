@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from secondnature.errors import BadInput
 from secondnature.lessons.memory import Said
@@ -42,7 +42,7 @@ def overheard(path: str, asked: bytes, said: bytes, version: str) -> Said:
         parts = _whole(path, json.loads(said)) if whole else _streamed(path, said)
         demanded = bool(request.get("tools")) and request.get("tool_choice") not in (None, "none", "auto")
         options = _template_options(path, request)
-        calls = parts.calls or demanded or (prompt is not None and len(prompt) < _num_turns(path, request))
+        calls = parts.calls or demanded or any(turn.has_calls for turn in prompt or ())
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise BadInput(
             "this completion cannot be corrected: its request or its answer is not plain text",
@@ -66,7 +66,7 @@ def _template_options(path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(path: str, request: dict[str, Any]) -> list[Message] | None:
-    """The plain turns that were asked; None: it was no chat."""
+    """The turns that were asked; None: it was no chat."""
     if path == RESPONSES:
         given = {k: request[k] for k in ("input", "instructions") if request.get(k) is not None}
         if request.get("previous_response_id"):
@@ -75,20 +75,8 @@ def _prompt(path: str, request: dict[str, Any]) -> list[Message] | None:
     if path != CHAT:
         return None
     turns = [plain_message(m) for m in request["messages"]]
-    return [
-        Message(role=t["role"], content=t["content"])
-        for t in turns
-        if t["role"] != "tool" and not t.get("tool_calls")
-    ]
-
-
-def _num_turns(path: str, request: dict[str, Any]) -> int:
-    if path == CHAT:
-        return len(request["messages"])
-    given = request["input"]
-    return (1 if isinstance(given, str) else len(cast("list[Any]", given))) + bool(
-        request.get("instructions")
-    )
+    kept = ("role", "content", "tool_calls")
+    return [Message.model_validate({k: t[k] for k in kept if k in t}) for t in turns]
 
 
 class _Parts(NamedTuple):

@@ -18,6 +18,8 @@ __all__ = ["error_body", "invalid", "no_route", "unknown_model"]
 MAX_NAMED = 20
 """Wrong fields that are named; of more, how many."""
 _FIELD = re.compile(r"[A-Za-z_]\w*")
+_SHOULD = re.compile(r"^[A-Z]\w+ should (?:be|have) ")
+"""How pydantic begins."""
 _BRANCHES = frozenset(
     {"body", "query", "path", "str", "int", "float", "bool", "list", "dict", "none", "tuple"}
 )
@@ -80,7 +82,10 @@ def _what(field: str, problem: dict[str, Any]) -> tuple[str, str]:
             return f"unknown field `{field}`", code
         neutral = " or ".join(_shown(x) for x in NEUTRAL[field])
         return f"`{field}` is not supported here; expected it left out, or {neutral}", "unsupported_parameter"
-    words = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    words = _SHOULD.sub("expected ", str(problem["msg"]).removeprefix("Value error, "))
+    words = words.replace(" after validation", "")
+    if isinstance(problem.get("input"), str):
+        words = words.replace(" items", " characters")
     words = "is missing" if kind == "missing" else words
     value = problem.get("input")
     shown = f" (found {_shown(value)})" if isinstance(value, bool | int | float) else ""

@@ -11,15 +11,16 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from secondnature.engines.generation import Delta, Event, Finished, GenerationResult
 from secondnature.errors import SecondnatureError
 from secondnature.web.choices import Asked, finish_of
+from secondnature.web.reading import Read, Reader
 from secondnature.web.refusals import error_body
 from secondnature.web.stamps import stamps
 from secondnature.web.tool_calls import Call
-from secondnature.web.tools import Asking
 from secondnature.wire.responses import ResponsesRequest
 
 __all__ = ["ResponseForm"]
@@ -44,6 +45,16 @@ def _message(identity: str, text: str | None, status: str) -> dict[str, Any]:
     """An item of text; None: nothing of it is there yet."""
     content = [] if text is None else [_text_part(text)]
     return {"id": identity, "type": "message", "role": "assistant", "status": status, "content": content}
+
+
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
+def _reasoning(identity: str, text: str | None, status: str = "completed") -> dict[str, Any]:
+    """An item of thoughts; None: nothing of it is there yet."""
+    content = [] if text is None else [_thought_part(text)]
+    return {"id": identity, "type": "reasoning", "summary": [], "content": content, "status": status}
 
 
 def _call(call: Call, status: str = "completed", arguments: str | None = None) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def _head(asked: Asked, body: ResponsesRequest) -> dict[str, Any]:
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
         "store": False,
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -140,32 +151,50 @@ class _Events:
 
 @dataclass
 class _Text:
-    """The item of text in a stream: begun with the first character of it."""
+    """An item of text or of thoughts in a stream: begun with the first character of it."""
 
     to: _Events
-    id: str = field(default_factory=lambda: _new("msg_"))
+    thoughts: bool = False
+    id: str = ""
     text: str | None = None
+    """None: not begun."""
 
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self.id, "output_index": 0, "content_index": 0}
+        return {"item_id": self.id, "output_index": len(self.to.output), "content_index": 0}
+
+    def _item(self, text: str | None, status: str) -> dict[str, Any]:
+        return (_reasoning if self.thoughts else _message)(self.id, text, status)
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return _thought_part(text) if self.thoughts else _text_part(text)
+
+    def _write(self, what: str, **fields: Any) -> bytes:
+        """An event about the text itself."""
+        kind = "reasoning_text" if self.thoughts else "output_text"
+        more = {} if self.thoughts else {"logprobs": []}
+        return self.to.write(f"response.{kind}.{what}", **self._place(), **fields, **more)
 
     def add(self, text: str) -> Iterator[bytes]:
         """More of it; the first time also where there is nothing to say."""
         if self.text is None:
-            self.text = ""
-            begun = _message(self.id, None, "in_progress")
-            yield self.to.write("response.output_item.added", output_index=0, item=begun)
-            yield self.to.write("response.content_part.added", **self._place(), part=_text_part(""))
+            self.text, self.id = "", _new("rs_" if self.thoughts else "msg_")
+            index = len(self.to.output)
+            begun = self._item(None, "in_progress")
+            yield self.to.write("response.output_item.added", output_index=index, item=begun)
+            yield self.to.write("response.content_part.added", **self._place(), part=self._part(""))
         if text:
             self.text += text
-            yield self.to.write("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+            yield self._write("delta", delta=text)
 
-    def end(self, status: str) -> Iterator[bytes]:
-        """The end of it, if it was begun."""
-        if self.text is not None:
-            yield self.to.write("response.output_text.done", **self._place(), text=self.text, logprobs=[])
-            yield self.to.write("response.content_part.done", **self._place(), part=_text_part(self.text))
-            yield self.to.done(_message(self.id, self.text, status))
+    def end(self, status: str = "completed") -> Iterator[bytes]:
+        """The end of it, if it was begun and has not ended."""
+        if self.text is None:
+            return
+        yield self._write("done", text=self.text)
+        part = self._part(self.text)
+        yield self.to.write("response.content_part.done", **self._place(), part=part)
+        yield self.to.done(self._item(self.text, status))
+        self.text = None
 
 
 @dataclass(frozen=True)
@@ -179,27 +208,35 @@ class ResponseForm:
         (result,) = results
         finish = finish_of(result)
         how = asked.choices[0].asking
-        said, calls = (result.text, []) if how is None else how.read(result.text)
+        read = Read(text=result.text) if how is None else how.read(result.text)
         status = "incomplete" if finish == "length" else "completed"
-        items = [_message(_new("msg_"), said, status)] if said or not calls else []
-        return _ended(_head(asked, self.body), [*items, *map(_call, calls)], result, finish)
+        items = [_reasoning(_new("rs_"), read.thoughts)] if read.thoughts else []
+        items += [_message(_new("msg_"), read.text, status)] if read.text or not read.calls else []
+        return _ended(_head(asked, self.body), [*items, *map(_call, read.calls)], result, finish)
 
     async def events(
         self, asked: Asked, events: AsyncGenerator[tuple[int, Event]], version: str
     ) -> AsyncGenerator[bytes]:
         """The events of a streamed response, in OpenAI's order."""
         head = _head(asked, self.body)
-        how: Asking | None = asked.choices[0].asking
-        scanner = None if how is None else how.scanner()
+        how = asked.choices[0].asking
+        reader = Reader(None, None, single=False) if how is None else how.reader()
         to = _Events()
-        text = _Text(to)
+        thoughts, text = _Text(to, thoughts=True), _Text(to)
+
+        def written(read: Read) -> Iterator[bytes]:
+            if read.thoughts:
+                yield from thoughts.add(read.thoughts)
+            if read.text:
+                yield from thoughts.end()
+                yield from text.add(read.text)
+
         yield to.write("response.created", response=head)
         yield to.write("response.in_progress", response=head)
         async for _, event in events:
             if isinstance(event, Delta):
-                said = event.text if scanner is None else scanner.feed(event.text)
-                for written in text.add(said) if said else ():
-                    yield written
+                for piece in written(reader.feed(event.text)):
+                    yield piece
             if not isinstance(event, Finished):
                 continue
             result = event.result
@@ -209,14 +246,10 @@ class ResponseForm:
                 failed = {"code": "server_error", "message": str(error_body(e)["error"]["message"])}
                 yield to.write("response.failed", response={**head, "status": "failed", "error": failed})
                 return
-            held, calls = ("", []) if scanner is None or how is None else scanner.end()
-            calls = calls[:1] if how is not None and how.single else calls
-            for written in text.add(held) if held or not calls else ():
-                yield written
-            for written in text.end("incomplete" if finish == "length" else "completed"):
-                yield written
-            for call in calls:
-                for written in to.call(call):
-                    yield written
-            kind = "response.incomplete" if finish == "length" else "response.completed"
-            yield to.write(kind, response=_ended(head, to.output, result, finish))
+            last = reader.end()
+            nothing = text.text is None and not last.text and not last.calls
+            status = "incomplete" if finish == "length" else "completed"
+            pieces = [written(last), thoughts.end(), text.add("") if nothing else (), text.end(status)]
+            for piece in chain(*pieces, *map(to.call, last.calls)):
+                yield piece
+            yield to.write(f"response.{status}", response=_ended(head, to.output, result, finish))

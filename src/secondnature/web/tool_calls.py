@@ -3,7 +3,8 @@
 Models write calls as they were trained to. Known here: `<tool_call>` around JSON (Hermes, Qwen 2.5 and 3, SmolLM3),
 around `<function=...>` with `<parameter=...>` (Qwen3-Coder, Qwen 3.5) and around `<arg_key>` (GLM); `[TOOL_CALLS]`
 (Mistral, old and new); `<|python_tag|>` and bare JSON (Llama 3); `<function=NAME>{...}</function>` (Llama 3.1);
-`<|tool_call|>` (Phi-4, Granite). What begins like a call and is none stays text: nothing that was said is lost.
+`<|tool_call|>` (Phi-4, Granite); `<｜tool▁calls▁begin｜>` (DeepSeek V3, R1, V3.1); `call:NAME{...}` (FunctionGemma,
+Gemma 4). What begins like a call and is none stays text: nothing that was said is lost.
 """
 
 from __future__ import annotations
@@ -11,21 +12,40 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 __all__ = ["MARKS", "Call", "CallScanner", "find_calls"]
 
-MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>", "<function=")
+GEMMA = {"<start_function_call>": "<escape>", "<|tool_call>": '<|"|>'}
+"""What a call of FunctionGemma's or of Gemma 4's begins with, and what stands around its texts."""
+DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
+MARKS = (
+    *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>", "<function="),
+    *DEEPSEEK,
+    *GEMMA,
+)
 """What a call begins with. Bare JSON has no mark: it is a call only if it is the whole answer."""
-SPECIAL = (*MARKS, "</tool_call>", "<|/tool_call|>", "[ARGS]", "[CALL_ID]", "<|eom_id|>")
+SPECIAL = (
+    *MARKS,
+    *("</tool_call>", "<|/tool_call|>", "[ARGS]", "[CALL_ID]", "<|eom_id|>"),
+    *("<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    *("<end_function_call>", "<tool_call|>", *GEMMA.values()),
+)
 """Some tokenizers count these as special tokens, which are not shown otherwise."""
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([\w.:/-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 _ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _NEW_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*([\w.:/-]+)(?:\[CALL_ID\]([\w-]+))?\s*(?:\[ARGS\])?\s*(?=\{)")
+_DEEPSEEK = re.compile(
+    r"<｜tool▁call▁begin｜>\s*(?:function<｜tool▁sep｜>)?([\w.:/-]+)\s*(?:<｜tool▁sep｜>)?\s*(?:```json)?\s*(?=\{)"
+)
+_GEMMA = re.compile(r"call:\s*([\w.:/-]+)\s*(?=\{)")
+_NAME = re.compile(r"[\w.:/-]{1,200}")
+"""What a tool may be called."""
+_BARE = re.compile(r"[^,\]}]*")
 _BLANK = re.compile(r"[\s;,]*")
 
 
@@ -52,7 +72,23 @@ def find_calls(text: str, offered: Parameters) -> tuple[str, list[Call]]:
         calls = [call for call in _json_calls(text.strip()) if call.name in offered]
         return ("", calls) if calls else (text, [])
     calls = _marked(text[at:], offered)
-    return (text[:at].rstrip(), calls) if calls else (text, [])
+    if not calls or not all(_NAME.fullmatch(call.name) for call in calls):
+        return text, []
+    return text[:at].rstrip(), calls
+
+
+def _written(arguments: Any) -> str:
+    """Arguments as JSON; half a surrogate pair, which no encoding takes, stays escaped."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    return text if _is_unicode(text) else json.dumps(arguments)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _marked(text: str, offered: Parameters) -> list[Call]:
@@ -60,10 +96,17 @@ def _marked(text: str, offered: Parameters) -> list[Call]:
         return [call for part in _TAGGED.findall(text) for call in _tagged(part, offered)]
     if text.startswith("<function="):
         return _functions(text, offered)
-    new = _new_mistral(text)
+    new = [
+        Call(found[1], arguments, found[2]) if found[2] else Call(found[1], arguments)
+        for found, arguments in _named_objects(_NEW_MISTRAL, text)
+    ]
     if new:
         return new
+    if text.startswith(DEEPSEEK):
+        return [Call(found[1], arguments) for found, arguments in _named_objects(_DEEPSEEK, text)]
     mark = next(m for m in MARKS if text.startswith(m))
+    if mark in GEMMA:
+        return _gemma(text, GEMMA[mark])
     rest = text.removeprefix(mark).removesuffix("<|/tool_call|>").removesuffix("<|eom_id|>")
     return _json_calls(rest.strip())
 
@@ -86,7 +129,7 @@ def _functions(text: str, offered: Parameters) -> list[Call]:
     for name, body in _FUNCTION.findall(text):
         whole = _object(body.strip()) if body.strip().startswith("{") else None
         if whole is not None:
-            calls.append(Call(name, json.dumps(whole, ensure_ascii=False)))
+            calls.append(Call(name, _written(whole)))
         else:
             calls.append(_typed(name, _PARAMETER.findall(body), offered))
     return calls
@@ -106,20 +149,55 @@ def _typed(name: str, pairs: Sequence[tuple[str, str]], offered: Parameters) -> 
             arguments[key.strip()] = json.loads(value)
         except (ValueError, RecursionError):
             arguments[key.strip()] = value
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
+    return Call(name, _written(arguments))
 
 
-def _new_mistral(text: str) -> list[Call]:
-    calls: list[Call] = []
+def _named_objects(name: re.Pattern[str], text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Whatever gives a call its name, with the JSON object behind it."""
     decoder = json.JSONDecoder()
-    for found in _NEW_MISTRAL.finditer(text):
+    for found in name.finditer(text):
         try:
             arguments, _ = decoder.raw_decode(text, found.end())
         except (ValueError, RecursionError):
             continue
-        written = json.dumps(arguments, ensure_ascii=False)
-        calls.append(Call(found[1], written, found[2]) if found[2] else Call(found[1], written))
+        yield found, _written(arguments)
+
+
+def _gemma(text: str, quote: str) -> list[Call]:
+    calls: list[Call] = []
+    for found in _GEMMA.finditer(text):
+        try:
+            arguments, _ = _gemma_value(text, found.end(), quote)
+        except (ValueError, IndexError, RecursionError):
+            continue
+        calls.append(Call(found[1], _written(arguments)))
     return calls
+
+
+def _gemma_value(text: str, at: int, quote: str) -> tuple[Any, int]:
+    """A value as Gemma writes it, and where it ends: `{key:value,...}`, `[value,...]`, a text between quotes of its
+    own, or anything else up to the next comma. Raises ValueError, IndexError."""
+    if text.startswith(quote, at):
+        end = text.index(quote, at + len(quote))
+        return text[at + len(quote) : end], end + len(quote)
+    if text[at] not in "{[":
+        bare = cast("re.Match[str]", _BARE.match(text, at))
+        try:
+            return json.loads(bare[0]), bare.end()
+        except ValueError:
+            return bare[0].strip(), bare.end()
+    pairs: list[tuple[str, Any]] = []
+    ends = "}" if text[at] == "{" else "]"
+    at += 1
+    while text[at] != ends:
+        key = ""
+        if ends == "}":
+            colon = text.index(":", at)
+            key, at = text[at:colon].replace(quote, "").strip(), colon + 1
+        value, at = _gemma_value(text, at, quote)
+        pairs.append((key, value))
+        at += text[at] == ","
+    return (dict(pairs) if ends == "}" else [value for _, value in pairs]), at + 1
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -164,8 +242,8 @@ def _call(found: Any) -> Call | None:
         return None
     if isinstance(arguments, str):
         whole = _object(arguments)
-        return Call(name, arguments) if whole is not None else None
-    return Call(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        return Call(name, _written(whole)) if whole is not None else None
+    return Call(name, _written(arguments)) if isinstance(arguments, dict) else None
 
 
 class CallScanner:

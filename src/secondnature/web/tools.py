@@ -4,6 +4,9 @@ The template shows the tools, the client runs them: this server only finds the c
 demands is shaped as it is generated, so it always is one. Many templates show no tools, and some clients send
 theirs with every message (Open WebUI: 36). With the setting `ignore_tools` such a chat is answered: what is only
 offered is left out, and a header says so; what is demanded is still made; turns with calls are written as text.
+
+A shape begins behind the thoughts that the template lets a model begin with: they are `reasoning_content`, and the
+text is what was asked for.
 """
 
 from __future__ import annotations
@@ -11,17 +14,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from secondnature.engines.base import Engine
 from secondnature.errors import BadInput
-from secondnature.model.tools import takes_tools
-from secondnature.web.tool_calls import SPECIAL, Call, CallScanner, find_calls
+from secondnature.model.rendering import Rendering
+from secondnature.model.thoughts import Thoughts, thoughts_before
+from secondnature.model.tools import as_object, takes_tools
+from secondnature.web.reading import Read, Reader
+from secondnature.web.tool_calls import SPECIAL, Call
 from secondnature.wire import ChatCompletionRequest, ChatMessage
 from secondnature.wire.tools import FunctionTool, any_of, call_shape
 
 __all__ = ["Asking", "asking", "tool_calls"]
 
+IGNORED_HEADER = "x-tools-ignored"
 HINT = (
     "turn tools off in the client (Open WebUI: the model's Function calling: Legacy, and Built-in tools off), or "
     "serve with the setting `ignore_tools`, which is the default"
@@ -33,38 +40,33 @@ class Asking:
     """How one chat is asked, and how its answers are read."""
 
     messages: Sequence[Mapping[str, Any]]
-    """For the template: calls with their arguments taken apart."""
-    tools: Sequence[Mapping[str, Any]] | None = None
+    """For the template."""
+    tools: list[dict[str, Any]] | None = None
     """For the template."""
     shape: Any = None
     """For the engine."""
     marks: tuple[str, ...] = ()
     offered: Mapping[str, Mapping[str, Any]] | None = None
-    """The schema of each tool that the model was shown; None: the answer is text."""
-    demanded: bool = False
-    """The answer is one call, whatever it is."""
+    """The schema of each tool that the model was shown; None: it calls none."""
+    thoughts: Thoughts | None = None
+    """What the answer may begin with; None: all of it is said."""
     single: bool = False
     """At most one call is wanted."""
     num_ignored: int = 0
     """Tools that were sent and not shown."""
-    has_calls: bool = False
-    """The conversation has turns with calls, or one is demanded: more than a correction can hold."""
 
     @property
     def headers(self) -> dict[str, str]:
         """What the answer says besides."""
-        return {"x-tools-ignored": str(self.num_ignored)} if self.num_ignored else {}
+        return {IGNORED_HEADER: str(self.num_ignored)} if self.num_ignored else {}
 
-    def read(self, text: str) -> tuple[str, list[Call]]:
-        """What a whole answer says and what it calls."""
-        if self.offered is None:
-            return text, []
-        said, calls = find_calls(text, self.offered)
-        return said, calls[:1] if self.single else calls
+    def reader(self) -> Reader:
+        """What reads one answer."""
+        return Reader(self.offered, self.thoughts, single=self.single)
 
-    def scanner(self) -> CallScanner | None:
-        """What reads a streamed answer; None: all of it is text."""
-        return None if self.offered is None else CallScanner(self.offered)
+    def read(self, text: str) -> Read:
+        """A whole answer, taken apart."""
+        return self.reader().whole(text)
 
 
 def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignore_tools: bool) -> Asking:
@@ -90,16 +92,21 @@ def asking(engine: Engine, tokenizer: Any, body: ChatCompletionRequest, *, ignor
         shapes.append(_demanded(body, tools))
     elif shapes and tools:  # a call, or an answer that fits
         shapes.append(call_shape(tools, "required"))
+    messages = [_turn(m) if shown else _written(_turn(m)) for m in body.messages]
+    given = [tool.shown() for tool in tools] if tools and shown else None
+    thoughts: Thoughts | None = None
+    if shapes:
+        rendering = Rendering(tokenizer, messages, tools=given, options=body.template_options())
+        thoughts = thoughts_before(tokenizer, rendering)
     return Asking(
-        [_turn(m) if shown else _written(_turn(m)) for m in body.messages],
-        [tool.shown() for tool in tools] if tools and shown else None,
-        engine.shape(any_of(shapes)) if shapes else None,
-        SPECIAL if tools else (),
-        {t.function.name: t.function.parameters or {} for t in tools} if tools else None,
-        demanded,
-        demanded or not body.parallel_tool_calls,
-        ignored,
-        demanded or turns,
+        messages,
+        given,
+        engine.shape(any_of(shapes), thoughts) if shapes else None,
+        marks=(*(SPECIAL if tools else ()), *((thoughts.open, thoughts.close) if thoughts else ())),
+        offered={t.function.name: t.function.parameters or {} for t in tools} if tools else None,
+        thoughts=thoughts,
+        single=demanded or not body.parallel_tool_calls,
+        num_ignored=ignored,
     )
 
 
@@ -115,44 +122,19 @@ def _demanded(body: ChatCompletionRequest, tools: list[FunctionTool]) -> dict[st
 
 
 def _turn(message: ChatMessage) -> dict[str, Any]:
-    """A turn as templates expect it: arguments are objects, and no content is an empty one."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call.id,
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    if message.role == "tool":
-        turn |= {"tool_call_id": message.tool_call_id or ""} | (
-            {"name": message.name} if message.name else {}
-        )
-    return turn
+    """A turn as it is rendered: with what the assistant thought, which its record does not hold."""
+    turn = message.plain().model_dump()
+    return turn | ({"reasoning_content": message.reasoning_content} if message.reasoning_content else {})
 
 
 def _written(turn: dict[str, Any]) -> dict[str, Any]:
     """A turn for a template that knows no tools: calls, and what came of them, as most models write them."""
-    calls = [
-        json.dumps(
-            {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}, ensure_ascii=False
-        )
-        for call in turn.get("tool_calls", ())
-    ]
     if turn["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
-    parts = [turn["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
-    return {"role": turn["role"], "content": "\n".join(part for part in parts if part)}
-
-
-def _arguments(text: str) -> Any:
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else text
+    called = [call["function"] for call in turn.get("tool_calls", ())]
+    calls = [{"name": f["name"], "arguments": as_object(f["arguments"])} for f in called]
+    written = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+    return {"role": turn["role"], "content": "\n".join(part for part in (turn["content"], *written) if part)}
 
 
 def tool_calls(calls: Sequence[Call], *, streamed: bool = False) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ so one validation names every field that is wrong.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -20,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from secondnature.records import Message, Role, Text, Unicode
-from secondnature.wire.tools import ResponseFormat, ToolCall, ToolChoice, Tools
+from secondnature.records import Message, Role, Text, ToolCall, Unicode
+from secondnature.wire.tools import ResponseFormat, ToolChoice, Tools
 
 __all__ = [
     "ALWAYS_NEUTRAL",
@@ -59,6 +60,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
+    "structured_outputs": ({},),
     "suffix": ("",),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -74,20 +76,9 @@ ALWAYS_NEUTRAL = frozenset(
     }
 )
 """Fields that change no answer, whatever they say: they are about bookkeeping or speed."""
+OF_CLIENTS = frozenset({"id", "parsed"})
+"""What a client adds to a turn: the turn says it already."""
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
-OF_AN_ANSWER = frozenset(
-    {
-        "annotations",
-        "audio",
-        "function_call",
-        "parsed",
-        "reasoning",
-        "reasoning_content",
-        "refusal",
-        "tool_calls",
-    }
-)
-"""What an answer carries beside its text; empty, it says nothing."""
 NOT_OF_THE_TEMPLATE = frozenset(
     {
         *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
@@ -111,16 +102,18 @@ class StreamOptions(BaseModel):
 
 
 def plain_message(given: dict[str, Any]) -> dict[str, Any]:
-    """A turn without what says nothing: empty fields of an answer, `id`; `developer` is `system`, parts are joined.
+    """A turn without what says nothing: empty fields, `id`; `developer` is `system`, parts are joined.
 
     Raises:
         ValueError: a part of the content is no text.
     """
     kept = {
-        k: v
-        for k, v in given.items()
-        if k != "id" and not (v in SAYS_NOTHING and k in OF_AN_ANSWER) and (v is not None or k == "content")
+        k: v for k, v in given.items() if k == "content" or (k not in OF_CLIENTS and v not in SAYS_NOTHING)
     }
+    if "reasoning" in kept:  # what newer servers call it
+        kept.setdefault("reasoning_content", kept.pop("reasoning"))
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_call(call) for call in kept["tool_calls"]]
     if kept.get("role") == "developer":
         kept["role"] = "system"
     content: Any = kept.get("content")
@@ -161,15 +154,31 @@ def with_plain_messages(correction: Any) -> Any:
 
 def _plain_turns(turns: list[Any]) -> list[Any]:
     return [
-        _without_name(plain_message(cast("dict[str, Any]", turn)))
-        if isinstance(turn, dict) and "role" in turn and "content" in turn
+        _kept(plain_message(cast("dict[str, Any]", turn)))
+        if isinstance(turn, dict) and "role" in turn and turn.keys() & {"content", "tool_calls"}
         else turn
         for turn in turns
     ]
 
 
-def _without_name(turn: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in turn.items() if k != "name"}
+def _kept(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what a record does not hold: who spoke, and what an answer thought."""
+    named = _without(turn, "reasoning_content")
+    return named if turn.get("role") == "tool" else _without(named, "name")
+
+
+def _call(given: Any) -> Any:
+    """A call without what clients that put one together add to it."""
+    if not isinstance(given, dict):
+        return given
+    call = cast("dict[str, Any]", _without(given, "index"))
+    return {k: _without(v, "parsed_arguments") if k == "function" else v for k, v in call.items()}
+
+
+def _without(given: Any, key: str) -> Any:
+    if not isinstance(given, dict):
+        return given
+    return {k: v for k, v in cast("dict[str, Any]", given).items() if k != key}
 
 
 class ChatMessage(BaseModel):
@@ -178,7 +187,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role | Literal["tool"]
+    role: Role
     """`developer` is taken as `system`; `tool` is what a call came to."""
     content: Text | None = None
     """Text, or a list of parts of the type `text`, which are joined. Null only beside `tool_calls`."""
@@ -187,6 +196,8 @@ class ChatMessage(BaseModel):
     tool_calls: list[ToolCall] | None = None
     """What the model called."""
     tool_call_id: Annotated[Unicode, Field(max_length=200)] | None = None
+    reasoning_content: Text | None = None
+    """What the assistant thought; its template may show it. Not kept in corrections."""
 
     @model_validator(mode="before")
     @classmethod
@@ -208,13 +219,15 @@ class ChatMessage(BaseModel):
             )
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError(f"`tool_call_id` in a turn of the role {self.role!r}; it belongs to `tool`")
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError(f"`reasoning_content` in a turn of the role {self.role!r}")
         return self
 
-    def plain(self) -> Message | None:
-        """The turn as it is kept; None: it calls a tool or says what a call came to."""
-        if self.role == "tool" or self.tool_calls:
-            return None
-        return Message(role=self.role, content=self.content or "")
+    def plain(self) -> Message:
+        """The turn as it is kept."""
+        name = self.name if self.role == "tool" else None
+        calls = {"tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id, "name": name}
+        return Message(role=self.role, content=self.content or "", **calls)  # pyright: ignore[reportArgumentType]
 
 
 # ------------------------------------------------------------------------------------------------ completions
@@ -281,6 +294,8 @@ class _Sampling(BaseModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] = []
     ignore_eos: bool = False
     """Go on after the model's end token; `stop` and `stop_token_ids` still end the answer."""
+    response_format: ResponseFormat = ResponseFormat()
+    """What the answer has to be; vLLM's `guided_json` and `structured_outputs.json` are read as this."""
     user: Annotated[Unicode, Field(max_length=500)] | None = None
     metadata: dict[Unicode, Unicode] | None = None
     cache_salt: Annotated[Unicode, Field(max_length=500)] | None = None
@@ -288,7 +303,31 @@ class _Sampling(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_says_nothing(cls, data: Any) -> Any:
-        return _without_what_says_nothing(data)
+        return _with_format(_without_what_says_nothing(data))
+
+
+def _with_format(data: Any) -> Any:
+    """A body that says what the answer has to be in OpenAI's way. Raises ValueError."""
+    if not isinstance(data, dict):
+        return data
+    given = dict(cast("dict[str, Any]", data))
+    outputs = given.get("structured_outputs")
+    wanted = cast("dict[str, Any]", outputs) if isinstance(outputs, dict) else {}
+    said = {k: v for k, v in wanted.items() if v is not None}
+    if said.keys() == {"json"}:
+        del given["structured_outputs"]
+        given.setdefault("guided_json", said["json"])
+    schema = given.pop("guided_json", None)
+    if schema is None:
+        return given
+    if "response_format" in given:
+        raise ValueError("found both `response_format` and `guided_json`; expected one of them")
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise ValueError("`guided_json` is a text that is no JSON; expected a JSON schema") from None
+    return {**given, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
 def _of_the_template(options: dict[str, Any]) -> dict[str, Any]:
@@ -319,11 +358,10 @@ class ChatCompletionRequest(_Sampling):
     """`none`: tools are not shown. `required`, or a name: the answer is one call whose arguments fit."""
     parallel_tool_calls: bool = True
     """False: of several calls the first one is given."""
-    response_format: ResponseFormat = ResponseFormat()
 
     def plain(self) -> list[Message]:
-        """The conversation as it is kept: without turns that call tools or say what came of it."""
-        return [turn for m in self.messages if (turn := m.plain()) is not None]
+        """The conversation as it is kept."""
+        return [m.plain() for m in self.messages]
 
     def num_characters(self) -> int:
         """Of what is rendered, tools left out."""
@@ -394,7 +432,6 @@ class CompletionRequest(_Sampling):
             "tools": ([],),
             "tool_choice": ("none", "auto"),
             "parallel_tool_calls": (True, False),
-            "response_format": ({"type": "text"},),
         }
         if not isinstance(data, dict):
             return data

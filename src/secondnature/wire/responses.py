@@ -21,7 +21,6 @@ STORED = frozenset({"previous_response_id", "conversation", "background", "promp
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "include": ([], ["reasoning.encrypted_content"]),
-    "reasoning": ({},),
     "stream_options": ({},),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
@@ -70,6 +69,14 @@ class TextOptions(_Given):
     verbosity: Literal["medium"] | None = None
 
 
+class ReasoningOptions(_Given):
+    """How much the model is to think."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Handed to the model's chat template, which may not look at it."""
+    summary: None = None
+
+
 class ResponsesRequest(_Given):
     """`POST /v1/responses`: text or a list of items, tools that are functions, `text.format`."""
 
@@ -78,13 +85,14 @@ class ResponsesRequest(_Given):
         Annotated[Text, Field(min_length=1)]
         | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
     )
-    """Text, or items of the types message, function_call and function_call_output."""
+    """Text, or items of the types message, reasoning, function_call and function_call_output."""
     instructions: Text | None = None
     """Goes before the conversation, as the system's turn."""
     tools: Annotated[list[ResponseTool], Field(max_length=256)] = []
     tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
+    reasoning: ReasoningOptions = ReasoningOptions()
     temperature: float | None = None
     top_p: float | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -130,6 +138,7 @@ class ResponsesRequest(_Given):
             if isinstance(self.tool_choice, str)
             else {"type": "function", "function": {"name": self.tool_choice.name}},
             "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.reasoning.effort,
             "response_format": self._response_format(),
         }
         try:
@@ -160,11 +169,14 @@ class ResponsesRequest(_Given):
             turns.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*turns, {"role": "user", "content": self.input}]
+        thoughts = ""
         for i, item in enumerate(self.input):
             kind = item.get("type", "message")
             if kind == "message":
-                kept = {k: v for k, v in item.items() if k not in ("type", "id", "status", "phase")}
-                turns.append(kept)
+                turns.append({k: v for k, v in item.items() if k not in ("type", "id", "status", "phase")})
+            elif kind == "reasoning":
+                thoughts += _thoughts(item)
+                continue
             elif kind == "function_call":
                 if not turns or turns[-1].get("role") != "assistant":
                     turns.append({"role": "assistant", "content": None})
@@ -176,10 +188,21 @@ class ResponsesRequest(_Given):
                 turns.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": said})
             else:
                 raise ValueError(
-                    f"item {i} of `input` is of the type {str(kind)[:40]!r}; expected message, function_call or "
-                    "function_call_output"
+                    f"item {i} of `input` is of the type {str(kind)[:40]!r}; expected message, reasoning, "
+                    "function_call or function_call_output"
                 )
+            if thoughts and turns[-1].get("role") == "assistant":
+                turns[-1]["reasoning_content"] = thoughts
+            thoughts = ""
         return turns
+
+
+def _thoughts(item: dict[str, Any]) -> str:
+    """The text of an item of the type reasoning; of what is encrypted, nothing. Raises ValueError."""
+    parts: Any = item.get("content") or []
+    if not isinstance(parts, list) or not all(isinstance(p, dict) for p in cast("list[Any]", parts)):
+        raise ValueError("`content` of an item of the type reasoning: expected a list of parts")
+    return "".join(str(part.get("text") or "") for part in cast("list[dict[str, Any]]", parts))
 
 
 def _without_nulls(value: Any) -> Any:

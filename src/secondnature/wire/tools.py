@@ -62,23 +62,6 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 Tools = Annotated[list[FunctionTool], Field(max_length=256)]
 
 
-class CalledFunction(_Given):
-    """What was called, with arguments that are JSON in a text."""
-
-    name: ToolName
-    arguments: Text = "{}"
-
-
-class ToolCall(_Given):
-    """A call that the model made earlier in the conversation."""
-
-    id: Annotated[Unicode, Field(max_length=200)] = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = None
-    """In a streamed answer; clients that put one together send it back."""
-
-
 class JsonSchema(_Given):
     """A schema with its name."""
 

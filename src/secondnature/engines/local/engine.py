@@ -41,6 +41,7 @@ from secondnature.engines.local.turns import Turns
 from secondnature.engines.local.waiting import Waiting
 from secondnature.errors import BadExample, Busy, Cancelled, ContextOverflow, Unreachable
 from secondnature.model.load import context_limit
+from secondnature.model.thoughts import Thoughts
 from secondnature.model.turns import end_ids
 
 __all__ = ["MAX_HELD_TOKENS", "Engine", "Unchanging"]
@@ -152,9 +153,9 @@ class Engine:
         """Why its thread ended before it was told to; empty while it works."""
         return self._waiting.trouble
 
-    def shape(self, schema: Mapping[str, Any]) -> Shape:
-        """The shape of the JSON that fits a schema. Raises BadInput."""
-        return self._grammars.compile(schema)
+    def shape(self, schema: Mapping[str, Any], thoughts: Thoughts | None = None) -> Shape:
+        """The shape of the JSON that fits a schema, after the thoughts that may come first. Raises BadInput."""
+        return self._grammars.compile(schema, thoughts)
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request.

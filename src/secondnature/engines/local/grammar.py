@@ -3,6 +3,7 @@
 A schema is compiled once per request, beside the event loop, and each answer goes on with a copy of its own. What
 is forbidden is masked before a token is drawn; log-probabilities stay the model's. JSON is written as
 `json.dumps` writes it (one space after `,` and `:`): free white space is where small models never come back from.
+A model that thinks first is let think: the shape begins behind the closed block of thoughts.
 
 llguidance is an extra (`secondnature[json]`): without it everything else works, and a schema is refused by name.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secondnature.errors import BadInput
+from secondnature.model.thoughts import Thoughts
 
 __all__ = ["Grammars", "Shape"]
 
@@ -75,8 +77,11 @@ class Grammars:
         self._lock = threading.Lock()
         self._known: Any = None
 
-    def compile(self, schema: Mapping[str, Any]) -> Shape:
+    def compile(self, schema: Mapping[str, Any], thoughts: Thoughts | None = None) -> Shape:
         """The shape of the JSON that fits a schema.
+
+        Args:
+            thoughts: that the answer may begin with.
 
         Raises:
             BadInput: llguidance is not installed, or cannot compile the schema; says what it found.
@@ -97,17 +102,39 @@ class Grammars:
                 f"a schema of {len(text):,} characters; at most {MAX_SCHEMA_CHARACTERS:,}",
                 "simplify the schema",
             )
+        vocabulary = self._vocabulary()
         written: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=written)
         except ValueError as e:
             raise BadInput(f"the schema cannot be read: {_words(str(e))}", "mend the schema") from None
-        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if thoughts is not None:
+            json_part = json.dumps({"x-guidance": written, **json.loads(text)})
+            grammar = LLMatcher.grammar_from_lark(self._behind(thoughts, json_part))
+        matcher = LLMatcher(vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise BadInput(
                 f"the schema cannot be compiled: {_words(matcher.get_error())}", "mend or simplify the schema"
             )
         return Shape(matcher, self._vocab_size)
+
+    def _behind(self, thoughts: Thoughts, schema: str) -> str:
+        """JSON behind thoughts, in llguidance's dialect of Lark; special tokens are no text there, but ids."""
+        special = {
+            str(t.content): i
+            for i, t in self._tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+            if t.special
+        }
+
+        def mark(text: str) -> str:
+            return f"<[{special[text]}]>" if text in special else json.dumps(text, ensure_ascii=False)
+
+        if thoughts.close in special:
+            block = f"block: /(?s:.*)/ {mark(thoughts.close)}"
+        else:
+            block = f"block[suffix={mark(thoughts.close)}]: /(?s:.*)/"
+        begin = "block SPACE" if thoughts.opened else f"({mark(thoughts.open)} block SPACE)?"
+        return f"start: {begin} json\n{block}\nSPACE: /[ \\n]*/\njson: %json {schema}"
 
     def _vocabulary(self) -> Any:
         """The tokenizer as llguidance reads it: made once, for it takes a second where there are many tokens."""

@@ -33,6 +33,7 @@ from secondnature.errors import (
     SecondnatureError,
     Unreachable,
 )
+from secondnature.model.thoughts import Thoughts
 
 __all__ = ["VllmEngine"]
 
@@ -81,7 +82,7 @@ class VllmEngine:
         self.limits = Limits(vocab_size, max_context, AT_ONCE, frozenset({"score"}))
         self.trouble = ""
 
-    def shape(self, schema: Mapping[str, Any]) -> Any:
+    def shape(self, schema: Mapping[str, Any], thoughts: Thoughts | None = None) -> Any:
         """None here: vLLM's own routes shape answers. Raises BadInput."""
         raise BadInput("an answer of a given shape was asked for", "ask vLLM's own routes for it")
 
