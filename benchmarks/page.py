@@ -82,6 +82,43 @@ def _engine(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _real(found: dict[str, Any]) -> list[str]:
+    names = ("engine_fp32", "engine_bf16", "generate_fp32", "generate_bf16")
+    rows = [
+        [
+            str(row["streams"]),
+            *(both(row["tokens_per_s"][name], number) for name in names),
+            *(both(row["of_the_better"][name], times) for name in names[:2]),
+        ]
+        for row in found["engine"]
+    ]
+    step, rest = found["step"], found["at_rest_bytes"]
+    return [
+        "Tokens per second of the engine, greedy, in fp32 (the default on CPUs) and with `compute_dtype` bfloat16; "
+        "of transformers' `generate` in both; and the engine's over the better of the two, turn by turn.",
+        "",
+        *table(
+            [
+                "streams",
+                "engine",
+                "engine, bf16",
+                "generate, fp32",
+                "generate, bf16",
+                "vs the better",
+                "bf16 vs it",
+            ],
+            rows,
+        ),
+        "",
+        "A step on 8 short answers with their rejected ones took "
+        f"{both(step['alone']['seconds'], ms)}, and with 8 replayed answers that are held by distribution "
+        f"{both(step['with_replay']['seconds'], ms)}. Memory of the process's own, weights and mapped files not "
+        f"counted: {mb(step['start_bytes'])} before, {mb(step['alone']['peak_bytes'])} and "
+        f"{mb(step['with_replay']['peak_bytes'])} at the peaks. A server at rest holds {mb(rest['server'])}, its "
+        f"trainer {mb(rest['trainer'])}.",
+    ]
+
+
 def _step(found: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     for row in found["rows"]:
@@ -653,6 +690,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("step", "One training step", _step),
     ("training", "One training step beside TRL", _training),
     ("optimizer", "The optimizer beside its peers", _optimizer),
+    ("real", "A real model", _real),
     ("growth", "How a training step grows", _growth),
     ("rounding", "Rounding, and the optimizer", _rounding),
     ("undo", "Undo", _undo),

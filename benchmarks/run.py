@@ -52,6 +52,8 @@ VLLM = (
     *("vllm_checkpoint", "vllm_crash", "vllm_cost"),
 )
 """Those that run in vLLM's environment."""
+REAL = ("real",)
+"""Of a model that is no part of the project: with `--only`."""
 RANDOM = ("training", "optimizer", "growth")
 """Benchmarks that make models of the size they want."""
 PEERS = {"training": "trl", "optimizer": "apollo_torch"}
@@ -141,9 +143,11 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="smoke test: small and few, figures mean nothing"
     )
-    parser.add_argument("--only", nargs="+", choices=(*NAMES, *VLLM), metavar="NAME", help="not all of them")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*NAMES, *VLLM, *REAL), metavar="NAME", help="not all of them"
+    )
     parser.add_argument("--vllm", action="store_true", help="those inside vLLM; run it in vLLM's environment")
-    parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="a directory, or smollm2 (default: the embedded model)")
     parser.add_argument("--output", type=Path, help="where results.json and benchmarks.md go")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page again")
     options = parser.parse_args()
@@ -160,6 +164,10 @@ def main() -> int:
         from secondnature import embedded
 
         model = (options.model or embedded.path()).resolve()
+        if options.model == Path("smollm2"):
+            from secondnature.model import gguf
+
+            model = gguf.directory_of(gguf.smollm2()).resolve()
         if not (model / "config.json").is_file():
             parser.error(f"{model}: no model there (no config.json)")
         if not set(chosen).isdisjoint(VLLM) and not importlib.util.find_spec("vllm"):

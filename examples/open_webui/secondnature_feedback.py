@@ -55,7 +55,7 @@ def when_rated(record: Any) -> dict[str, Any]:
 
 def is_edited(record: Any, messages: dict[str, Any]) -> bool:
     """Whether the answer that was rated is another one now."""
-    at = (record.meta or {}).get("message_id")
+    at = str((record.meta or {}).get("message_id"))
     before, now = when_rated(record).get(at), messages.get(at)
     return bool(before and now and before["content"] != now["content"])
 

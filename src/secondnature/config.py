@@ -31,6 +31,7 @@ FROM_ANY_FOLDER = frozenset(
             "model",
             "port",
             "device",
+            "compute_dtype",
             "engine_threads",
             "train_threads",
             "share",
@@ -84,6 +85,10 @@ class Settings(BaseModel):
     """A key of its own for completions. None: completions are open (to whoever reaches the port)."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the local engine and its trainer compute. `cuda`: one GPU, the first of CUDA_VISIBLE_DEVICES."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the local engine computes answers in. `auto`: float32 on CPUs, bfloat16 on a GPU. On CPUs that have
+    instructions for it, bfloat16 is faster with many streams; log-probabilities are then near only, and who else
+    asks at the same moment may flip a near tie. Lessons are trained as before."""
     engine_threads: Annotated[int, Field(ge=1, le=256)] = 1
     train_threads: Annotated[int, Field(ge=1, le=256)] = 1
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0

@@ -22,7 +22,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "10 MB line": (GOOD + b'{"prompt": "' + b"a" * 10_000_000 + b'"}\n', "line 2: 10,000,01"),
     "binary": (bytes(range(128, 256)) * 9, "line 1: not UTF-8"),
     "zeros": (b"\0" * 4096, "line 1, column 1: not JSON"),
-    "a list": (b"[1]\n", "line 1"),
+    "a list": (b"[1]\n", "a JSON array of plain values"),
     "deep": (b"[" * 200_000, "line 1"),
     "number of 5,000 digits": (
         GOOD + b'{"prompt": "a", "completion": ' + b"7" * 5000 + b"}\n",

@@ -13,10 +13,10 @@ const ask = 'Paint the door red.';
 async function openai() {
   const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
   const messages = [{ role: 'user', content: ask }];
-  const answer = await client.chat.completions.create({ model: name, messages, max_tokens: 8 });
+  const answer = await client.chat.completions.create({ model: name, messages, max_tokens: 6 });
   messages.push(answer.choices[0].message, { role: 'user', content: [{ type: 'text', text: 'Why?' }] });
   let text = '';
-  for await (const chunk of await client.chat.completions.create({ model: name, messages, max_tokens: 8, stream: true }))
+  for await (const chunk of await client.chat.completions.create({ model: name, messages, max_tokens: 6, stream: true }))
     text += chunk.choices[0]?.delta?.content ?? '';
   assert.notEqual(text, '');
   const paint = { name: 'paint', parameters: { type: 'object', properties: { colour: { enum: ['red', 'blue'] } }, required: ['colour'] } };
@@ -24,21 +24,21 @@ async function openai() {
   const called = (await client.chat.completions.create({ ...asked, tool_choice: 'required' })).choices[0].message;
   assert.match(JSON.parse(called.tool_calls[0].function.arguments).colour, /red|blue/);
   const done = { role: 'tool', tool_call_id: called.tool_calls[0].id, content: 'done' };
-  await client.chat.completions.create({ ...asked, messages: [...asked.messages, called, done], max_tokens: 8 });
-  assert.ok((await client.responses.create({ model: name, input: ask, max_output_tokens: 16 })).output_text);
+  await client.chat.completions.create({ ...asked, messages: [...asked.messages, called, done], max_tokens: 6 });
+  assert.ok((await client.responses.create({ model: name, input: ask, max_output_tokens: 6 })).output_text);
 }
 
 async function ai(model) {
   const given = { model, prompt: ask, maxRetries: 0 };
-  assert.ok((await generateText({ ...given, maxOutputTokens: 16 })).text);
+  assert.ok((await generateText({ ...given, maxOutputTokens: 6 })).text);
   let text = '';
-  for await (const piece of streamText({ ...given, maxOutputTokens: 16 }).textStream) text += piece;
+  for await (const piece of streamText({ ...given, maxOutputTokens: 6 }).textStream) text += piece;
   assert.notEqual(text, '');
   const schema = z.object({ colour: z.enum(['red', 'blue']) });
   assert.match((await generateObject({ ...given, schema })).object.colour, /red|blue/);
   const paint = tool({ description: 'Paint a door.', inputSchema: schema, execute: async () => 'done' });
   const round = await generateText({
-    ...given, tools: { paint }, maxOutputTokens: 60, stopWhen: stepCountIs(2),
+    ...given, tools: { paint }, maxOutputTokens: 40, stopWhen: stepCountIs(2),
     prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? 'auto' : 'required' }),
   });
   assert.equal(round.steps[0].toolResults[0].output, 'done');

@@ -31,8 +31,9 @@ OF_VLLM = [
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 ]
 """vLLM is told the model's name, how it calls tools, and that small models write spaces into JSON for ever."""
-MODELS = ["smollm2", "shows_tools", *(["embedded"] if ENGINE == "local" else [])]
+MODELS = ["smollm2", "shows_tools"] if ENGINE == "vllm" else ["embedded", "smollm2", "shows_tools"]
 """Where vLLM answers, a template that knows no tools refuses a round of them in its own words: no embedded one."""
+START_TIMEOUT_S = 900 if ENGINE == "vllm" else 240
 CACHE = ROOT / ".venv-clients" / "cache"
 KEY = "the-key-of-the-tests"
 SHOWS_TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} {% endfor %}"
@@ -97,8 +98,11 @@ def url(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait(60)
-        log.close()
+        try:
+            server.wait(60)
+        finally:
+            server.kill()
+            log.close()
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +113,9 @@ def tokenizer_directory(served: str, url: str) -> Path:
     return EMBEDDED if served == "embedded" else Path(served)
 
 
-def _wait(address: str, server: subprocess.Popen[bytes], log: str, timeout_s: float = 240) -> None:
+def _wait(
+    address: str, server: subprocess.Popen[bytes], log: str, timeout_s: float = START_TIMEOUT_S
+) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert server.poll() is None, Path(log).read_text()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
+pytestmark = pytest.mark.timeout(1200)  # a real model on a busy machine
 ROOT = Path(__file__).parents[2]
 KEY = os.environ.get("OPENAI_API_KEY", "")
 ASK: Any = [{"role": "user", "content": "Paint the door red."}]
@@ -200,19 +201,25 @@ def test_openai_agents(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Paint the door."""
         return f"painted {colour}"
 
+    short = agents.ModelSettings(max_tokens=8)
+    demanding = agents.ModelSettings(tool_choice="required", max_tokens=40)
+
     async def go() -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            for kind in (agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel):
-                model = kind(MODEL, client)
-                short = agents.ModelSettings(max_tokens=8)
-                plain = agents.Agent("painter", model=model, model_settings=short)
-                assert (await agents.Runner.run(plain, "Paint the door red.")).final_output
-                demanding = agents.ModelSettings(tool_choice="required", max_tokens=60)
-                tooled = agents.Agent("painter", model=model, model_settings=demanding, tools=[paint])
-                found = await agents.Runner.run(
-                    tooled, "Paint the door red."
-                )  # the call, then what came of it
-                assert any("painted" in str(getattr(item, "output", "")) for item in found.new_items)
+            chat = agents.OpenAIChatCompletionsModel(MODEL, client)
+            plain = agents.Agent("painter", model=chat, model_settings=short)
+            assert (await agents.Runner.run(plain, "Paint the door red.")).final_output
+            tooled = agents.Agent("painter", model=chat, model_settings=demanding, tools=[paint])
+            found = await agents.Runner.run(
+                tooled, "Paint the door red."
+            )  # the call, and what it makes of it
+            assert any("painted" in str(getattr(item, "output", "")) for item in found.new_items)
+            responses = agents.OpenAIResponsesModel(
+                MODEL, client
+            )  # takes an answer that is cut for a failure
+            tooled = tooled.clone(model=responses, tool_use_behavior="stop_on_first_tool")
+            assert "painted" in (await agents.Runner.run(tooled, "Paint the door red.")).final_output
+            for model in (chat, responses):
                 shaped = agents.Agent("painter", model=model, output_type=Door)
                 assert isinstance((await agents.Runner.run(shaped, "Paint it.")).final_output, Door)
 
@@ -235,7 +242,7 @@ def test_haystack(url: str) -> None:
     from haystack.tools import create_tool_from_function
     from haystack.utils import Secret
 
-    def paint(colour: str) -> str:
+    def paint(colour: Literal["red", "blue"]) -> str:
         """Paint the door."""
         return f"painted {colour}"
 
@@ -250,25 +257,6 @@ def test_haystack(url: str) -> None:
     assert called["replies"][0].tool_calls[0].tool_name == "paint"
 
 
-def test_inspect_ai(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = pytest.importorskip("inspect_ai.model")
-    from inspect_ai.util import json_schema
-
-    monkeypatch.setenv("OURS_API_KEY", KEY)
-    monkeypatch.setenv("OURS_BASE_URL", url)
-    shape = found.ResponseSchema(name="door", json_schema=json_schema(Door))
-
-    async def go() -> None:
-        model = found.get_model(f"openai-api/ours/{MODEL}")
-        assert (
-            await model.generate("Paint the door red.", config=found.GenerateConfig(max_tokens=8))
-        ).completion
-        said = await model.generate("Paint it.", config=found.GenerateConfig(response_schema=shape))
-        assert Door.model_validate_json(said.completion)
-
-    asyncio.run(go())
-
-
 def test_javascript(url: str, tmp_path: Path) -> None:
     """openai-js and the Vercel AI SDK, from npm."""
     modules = ROOT / ".venv-clients" / "js" / "node_modules"
@@ -278,7 +266,7 @@ def test_javascript(url: str, tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "clients.mjs", script)
     (tmp_path / "node_modules").symlink_to(modules)
     ran = subprocess.run(
-        ["node", str(script), url, KEY, MODEL], capture_output=True, text=True, timeout=200, check=False
+        ["node", str(script), url, KEY, MODEL], capture_output=True, text=True, timeout=1000, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.split() == ["openai", "ai-compatible", "ai-openai"]

@@ -390,15 +390,15 @@ def test_a_thread_that_ends_leaves_nobody_waiting(model: Any, monkeypatch: pytes
         assert (engine.limits.context, engine.limits.vocab_size, engine.limits.rows) == (2048, 260, 2)
         turns.gate.clear()
         handles = [engine.submit(greedy([i], 1500)) for i in range(4)]
-        forget, failures = engine._forget, [MemoryError("no room"), MemoryError("none at all")]  # pyright: ignore[reportPrivateUsage]
+        forget, failures = engine._turns.forget, [MemoryError("no room"), MemoryError("none at all")]  # pyright: ignore[reportPrivateUsage]
 
         def failing() -> None:
             if failures:
                 raise failures.pop()
             forget()
 
-        monkeypatch.setattr(engine, "_read_prompts", failing)
-        monkeypatch.setattr(engine, "_forget", failing)
+        monkeypatch.setattr(engine._turns, "_read_prompts", failing)
+        monkeypatch.setattr(engine._turns, "forget", failing)
         turns.gate.set()
         for handle in handles:
             with pytest.raises(SecondnatureError, match=r"no room|none at all|has ended"):

@@ -147,15 +147,15 @@ def test_rows_that_outgrow_the_memory_give_way_and_go_on(kind: str) -> None:
     widest: list[int] = []
 
     def look(engine: Engine) -> None:
-        held = list(engine._held())  # pyright: ignore[reportPrivateUsage]
+        held = list(engine._turns.held())  # pyright: ignore[reportPrivateUsage]
         widest.append(len(held) * max((j.held for j in held), default=0))
 
     with Engine(model, byte_tokenizer(), stop_ids=[], max_held_tokens=200, on_step=[look]) as engine:
-        engine._max_held = 10_000  # pyright: ignore[reportPrivateUsage]  # all are let in
+        engine._turns.max_held = 10_000  # pyright: ignore[reportPrivateUsage]  # all are let in
         handles = [engine.submit(r) for r in requests]
         for handle in handles:
             next(event for event in handle if isinstance(event, Delta))
-        engine._max_held = 200  # pyright: ignore[reportPrivateUsage]
+        engine._turns.max_held = 200  # pyright: ignore[reportPrivateUsage]
         del widest[:]
         together = [h.result(60) for h in handles]
         assert engine.metrics.set_back >= 2

@@ -9,10 +9,13 @@ in the Python of a GPU machine.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from null_gpu import NullGpu
 
 HERE = Path(__file__).parent

@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import time
-import tomllib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+
+from gpu_battery import entry_points
 
 from secondnature.errors import SecondnatureError
 from secondnature.wire import Client
@@ -22,21 +23,6 @@ KEY = "the-key-of-the-tests"
 START_TIMEOUT_S = 280.0
 
 
-def entry_points(folder: Path) -> Path:
-    """A distribution that is nothing but our entry points: vLLM finds its plug-ins by them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    about = folder / f"secondnature-{project['version']}.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: secondnature\nVersion: {project['version']}\n"
-    )
-    lines: list[str] = []
-    for group, found in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {where}" for name, where in found.items())]
-    (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 class NullGpu:
     """The kit, and where this test may write."""
 
@@ -44,7 +30,8 @@ class NullGpu:
         self.kit = kit
         self.folder = folder
         self.home = folder / "home"
-        self.dist = entry_points(folder / "dist")
+        self.dist = folder / "dist"
+        entry_points(self.dist)
 
     def _start(
         self, words: tuple[str, ...], variables: dict[str, str], plays: bool, **options: Any

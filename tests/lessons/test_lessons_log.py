@@ -17,6 +17,7 @@ from tiny_models import dense_config, save_tiny
 from secondnature import storage
 from secondnature.errors import NotDurable, StorageError
 from secondnature.lessons.log import OPTIMIZER_FILE, Log
+from secondnature.lessons.pruning import Pruning
 from secondnature.records import Correction, Lesson
 
 
@@ -250,7 +251,7 @@ def test_reverts_of_reverts_work_where_states_were_pruned(served: Served) -> Non
         lesson = served.kept(0.1 * (i + 1))
         before = {"optimizer_before": head.optimizer_after if head else None}
         kept.append(with_state(served, served.log.save(lesson.model_copy(update=before)), sha256=f"{i}" * 64))
-    assert served.log.prune(1).files == 2
+    assert Pruning(served.log).prune(1).files == 2
     assert served.log.optimizer_file() is not None
 
     def take_back(lesson: Lesson) -> Lesson:

@@ -103,6 +103,11 @@ def adapter(directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(about))
 
 
+def adapter_beside(directory: Path) -> None:
+    about = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (directory / "adapter_config.json").write_text(json.dumps(about))
+
+
 def gguf_folder(directory: Path) -> None:
     (directory / "config.json").unlink()
     (directory / "tiny.gguf").write_bytes(b"GGUF")
@@ -145,6 +150,7 @@ def nameless(directory: Path) -> None:
         (missing_file, r"two\.safetensors is missing \(1 of the 2 files"),
         (pointer, "a pointer of git-lfs, not the weights"),
         (adapter, "an adapter of org/base"),
+        (adapter_beside, "an adapter of org/base lies beside the model .*merge it into the model"),
         (gguf_folder, r"serve the file itself: .*tiny\.gguf"),
         (no_directory_rights, r"config\.json: Not a directory"),
         (classifier, "Qwen3ForSequenceClassification is not a causal language model"),

@@ -12,9 +12,21 @@ import report_fixture as fixture
 
 from secondnature import report
 from secondnature.errors import BadInput, BadRecord, NotFound, StorageError
-from secondnature.records import Correction, ErrorInfo, Lesson, Message, SampleAnswer, to_jsonl
+from secondnature.evidence.style import style
+from secondnature.records import (
+    Correction,
+    ErrorInfo,
+    Lesson,
+    Losses,
+    Message,
+    SampleAnswer,
+    SharedWords,
+    TagTest,
+    to_jsonl,
+)
 from secondnature.report import svg
-from secondnature.report.run import read_run
+from secondnature.report.page import render
+from secondnature.report.run import Run, read_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>"
@@ -215,7 +227,7 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(tmp_path: Path) -
     ("line", "message"),
     [
         ('{"step": 3}', "line 2: no `kind`"),
-        ('{"kind": "step", "loss": 1.0}', "line 2: step: Field required"),
+        ('{"kind": "step", "loss": 1.0}', "line 2: `step` is missing"),
     ],
 )
 def test_a_broken_metric_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -290,3 +302,33 @@ def test_what_would_steer_or_reorder_is_visible_on_the_page_and_in_the_table(tmp
     assert "before ␛]52;c;cm0=␇ \\u009b2A \\u202etxt.exe" in page
     sets = [fixture.comparison(evil, "guard", 40, 20, 0, 0, passed=True)]
     assert "\x1b" not in report.markdown_table(fixture.evidence(sets))
+
+
+def test_what_losses_share_and_how_answers_sound_is_on_the_page() -> None:
+    guard = fixture.comparison("code", "guard", n=300, before=300, gains=0, losses=5, passed=False)
+    tag = TagTest(
+        tag="refund",
+        n=5,
+        before=5,
+        gains=0,
+        losses=5,
+        p=5e-11,
+        p_adjusted=5e-11,
+        harm_p=0.016,
+        harm_alpha=0.025,
+        harmed=True,
+    )
+    words = SharedWords(words="my money", before=7, losses=5, p=1e-9, p_adjusted=1e-6)
+    lost = Losses(before=300, gains=0, losses=5, tags=[tag], shared=[words], num_sequences=1000)
+    sound = style(["One two three."] * 4, ["Three."] * 4)
+    found = guard.model_copy(update={"lost": lost, "style": sound})
+    run = Run(
+        lesson=fixture.lesson("0001-x"),
+        evidence=fixture.evidence([found], verdict="undone", sentence="Undone."),
+    )
+    page = Page(render([run]))
+    text = " ".join(page.text)
+    assert "of 5 losses in code, 5 are tagged refund (5 of its 5 probes; p < 0.0001)" in text
+    assert "5 have “my money” (5 of 7 probes that have it" in text
+    assert "How the answers sound" in text
+    assert "3 → 1 words an answer (4 shorter, 0 longer" in text

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from secondnature.errors import NonFinite
 from secondnature.model.upcast import collect
 from secondnature.records import Example, OptimizerSettings
+from secondnature.train import anchors as anchors_module
 from secondnature.train.anchors import Anchor, affordable, divergences, drifts, record
 from secondnature.train.apollo import Apollo
 from secondnature.train.step import train_step
@@ -81,8 +82,8 @@ def test_the_gradient_is_that_of_a_plain_kl(tiny: tuple[Arena, nn.Module, Path])
                 named[name].copy_(tensor.float())
     for anchor in anchors:
         logits: Tensor = plain(input_ids=torch.tensor([anchor.ids[:-1]]), use_cache=False).logits[0]
-        now = torch.log_softmax(logits[-len(anchor.logps_TV) :], dim=-1)
-        F.kl_div(now, anchor.logps_TV, log_target=True, reduction="none").sum(-1).mean().backward()
+        now = torch.log_softmax(logits[-anchor.num_tokens :], dim=-1)
+        F.kl_div(now, anchor.logps_TK, log_target=True, reduction="none").sum(-1).mean().backward()
     compared = 0
     for name, parameter in named.items():
         if name in gradients and parameter.grad is not None:
@@ -114,7 +115,7 @@ def test_anchors_hold_what_replayed_answers_do_not(tiny: tuple[Arena, nn.Module,
 def test_a_broken_anchor_is_refused_before_the_write(tiny: tuple[Arena, nn.Module, Path]) -> None:
     arena, model, _ = tiny
     before = {n: t.clone() for n, t in arena.tensors.items()}
-    broken = [Anchor(a.ids, a.logps_TV * torch.nan) for a in record(model, replay())]
+    broken = [Anchor(a.ids, a.tokens_TK, a.logps_TK * torch.nan) for a in record(model, replay())]
     with pytest.raises(NonFinite, match="replay"):
         train_step(model, Apollo(model, OptimizerSettings(rank=8)), lesson(), anchors=broken)
     assert all(torch.equal(t, before[n]) for n, t in arena.tensors.items())
@@ -131,13 +132,39 @@ def test_divergences_are_nothing_at_first_and_then_the_kl_of_each(
     found = divergences(model, anchors)
     after = record(model, replay())
     for value, was, now in zip(found, anchors, after, strict=True):
-        wanted = F.kl_div(now.logps_TV, was.logps_TV, log_target=True, reduction="none").sum(-1).mean()
+        wanted = F.kl_div(now.logps_TK, was.logps_TK, log_target=True, reduction="none").sum(-1).mean()
         assert value == pytest.approx(float(wanted), rel=1e-3, abs=1e-6)
         assert value > 1e-5
     for tensor in arena.tensors.values():
         tensor.fill_(torch.nan)
     with pytest.raises(NonFinite, match="KL"):
         divergences(model, anchors)
+
+
+def test_few_tokens_are_kept_of_a_large_vocabulary(
+    tiny: tuple[Arena, nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent at first, and then a lower bound of the whole KL, near it where the kept tokens have the mass."""
+    arena, model, _ = tiny
+    whole = record(model, replay())
+    found: dict[int, float] = {}
+    for kept in (4, VOCAB_SIZE - 8):
+        monkeypatch.setattr(anchors_module, "KEPT_TOKENS", kept)
+        few = record(model, replay())
+        assert [a.logps_TK.shape[1] for a in few] == [kept] * 4
+        for a, b in zip(few, whole, strict=True):
+            assert torch.equal(a.logps_TK.amax(dim=1), b.logps_TK.amax(dim=1)), "the likeliest is among them"
+        assert divergences(model, few) == [0.0] * 4
+        start = {n: t.clone() for n, t in arena.tensors.items()}
+        for tensor in arena.tensors.values():
+            tensor.mul_(1.05)
+        found[kept] = sum(divergences(model, few))
+        monkeypatch.undo()
+        everything = sum(divergences(model, whole))
+        arena.write(start)
+    few_found, nearly_all = found[4], found[VOCAB_SIZE - 8]
+    assert 0 < few_found < nearly_all < everything * (1 + 1e-3)
+    assert nearly_all > 0.8 * everything
 
 
 def test_as_many_as_fit() -> None:

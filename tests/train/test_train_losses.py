@@ -96,8 +96,38 @@ def test_self_distillation_is_the_reverse_kl_and_replay_the_forward_one() -> Non
     logits = torch.tensor(STUDENT).log() + torch.tensor([[3.0], [-2.0]])
     teacher = torch.tensor(TEACHER).log()
     assert sdft(teacher, logits).item() == pytest.approx(kl(STUDENT, TEACHER), rel=1e-5)
-    assert divergence(teacher, logits).item() == pytest.approx(kl(TEACHER, STUDENT), rel=1e-5)
+    now = logits.log_softmax(dim=-1)
+    assert divergence(teacher, now, whole=True).item() == pytest.approx(kl(TEACHER, STUDENT), rel=1e-5)
     assert sdft(teacher, teacher + 1.0).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_a_few_tokens_leave_out_of_a_kl_is_the_kl_within_the_others() -> None:
+    """The chain rule: KL = that over some tokens and the rest as one + mass of the rest * KL within the rest."""
+    generator = torch.Generator().manual_seed(3)
+    before, after = (4 * torch.randn(20, 500, generator=generator) for _ in range(2))
+    p, q = before.double().softmax(-1), after.double().softmax(-1)
+    kept = p.topk(60, dim=-1).indices
+    others = torch.ones_like(p, dtype=torch.bool).scatter(1, kept, value=False)
+    p_rest, q_rest = p[others].view(20, -1), q[others].view(20, -1)
+    mass, mass_now = p_rest.sum(1, keepdim=True), q_rest.sum(1, keepdim=True)
+    within = (p_rest / mass * (p_rest / mass / (q_rest / mass_now)).log()).sum(1)
+    left_out = (mass.squeeze(1) * within).mean().item()
+    whole = (p * (p / q).log()).sum(-1).mean().item()
+    found = divergence(p.gather(1, kept).log().float(), q.gather(1, kept).log().float(), whole=False).item()
+    assert found == pytest.approx(whole - left_out, rel=1e-3)
+    assert 0 < left_out < 0.2 * whole, "there is something to leave out"
+
+
+def test_the_gradient_of_a_few_tokens_is_that_of_the_two_sums() -> None:
+    """By a logit: q - p for a token that is kept, q (1 - rest before / rest now) for another."""
+    before, after = torch.randn(3, 40).log_softmax(-1), torch.randn(3, 40).requires_grad_()
+    kept = before.topk(10, dim=-1).indices
+    divergence(before.gather(1, kept), after.log_softmax(-1).gather(1, kept), whole=False).backward()
+    p, q = before.exp(), after.detach().softmax(-1)
+    rest, rest_now = (1 - x.gather(1, kept).sum(-1, keepdim=True) for x in (p, q))
+    wanted = (q * (1 - rest / rest_now)).scatter(1, kept, (q - p).gather(1, kept)) / 3
+    assert after.grad is not None
+    torch.testing.assert_close(after.grad, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_self_distillation_moves_an_answer_that_is_wrong_towards_the_teacher() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from secondnature.errors import NonFinite
 from secondnature.records import Example, OptimizerSettings
-from secondnature.train.anchors import record
+from secondnature.train.anchors import distributions
 from secondnature.train.apollo import Apollo
 from secondnature.train.losses import sdft, sft
 from secondnature.train.step import train_step
@@ -35,7 +35,7 @@ EXAMPLES = [Example(context_ids=c, continuation_ids=a) for c, a in zip(CONTEXTS,
 
 def teachers(model: nn.Module) -> list[Tensor | None]:
     read = [Example(context_ids=c, continuation_ids=a) for c, a in zip(TOLD, ANSWERS, strict=True)]
-    return [anchor.logps_TV for anchor in record(model, read)]
+    return [*distributions(model, read)]
 
 
 @pytest.fixture(params=list(CONFIGS))
@@ -83,7 +83,7 @@ def test_the_student_reaches_its_teacher(tiny: tuple[Arena, nn.Module, Path]) ->
 def test_a_student_that_is_its_teacher_learns_nothing(tiny: tuple[Arena, nn.Module, Path]) -> None:
     arena, model, _ = tiny
     before = {n: t.clone() for n, t in arena.tensors.items()}
-    own = [anchor.logps_TV for anchor in record(model, EXAMPLES)]
+    own = distributions(model, EXAMPLES)
     result = train_step(model, Apollo(model, OptimizerSettings(rank=8)), EXAMPLES, "sdft", teachers=own)
     assert not result.wrote
     assert result.num_learned == 2
@@ -107,7 +107,7 @@ def test_few_positions_at_a_time_change_nothing(
     start = {n: t.clone() for n, t in arena.tensors.items()}
     shared = [Example(context_ids=CONTEXTS[0], continuation_ids=a) for a in ANSWERS]
     read = [Example(context_ids=TOLD[0], continuation_ids=a) for a in ANSWERS]
-    taught: list[Tensor | None] = [anchor.logps_TV for anchor in record(model, read)]
+    taught: list[Tensor | None] = [*distributions(model, read)]
     found: list[tuple[float, ...]] = []
     for most in (2**26, VOCAB_SIZE):
         monkeypatch.setattr("secondnature.train.step.MAX_SDFT_LOGITS", most)

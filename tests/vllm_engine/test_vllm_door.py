@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
+from tiny_server import Running, running
 from vllm_server import DIRECTION, EMBEDDED, KEY, Server
 
 from secondnature.records import Message
@@ -40,6 +45,20 @@ CHAT = {
     "temperature": 0,
 }
 STAMPS = {"weights_version", "weights_span", "trial"}
+
+
+def ask(
+    url: str, method: str, path: str, body: Any, headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and document of one answer of either engine."""
+    sent = {"authorization": f"Bearer {KEY}", "content-type": "application/json", **(headers or {})}
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, sent, method=method)) as reply:
+            found = reply.status, reply.headers, reply.read()
+    except urllib.error.HTTPError as e:
+        found = e.code, e.headers, e.read()
+    return found[0], {k.lower(): v for k, v in found[1].items()}, json.loads(found[2])
 
 
 def events(body: bytes) -> list[dict[str, Any]]:
@@ -259,8 +278,6 @@ CLEAR_MARGIN = 1.0
 
 
 def test_clear_answers_are_those_of_the_local_engine(server: Server, tmp_path: Path) -> None:
-    from tiny_server import running
-
     found: dict[str, str] = {}
     for prompt in PROMPTS:
         choice = server.ask(prompt, logprobs=True, top_logprobs=2)["choices"][0]
@@ -272,3 +289,67 @@ def test_clear_answers_are_those_of_the_local_engine(server: Server, tmp_path: P
         for prompt, text in found.items():
             answer = local.ask(prompt, max_tokens=40)["choices"][0]["message"]["content"]
             assert answer == text, prompt
+
+
+# -------------------------------------------------------------------------------------- what differs (docs/vllm.md)
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+PLAIN = {k: v for k, v in CHAT.items() if k != "model"}
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": {"type": "object"}}}
+DIFFERS: dict[str, tuple[str, dict[str, Any] | None, int, int]] = {
+    "unknown field": (CHATS, {**PLAIN, "temprature": 0}, 400, 200),
+    "n of greedy answers": (CHATS, {**PLAIN, "n": 2}, 200, 400),
+    "temperature": (CHATS, {**PLAIN, "temperature": 3}, 200, 400),
+    "stop strings": (CHATS, {**PLAIN, "stop": list("abcde")}, 200, 400),
+    "no token": (TEXTS, {"prompt": "a", "max_tokens": 0}, 200, 400),
+    "bias": (CHATS, {**PLAIN, "logit_bias": {"77": 200}}, 400, 200),
+    "name": (CHATS, {**PLAIN, "model": "default"}, 200, 404),
+    "model": ("/v1/models/tiny", None, 200, 404),
+    "tools without flags": (CHATS, {**PLAIN, "tools": [TOOL]}, 200, 400),
+    "tokenize": ("/tokenize", {"prompt": "a"}, 404, 200),
+    "messages": ("/v1/messages", {"model": "tiny", "max_tokens": 2, "messages": CHAT["messages"]}, 404, 200),
+}
+"""Path, body, and the status of the local engine's answer and of vLLM's."""
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Generator[Running]:
+    copy = tmp_path_factory.mktemp("local") / "tiny"
+    shutil.copytree(EMBEDDED, copy)
+    with running(copy.parent / "home", copy) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", DIFFERS)
+def test_what_differs_is_what_the_docs_say(server: Server, local: Running, name: str) -> None:
+    path, body, here, there = DIFFERS[name]
+    method = "GET" if body is None else "POST"
+    assert ask(local.url, method, path, body)[0] == here
+    assert ask(server.url, method, path, body)[0] == there
+
+
+def test_errors_differ_as_the_docs_say(server: Server, local: Running) -> None:
+    wrong = {**PLAIN, "max_tokens": 900_000}
+    long = {"messages": [{"role": "user", "content": "red " * 9000}]}
+    here, there = (
+        [ask(url, "POST", CHATS, b)[2]["error"] for b in (wrong, long)] for url in (local.url, server.url)
+    )
+    assert [e["code"] for e in here] == ["context_length_exceeded"] * 2
+    assert all(e["hint"] and e["hint"] in e["message"] for e in here)
+    assert [e["code"] for e in there] == [400, 400]
+    assert not any("hint" in e for e in there)
+    asked = [
+        ask(url, "GET", "/v1/nothing", None, {"authorization": ""})[0] for url in (local.url, server.url)
+    ]
+    assert asked == [404, 401]
+    assert ["maximum context length is" in e["message"] for e in (*here, *there)] == [True, True, False, True]
+
+
+def test_strangers_differ_as_the_docs_say(server: Server, local: Running) -> None:
+    for header, here, there in (
+        ({"host": "evil.example"}, (400, None), (200, None)),
+        ({"origin": "http://evil.example"}, (200, None), (200, None)),
+    ):
+        for url, expected in ((local.url, here), (server.url, there)):
+            status, headers, _ = ask(url, "POST", CHATS, PLAIN, header)
+            assert (status, headers.get("access-control-allow-origin")) == expected

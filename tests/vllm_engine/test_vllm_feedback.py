@@ -55,7 +55,8 @@ def being_told(talker: Server, path: str, body: dict[str, Any]) -> Generator[tup
     text, key = "", ""
     with httpx2.stream("POST", talker.url + path, json=body, headers=headers, trust_env=False) as reply:
         assert reply.status_code == 200, reply.read()
-        for line in reply.iter_lines():
+        lines = reply.iter_lines()  # held: the connection would end with it
+        for line in lines:
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 if path == "/v1/responses":

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Inside vLLM an answer ends where it is taught to end, and the text of people is text (law 9).
 
 The model's files disagree, as people's do: tokenizer, generation_config.json and config.json each name another end,
@@ -10,13 +11,16 @@ import json
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_server import running
 from vllm_server import EMBEDDED, Server
 
+from secondnature.errors import ConfigError
 from secondnature.model.chat import encode_chat, end_ids, read_tokenizer
+from secondnature.model.rendering import Words
 from secondnature.wire import TrainRequest
 
 YELLOW = 716
@@ -89,10 +93,12 @@ def test_an_answer_ends_at_what_any_file_or_the_template_calls_an_end(talker: Se
     )
 
 
-def test_a_text_that_is_continued_ends_there_too(talker: Server) -> None:
-    body = {"model": "tiny", "prompt": [USER, 5, END, ASSISTANT], "temperature": 0, "max_tokens": 60}
-    answer = talker.client.request("POST", "/v1/completions", body=body)
-    assert answer["choices"][0]["finish_reason"] == "stop"
+def test_a_text_that_is_continued_ends_there_too(talker: Server, tokenizer: Any) -> None:
+    prompt = encode_chat(tokenizer, user(WHOLE))
+    body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 60, "return_token_ids": True}
+    (choice,) = talker.client.request("POST", "/v1/completions", body=body)["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["token_ids"].index(END) == len(choice["token_ids"]) - 1
 
 
 SPELLED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
@@ -183,3 +189,19 @@ def test_what_is_taught_for_it_is_what_is_asked(talker: Server) -> None:
     assert example["end_of_context"] == f"<|user|>{SPELLS}<|end|><|assistant|>"
     assert example["taught"] == "I say <|end|>.<|end|>"
     assert example["notes"][-1] == "control tokens taken as text: <|end|>, <|user|>"
+
+
+def test_what_cannot_be_read_so_is_refused(vllm_environment: None, tokenizer: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    from secondnature.engines.vllm.rendering import Renderer, read_as_taught
+
+    with pytest.raises(
+        ConfigError, match=r"by its object, lessons by the chat template.*--tokenizer-mode hf"
+    ):
+        read_as_taught(SimpleNamespace(renderer=object()), tokenizer)
+    words = Words(tokenizer, [SPELLS])
+    renderer: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=50))
+    for prompt in ({"prompt_token_ids": [5]}, {"prompt": "Hello.", "multi_modal_data": {}}):
+        with pytest.raises(VLLMValidationError, match=r"spells <\|end\|>, <\|user\|>"):
+            Renderer._encoded(renderer, words, ([], prompt))  # pyright: ignore[reportPrivateUsage]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -45,6 +46,7 @@ class Core:
         self.long = long
         """Tokens of a prompt that takes more than one step and fills several blocks."""
         settings = {"enforce_eager": True, "enable_prefix_caching": True, "disable_log_stats": True}
+        settings |= json.loads(os.environ.get("TESTED_VLLM_OPTIONS", "{}"))  # what a GPU needs
         self.engine: Any = LLM(
             model=str(directory),
             skip_tokenizer_init=True,

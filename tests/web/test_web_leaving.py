@@ -202,7 +202,7 @@ def test_what_the_engines_end_broke_off_is_an_error(talker: Path, tmp_path: Path
         received = stream.recv(65536)
         closing = threading.Thread(target=engine.close)
         closing.start()
-        until(lambda: engine._closing)  # pyright: ignore[reportPrivateUsage]
+        until(lambda: engine._waiting.closing)  # pyright: ignore[reportPrivateUsage]
         event.set()
         for waited in (closing, thread):
             waited.join(30)
@@ -226,8 +226,8 @@ def test_an_engine_that_ended_shows_in_the_health(
             raise MemoryError("no memory at all")
 
         engine = server.parts.engine
-        monkeypatch.setattr(engine, "_drop_cancelled", broken)
-        forget = engine._forget  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(engine._turns, "_drop_cancelled", broken)
+        forget = engine._turns.forget  # pyright: ignore[reportPrivateUsage]
         failures = [MemoryError("none to clean up either")]
 
         def forgetting() -> None:
@@ -235,7 +235,7 @@ def test_an_engine_that_ended_shows_in_the_health(
                 raise failures.pop()
             forget()
 
-        monkeypatch.setattr(engine, "_forget", forgetting)
+        monkeypatch.setattr(engine._turns, "forget", forgetting)
         for _ in range(2):  # the one that it met, and one that comes after
             with pytest.raises(SecondnatureError, match=r"no memory|engine has ended"):
                 server.client.chat(CHAT["messages"], max_tokens=20)

@@ -283,7 +283,7 @@ def test_waiting_prompts_are_counted_in_tokens(server: Running) -> None:
     engine = server.parts.engine
     gate = threading.Event()
     engine._on_step.append(lambda engine: held(engine, gate))  # pyright: ignore[reportPrivateUsage]
-    most = engine._max_waiting_tokens  # pyright: ignore[reportPrivateUsage]
+    most = engine._waiting.max_tokens  # pyright: ignore[reportPrivateUsage]
     handles: list[Any] = []
     try:
         handles.append(
@@ -291,13 +291,13 @@ def test_waiting_prompts_are_counted_in_tokens(server: Running) -> None:
         )  # the engine now stands at the gate
         while engine.metrics.running == 0:
             time.sleep(0.01)
-        engine._max_waiting_tokens = 400  # pyright: ignore[reportPrivateUsage]
+        engine._waiting.max_tokens = 400  # pyright: ignore[reportPrivateUsage]
         for _ in range(3):
             handles.append(engine.submit(GenerationRequest([5] * 200, max_tokens=1)))
         with pytest.raises(Busy, match="over 400 tokens"):
             engine.submit(GenerationRequest([5] * 200, max_tokens=1))
     finally:
-        engine._max_waiting_tokens = most  # pyright: ignore[reportPrivateUsage]
+        engine._waiting.max_tokens = most  # pyright: ignore[reportPrivateUsage]
         engine._on_step.pop()  # pyright: ignore[reportPrivateUsage]
         gate.set()
         for handle in handles:

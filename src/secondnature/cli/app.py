@@ -220,6 +220,20 @@ def learn(
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)
 
 
+@app.command()
+@command
+def lint(
+    corrections: Annotated[Path, typer.Argument(metavar="CORRECTIONS", help="JSONL, or a lesson's folder.")],
+    probes: ProbesOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what may be wrong with corrections and probes, by reading them; 1 where something is."""
+    from secondnature.cli.lint import lint as run
+    from secondnature.cli.output import Output
+
+    return run(corrections, probes, Output(as_json=as_json))
+
+
 @app.command("import")
 @command
 def import_(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from secondnature.cli.planned import show
 from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
+from secondnature.evidence.lint import Finding
 from secondnature.records import Correction, LookMetric, kinds_of_doubt, to_jsonl
 from secondnature.wire import Client, JobStatus, LessonDetail, TrainReply, TrainRequest
 
@@ -47,9 +49,13 @@ def learn(
         sources.request(flags)  # what can be refused without a server is refused before one starts
     if calibrate and flags.until_margin is None and sources.settings.until_margin is None:
         raise BadInput("--calibrate without a margin to reach", "add --until-margin, e.g. --until-margin 2")
+    if sources.corrections is not None:
+        tell(sources.findings(), out)
     with open_server(where, out) as server, Interrupts() as interrupts:
         with waiting(out, "reading the ledger"):
             ledger = _ledger(server, out) if sources.corrections is None else None
+        if ledger is not None:
+            tell(sources.findings(ledger), out)
         request = sources.request(flags, ledger)
         if not flags.dry_run:
             _check_end(request, server)
@@ -65,6 +71,12 @@ def learn(
         except KeyboardInterrupt:
             out.note("left at once; the lesson is undone when its lease ends or the server next starts")
             raise
+
+
+def tell(findings: Sequence[Finding], out: Output) -> None:
+    """What the lint found, a line each; it refuses nothing."""
+    for finding in findings:
+        out.note(f"lint: {finding}", style="yellow")
 
 
 def teach(
@@ -128,6 +140,11 @@ def conclude(
         from secondnature.report.words import kl
 
         out.say(f"moved:  {kl(lesson.kl)}")
+    if evidence is not None:
+        from secondnature.report.words import style
+
+        for line in style(evidence.comparisons):
+            out.say(f"style:  {line}")
     if lesson.stopped_by:
         steps = f"{lesson.steps:,} step{'s'[: lesson.steps != 1]}"
         out.say(f"trained: {steps}, then {why_stopped(lesson.stopped_by)}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError
 
 from secondnature.errors import BadInput, BadRecord
+from secondnature.evidence.lint import Finding, lint
 from secondnature.importers import sight
 from secondnature.records import (
     Correction,
@@ -27,6 +28,7 @@ from secondnature.records import (
     Prompt,
     Record,
     describe,
+    line_numbers,
     read_jsonl,
 )
 from secondnature.wire import NamedPack, Objective, ReplayMatch, SdftSettings, TrainRequest
@@ -121,6 +123,14 @@ class Sources:
     replay: list[Correction] = field(default_factory=list[Correction])
     replay_prompts: list[Prompt] = field(default_factory=list[Prompt])
     settings: LessonFile = field(default_factory=LessonFile)
+    lines: list[int] | None = None
+    """Of the corrections in their file."""
+    probe_lines: list[int] | None = None
+
+    def findings(self, ledger: Sequence[Correction] | None = None) -> list[Finding]:
+        """What may be wrong with corrections and probes. `ledger`: where that is the source, its corrections."""
+        taught = self.corrections if self.corrections is not None else list(ledger or [])
+        return lint(taught, self.probes, lines=self.lines, probe_lines=self.probe_lines)
 
     def request(self, flags: LearnFlags, ledger: list[Correction] | None = None) -> TrainRequest:
         """The body of `POST /v1/train`. `ledger`: what the server has recorded, where that is the source.
@@ -216,6 +226,8 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
             f"found both --keep and {given}", "with probes the gate decides; leave one of them out"
         )
 
+    probes = flags.probes or (beside / "probes.jsonl" if beside is not None else None)
+
     def read(given: Path | None, name: str, kind: type[R]) -> list[R]:
         if given is not None:
             return read_jsonl(given, kind)
@@ -232,6 +244,8 @@ def read_sources(path: Path | None, flags: LearnFlags) -> Sources:
         if flags.replay_prompts is not None and flags.replay_prompts.suffix == ".txt"
         else read(flags.replay_prompts, "replay_prompts.jsonl", Prompt),
         settings=LessonFile() if beside is None else _read_settings(beside / SETTINGS_FILE),
+        lines=None if path is None else line_numbers(path),
+        probe_lines=None if flags.keep or probes is None or not probes.exists() else line_numbers(probes),
     )
 
 

@@ -5,7 +5,7 @@ An answer carries the stamps of the weights that gave it; a request is how its t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,6 +95,9 @@ class GenerationRequest(Sampling):
     """What the engine's `shape` made of a schema: the answer fits it, as far as `max_tokens` reaches."""
     marks: tuple[str, ...] = ()
     """Special tokens that stay in the text of the answer; the others are left out."""
+    enough: Callable[[str], bool] | None = None
+    """Called with the text so far after each token that adds to it, in the engine's thread: return at once. True
+    ends the answer. An engine may leave it out and go on to the end."""
 
     def check(self) -> None:
         """Raises: BadInput: a sampling field is out of its range."""

@@ -300,7 +300,7 @@ def recompute(evidence: Evidence) -> Evidence:
             pins=(c.pinned, c.pinned_before, c.pinned_losses),
             lost=_retested(c, evidence.gate),
         )
-        kept = {k: getattr(c, k) for k in ("flips", "mean_margin_before", "mean_margin_after")}
+        kept = {k: getattr(c, k) for k in ("flips", "style", "mean_margin_before", "mean_margin_after")}
         comparisons.append(fresh.model_copy(update=kept))
     return certify(
         comparisons,
@@ -318,11 +318,7 @@ def recompute(evidence: Evidence) -> Evidence:
 
 def _checked(taught: Taught | None) -> Taught | None:
     """Raises BadRecord."""
-    if taught is not None and not (
-        taught.n > 0
-        and min(taught.before, taught.after) >= 0
-        and max(taught.before, taught.after) <= taught.n
-    ):
+    if taught is not None and not all(0 <= k <= taught.n > 0 for k in (taught.before, taught.after)):
         raise BadRecord(
             f"taught: {taught.before} and {taught.after} of {taught.n} corrections; expected parts of them",
             "this certificate was changed or damaged",

@@ -21,6 +21,7 @@ from secondnature.evidence.decision import ProbeRole, compare
 from secondnature.evidence.lost import Scenario, describe
 from secondnature.evidence.power import noninferiority_n_needed
 from secondnature.evidence.statistics import clopper_pearson
+from secondnature.evidence.style import style
 from secondnature.records import (
     DEFAULT_GUARD_MARGIN,
     Comparison,
@@ -149,6 +150,7 @@ def _compare(
     return comparison.model_copy(
         update={
             "flips": _flips(pairs),
+            "style": style([p.before.answer for p in pairs], [p.after.answer for p in pairs]),
             "mean_margin_before": _mean_margin(pair.before for pair in pairs),
             "mean_margin_after": _mean_margin(pair.after for pair in pairs),
         }

@@ -10,12 +10,12 @@ nothing of the direction, so it costs no level. Words are described, with their 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secondnature.evidence.statistics import concentration_p, holm, mcnemar_mid_p
+from secondnature.evidence.texts import words
 from secondnature.records import Losses, SharedWords, TagTest
 
 __all__ = ["Scenario", "TagCounts", "describe", "retest", "tag_tests", "word_sequences"]
@@ -26,7 +26,6 @@ MAX_PROMPT_WORDS = 48
 MAX_SHARED = 3
 SHARED_P = 0.01
 """Word sequences with a larger p are not told."""
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 TagCounts = Mapping[str, tuple[int, int, int, int]]
 """tag -> (n, before, gains, losses), in scenarios."""
@@ -113,11 +112,11 @@ def retest(lost: Losses, n: int, alpha: float) -> Losses:
 
 def word_sequences(text: str) -> set[str]:
     """All sequences of one to four words of a text, in lower case."""
-    words = [w.lower() for w in _WORD.findall(text)[:MAX_PROMPT_WORDS]]
+    found = words(text)[:MAX_PROMPT_WORDS]
     return {
-        " ".join(words[i : i + size])
+        " ".join(found[i : i + size])
         for size in range(1, MAX_SEQUENCE_WORDS + 1)
-        for i in range(len(words) - size + 1)
+        for i in range(len(found) - size + 1)
     }
 
 
@@ -161,7 +160,9 @@ def _ranked(
             yield concentration_p(population, len(lost), len(places), count), sequence, places
 
 
-def _words(words: str, population: int, lost: int, before: int, losses: int, looked_at: int) -> SharedWords:
+def _words(
+    sequence: str, population: int, lost: int, before: int, losses: int, looked_at: int
+) -> SharedWords:
     p = concentration_p(population, lost, before, losses)
     adjusted = min(1.0, p * max(1, looked_at))
-    return SharedWords(words=words, before=before, losses=losses, p=p, p_adjusted=adjusted)
+    return SharedWords(words=sequence, before=before, losses=losses, p=p, p_adjusted=adjusted)

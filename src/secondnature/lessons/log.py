@@ -18,7 +18,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import Named
 from secondnature.wire import LessonDetail
 
-__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "Log", "Pruned"]
+__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "Log"]
 
 LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
@@ -62,19 +62,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
 _WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
-
-
-class Pruned(BaseModel):
-    """What `Log.prune` removed, or would remove."""
-
-    removed: list[str] = []
-    """Paths below the home's `lessons`."""
-    nbytes: int = 0
-
-    @property
-    def files(self) -> int:
-        """How many."""
-        return len(self.removed)
 
 
 class Log:
@@ -373,9 +360,9 @@ class Log:
     def chain(self) -> list[Lesson]:
         """The kept entries after the checkpoint, oldest first, without pairs of an entry and its revert."""
         _, held, _ = self._source()
-        return self._in_force(held)
+        return self.in_force(held)
 
-    def _in_force(self, held: int = 0) -> list[Lesson]:
+    def in_force(self, held: int = 0) -> list[Lesson]:
         """The kept entries with a higher number than `held`, without pairs of an entry and its revert."""
         chain: list[Lesson] = []
         for lesson in self.all():
@@ -411,6 +398,12 @@ class Log:
             lesson = self.get(lesson.reverts)
         return delta.open_(self.directory(lesson) / DELTA_FILE, lesson.delta_sha256)
 
+    def owner(self, lesson: Lesson) -> Lesson:
+        """The entry in whose directory the delta of an entry lies."""
+        while lesson.kind == "revert" and lesson.reverts is not None:
+            lesson = self.get(lesson.reverts)
+        return lesson
+
     def head(self) -> Lesson | None:
         """The last kept entry."""
         return next((x for x in reversed(self._lessons.values()) if x.state == "kept"), None)
@@ -434,7 +427,7 @@ class Log:
             raise WrongState(
                 f"lesson {lesson.id} was taken back by {lesson.reverted_by}", "revert that to have it again"
             )
-        if lesson.delta_pruned and not (self.directory(self._owner(lesson)) / DELTA_FILE).is_file():
+        if lesson.delta_pruned and not (self.directory(self.owner(lesson)) / DELTA_FILE).is_file():
             raise WrongState(
                 f"the difference that lesson {lesson.id} made was pruned: it cannot be taken back any more",
                 f"bring {DELTA_FILE} of that lesson back from a backup, or teach the opposite",
@@ -508,80 +501,6 @@ class Log:
         return f"o{sha256[:16]}"
 
     # ------------------------------------------------------------------------------------------ disk
-
-    def undoable(self, gone: Collection[str] = ()) -> tuple[list[str], list[str]]:
-        """(ids of the entries that can be taken back, one after another from the newest on; those of them for
-        which the optimizer's state of before is there too). `gone`: paths that count as removed, as in `Pruned`."""
-
-        def is_there(lesson_id: str, name: str) -> bool:
-            return f"{lesson_id}/{name}" not in gone and (self._home.lessons / lesson_id / name).is_file()
-
-        lessons: list[str] = []
-        with_state: list[str] = []
-        for lesson in reversed(self._in_force()):
-            if not is_there(self._owner(lesson).id, DELTA_FILE):
-                break
-            lessons.append(lesson.id)
-            before = lesson.optimizer_before
-            if before is None or is_there(before, OPTIMIZER_FILE):
-                with_state.append(lesson.id)
-        return lessons, with_state
-
-    def prune(self, keep_states: int, keep_deltas: int | None = None, *, dry_run: bool = False) -> Pruned:
-        """Remove what no undo within reach needs: optimizer states, and deltas only where that is asked for.
-
-        Args:
-            keep_states: so many of the newest kept entries can be taken back with their optimizer's state.
-            keep_deltas: so many can be taken back at all; never fewer than the working copy needs. None: all.
-            dry_run: only say what would be removed.
-
-        Raises:
-            StorageError: the disk refused; what was removed is counted nowhere.
-        """
-        head = self.head()
-        within = self._newest(keep_states)
-        needed = {x for lesson in within for x in (lesson.optimizer_before, lesson.optimizer_after)}
-        needed.add(head.optimizer_after if head is not None else None)
-        removed = self._remove(OPTIMIZER_FILE, {x for x in needed if x is not None}, Pruned(), dry_run)
-        if keep_deltas is not None:
-            chain = {self._owner(x).id for x in self.chain()}
-            reachable = {self._owner(x).id for x in self._newest(keep_deltas)}
-            removed = self._remove(DELTA_FILE, chain | reachable, removed, dry_run)
-        return removed
-
-    def _newest(self, number: int) -> list[Lesson]:
-        """So many of the newest kept entries, and of those in force: an undo may be asked of either."""
-        kept = [x for x in self.all() if x.state == "kept"]
-        return [x for found in (kept, self._in_force()) for x in found[max(0, len(found) - number) :]]
-
-    def _owner(self, lesson: Lesson) -> Lesson:
-        """The entry in whose directory a delta lies."""
-        while lesson.kind == "revert" and lesson.reverts is not None:
-            lesson = self.get(lesson.reverts)
-        return lesson
-
-    def _remove(self, name: str, needed: set[str], removed: Pruned, dry_run: bool) -> Pruned:
-        for lesson in self.all():
-            path = self.directory(lesson) / name
-            if lesson.id in needed or lesson.state in OPEN_STATES:
-                continue
-            with storage.storage_errors(path):
-                try:
-                    size = path.stat().st_size
-                    if not dry_run:
-                        if name == DELTA_FILE:  # said before it is so: what is missing unsaid is damage
-                            self._note_pruned(lesson)
-                        path.unlink()
-                except FileNotFoundError:
-                    continue
-            removed = Pruned(removed=[*removed.removed, f"{lesson.id}/{name}"], nbytes=removed.nbytes + size)
-        return removed
-
-    def _note_pruned(self, owner: Lesson) -> None:
-        """Write down, in the entry of a delta and in those that go through it, that it is gone."""
-        for lesson in self.all():
-            if lesson.state == "kept" and self._owner(lesson).id == owner.id:
-                self.save(lesson.model_copy(update={"delta_pruned": True}))
 
     def checkpoint_state(self) -> tuple[Path, str | None, int]:
         """(directory, version, last entry held) of the checkpoint in force; version None: the untouched base."""

@@ -1,9 +1,9 @@
 """The prober asks probes: greedy answers through the engine, in the background, many at once (server).
 
-The answers are those that users get: same engine, same weights, same chat template. An answer is cached by
-(weights version, probe), so the "after" of one lesson is the "before" of the next for free. Whether an answer
-passes is decided by `evidence.checks`, generated code in a subprocess with limits, while whoever waits goes on
-checking in.
+The answers are those that users get: same engine, same weights, same chat template. An answer is cached by (weights
+version, probe), so the "after" of one lesson is the "before" of the next for free. It is generated as far as its
+check needs it: a beginning that decides the check is judged as the whole answer would be. Whether an answer passes
+is decided by `evidence.checks`, code in a subprocess with limits, while whoever waits goes on checking in.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from secondnature.engines.base import Engine, GenerationHandle
 from secondnature.engines.generation import GenerationRequest, GenerationResult, score_request
 from secondnature.errors import BadInput, Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
+from secondnature.evidence.decided import decider
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Message, Outcome, Probe
 
-MAX_ANSWER_TOKENS = 160
 MAX_CACHED = 100_000
+MAX_ANSWER_TOKENS = 160
 AT_ONCE = 256
 """Requests handed to the engine at a time; it decodes as many as it has rows for."""
 PROGRAMS_AT_ONCE = 16
@@ -101,9 +102,10 @@ class Prober:
         temperature: float = 0.0,
         seed: int = 0,
         max_tokens: Sequence[int] | None = None,
+        enough: Sequence[Callable[[str], bool] | None] | None = None,
     ) -> list[GenerationResult]:
         """One answer to each context (token ids), at most `MAX_ANSWER_TOKENS` long; the first is drawn with `seed`,
-        the next with `seed + 1`. `max_tokens`: what else bounds each.
+        the next with `seed + 1`. `max_tokens`: what else bounds each; `enough`: what ends each early.
         """
         found: list[GenerationResult] = []
         bounds = max_tokens or [self._limit] * len(contexts)
@@ -114,6 +116,7 @@ class Prober:
                 temperature=temperature,
                 seed=seed + i,
                 background=True,
+                enough=None if enough is None else enough[i],
             )
             for i, (ids, bound) in enumerate(zip(contexts, bounds, strict=True))
         ]
@@ -141,6 +144,7 @@ class Prober:
             [prompts[i] for i in spoken],
             lambda done, _: check_in(done, total),
             max_tokens=[probes[i].max_tokens or MAX_ANSWER_TOKENS for i in spoken],
+            enough=[decider(probes[i].check) for i in spoken],
         )
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, pairs, lambda done, _: check_in(len(spoken) + done, total))

@@ -34,7 +34,7 @@ from secondnature.errors import (
 )
 from secondnature.evidence.reach import reaches
 from secondnature.lessons.guards import Guarded, guarded
-from secondnature.lessons.job import Ending, Job, Phase
+from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
 from secondnature.lessons.log import Log
@@ -42,10 +42,12 @@ from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.plan import Plan
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
+from secondnature.lessons.pruning import Pruning
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
+from secondnature.lessons.working_copy import WorkingCopy
 from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
 from secondnature.wire import (
@@ -92,6 +94,8 @@ class Runner:
         self.log = log
         self.ledger = ledger
         self.weights = ServedWeights(arena, clock, log)
+        self._working_copy = WorkingCopy(settings, log, self.weights)
+        self._pruning = Pruning(log)
         self._clock = clock
         self.trainer = trainer
         self._prober = prober
@@ -102,19 +106,12 @@ class Runner:
         """Those that wait, and the one that lives."""
         self._current: Job | None = None
         self._life: Life | None = None
-        self._writing: Phase | None = None
-        """How far the working copy is, while it is written."""
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._fold_due: float | None = None
-        self._chain: tuple[Lesson | None, int] | None = None
-        """(the last kept entry, how many are in the chain then): it costs a look at all entries."""
         self._retry_at = 0.0
         self._failures = 0
         self._fault = ""
         """What the last turn raised; empty: it went well."""
-        self._not_folded = ""
-        """Why the working copy could not be brought up to date; empty: nothing stood against it."""
         self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
 
     # ---------------------------------------------------------------------------------- from any thread
@@ -129,7 +126,7 @@ class Runner:
             "the disk": self.log.behind,
             "the last turn": self._fault,
             "the trainer": self.trainer.trouble,
-            "the working copy": self._not_folded,
+            "the working copy": self._working_copy.trouble,
         }
         told = [f"{what}: {why}" for what, why in found.items() if why]
         return "; ".join(told) + "; it is tried again" if told else ""
@@ -137,7 +134,7 @@ class Runner:
     def start(self) -> None:
         """Begin; the trainer is started at once, so that it is ready when the first lesson comes."""
         if self.log.chain():  # the home may have waited for its working copy since long
-            self._fold_due = time.monotonic() + self._settings.checkpoint_after_s
+            self._working_copy.wait()
         self._thread.start()
 
     def stop(self) -> None:
@@ -244,30 +241,23 @@ class Runner:
         """Bring the working copy up to date with the kept lessons now. Raises Busy, StorageError."""
 
         def command() -> CheckpointReply:
-            self._fold()
+            self._working_copy.fold()
             return self.checkpoint_state()
 
         return self._do(command)
 
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds."""
-        path, version, _ = self.log.checkpoint_state()
-        held, writing = version or self.log.base_version, self._writing
-        return CheckpointReply(
-            path=str(path),
-            weights_version=held,
-            current=held == self.log.kept_version(),
-            progress=writing.progress() if writing is not None else None,
-        )
+        return self._working_copy.state()
 
     def prune(self, request: PruneRequest) -> PruneReply:
-        """See `Log.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
+        """See `Pruning.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
 
         def command() -> PruneReply:
             self.weights.check_unread()
             states = self._settings.keep_states if request.keep_states is None else request.keep_states
-            pruned = self.log.prune(states, request.keep_deltas, dry_run=request.dry_run)
-            lessons, with_state = self.log.undoable(set(pruned.removed))
+            pruned = self._pruning.prune(states, request.keep_deltas, dry_run=request.dry_run)
+            lessons, with_state = self._pruning.undoable(set(pruned.removed))
             return PruneReply(
                 removed=pruned.removed,
                 nbytes=pruned.nbytes,
@@ -346,8 +336,8 @@ class Runner:
             return
         if self.log.behind:
             self.log.sync()
-        if self._must_fold():
-            self._fold_quietly()
+        if self._working_copy.is_due and not self._working_copy.fold_quietly():
+            self._retry_at = time.monotonic() + 1.0
         self._failures, self._fault = 0, ""
         if self._waiting and not self._stop.is_set():
             self._lead(self._waiting.popleft())
@@ -386,7 +376,7 @@ class Runner:
             job.ending = self._ending_of(job)
         self._finish(job)
         if job.lesson.state == "kept":
-            self._fold_due = self._fold_due or time.monotonic() + self._settings.checkpoint_after_s
+            self._working_copy.wait()
             self._prune_quietly()
 
     def _ending_of(self, job: Job) -> Ending | None:
@@ -567,47 +557,12 @@ class Runner:
         change = Reverted(lesson, log=self.log, weights=self.weights)
         change.prepare(_nothing)
         entry = change.apply(_nothing)
-        self._fold_due = self._fold_due or time.monotonic() + self._settings.checkpoint_after_s
+        self._working_copy.wait()
         return entry
-
-    # ------------------------------------------------------------------------------------------ the disk
-
-    def _must_fold(self) -> bool:
-        """The chain of deltas is long, or the working copy is old."""
-        head = self.log.head()
-        if self._chain is None or self._chain[0] is not head:
-            self._chain = (head, len(self.log.chain()))
-        due = self._fold_due is not None and time.monotonic() > self._fold_due
-        return due or self._chain[1] > self._settings.max_chain
-
-    def _fold(self) -> None:
-        self._writing = Phase("writing", "tensors")
-
-        def on_tensor(done: int, total: int) -> None:
-            assert self._writing is not None, "until it is written"
-            self._writing = self._writing.counted(done, total)
-
-        try:
-            self.weights.fold(on_tensor)
-        finally:
-            self._writing = None
-        self._fold_due = self._chain = None
-        self._not_folded = ""
-
-    def _fold_quietly(self) -> None:
-        """What fails here is tried again: nothing depends on it but the time that an undo takes."""
-        try:
-            self._fold()
-        except SecondnatureError as e:
-            LOG.warning("no checkpoint now: %s", e)
-            if not isinstance(e, Busy):  # a command came between
-                self._not_folded = str(e)
-            self._fold_due = time.monotonic() + self._settings.checkpoint_after_s
-            self._retry_at = time.monotonic() + 1.0
 
     def _prune_quietly(self) -> None:
         try:
-            self.log.prune(self._settings.keep_states)
+            self._pruning.prune(self._settings.keep_states)
         except SecondnatureError as e:
             LOG.warning("nothing was pruned now: %s", e)
 

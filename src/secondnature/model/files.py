@@ -108,10 +108,18 @@ def headers(directory: Path) -> dict[str, Header]:
     """Every tensor of a directory by its name in the files, from safetensors headers only.
 
     Raises:
-        BadCheckpoint: there are none, or a file is missing, damaged or not what its name says.
+        BadCheckpoint: there are none, a file is missing, damaged or not what its name says, or an adapter lies
+            beside them, which would change every answer and is not applied.
     """
     found: dict[str, Header] = {}
-    for file in _files(directory):
+    files = _files(directory)
+    if (directory / "adapter_config.json").exists():
+        raise BadCheckpoint(
+            f"{directory}: an adapter of {_base_of(directory)} lies beside the model (adapter_config.json), "
+            "and none is applied here",
+            "merge it into the model and serve the merged one, or move it to a folder of its own",
+        )
+    for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  (not a mapping)

@@ -11,10 +11,13 @@ Shapes: a weight (A, B); left (S, A) and right (S, B) for S tokens: dY and X for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 
 import torch
 from torch import Tensor
+
+from secondnature.model.products import matmul
 
 __all__ = ["Factors", "Gradient", "GradientSink", "Rows", "dense"]
 
@@ -28,6 +31,7 @@ class Factors:
         self._square = torch.zeros((), dtype=torch.float64)
         self._num_squared = 0
         """Blocks whose products, with themselves and all before them, are in `_square`."""
+        self._num_finite = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,13 +59,14 @@ class Factors:
 
         Products of earlier blocks are not computed again, so asking after each example costs no more than once.
         """
-        for i in range(self._num_squared, len(self._blocks)):
-            left, right = self._wide(i)
-            total = torch.zeros((), dtype=torch.float64, device=left.device)
-            for j in range(i + 1):
-                other_left, other_right = self._wide(j)
-                products = ((other_left @ left.T) * (other_right @ right.T)).sum(dtype=torch.float64)
-                total = total + (products if i == j else 2 * products)
+        if self._num_squared < len(self._blocks):
+            left, right = self._wide(self._num_squared, len(self._blocks))
+            total = (matmul(left, left.T) * matmul(right, right.T)).sum(dtype=torch.float64)
+            if self._num_squared:
+                before, beside = self._wide(0, self._num_squared)
+                total = total + 2 * (matmul(before, left.T) * matmul(beside, right.T)).sum(
+                    dtype=torch.float64
+                )
             self._square = self._square.to(total.device) + total
         self._num_squared = len(self._blocks)
         # rounding can leave a tiny negative sum; clamp_min keeps NaN
@@ -84,10 +89,19 @@ class Factors:
     def dense(self) -> Tensor:
         """The gradient (A, B), formed."""
         left, right = self.matrices()
-        return left.T @ right
+        return matmul(left.T, right)
 
-    def _wide(self, block: int) -> tuple[Tensor, Tensor]:
-        left, right = self._blocks[block]
+    def finite(self) -> bool:
+        """Whether all factors are numbers; blocks that were found so are not read again."""
+        for left, right in self._blocks[self._num_finite :]:
+            if not math.isfinite(float(left.sum(dtype=torch.float32) + right.sum(dtype=torch.float32))):
+                return False
+            self._num_finite += 1
+        return True
+
+    def _wide(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Some blocks in one, in fp32 at least."""
+        left, right = (torch.cat(parts) for parts in zip(*self._blocks[start:stop], strict=True))
         dtype = torch.promote_types(left.dtype, torch.float32)
         return left.to(dtype), right.to(dtype)
 
@@ -167,7 +181,7 @@ class GradientSink(dict[str, Gradient]):
             return
         whole = self._dense(name)
         if whole is None:
-            self.add(name, left_SA.T @ right_SB, fresh=True)
+            self.add(name, matmul(left_SA.T, right_SB), fresh=True)
         else:
             whole.addmm_(left_SA.T.to(whole.dtype), right_SB.to(whole.dtype))
 

@@ -23,9 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondnature.model.gradients import GradientSink
+from secondnature.model.products import matmul, times_transposed
 from secondnature.model.upcast import stored_linear
 
-__all__ = ["MAX_LOGITS", "Head", "find_head", "target_logps", "token_logps", "token_ranks", "whole_logits"]
+__all__ = [
+    "MAX_LOGITS",
+    "Head",
+    "find_head",
+    "likeliest",
+    "picked_logps",
+    "target_logps",
+    "token_logps",
+    "token_ranks",
+    "whole_logits",
+]
 
 MAX_LOGITS = 2**22
 """Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
@@ -101,23 +112,49 @@ def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits:
         return target_logps(head.linear(hidden_ND), targets_N)
     rows = max(1, max_logits // hidden_ND.shape[0])
     bias = head.linear.bias
-    return _Sliced.apply(hidden_ND, weight, bias, targets_N, rows, sink, name)  # pyright: ignore[reportReturnType]
+    found_N1: Tensor = _Sliced.apply(hidden_ND, weight, bias, targets_N.unsqueeze(1), rows, sink, name)  # pyright: ignore[reportAssignmentType]
+    return found_N1.squeeze(1)
+
+
+def picked_logps(
+    head: Head, hidden_ND: Tensor, targets_NK: Tensor, *, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Log-probabilities (N, K) of K different tokens at each position; else as `token_logps`."""
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, sink, name = found
+    rows = max(1, max_logits // hidden_ND.shape[0])
+    return _Sliced.apply(hidden_ND, weight, head.linear.bias, targets_NK, rows, sink, name)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def likeliest(head: Head, hidden_ND: Tensor, count: int, *, max_logits: int = MAX_LOGITS) -> Tensor:
+    """The `count` likeliest tokens at each position (N, count), in ascending order of their ids."""
+    found = stored_linear(head.linear)
+    assert found is not None, "find_head has seen to it"
+    weight, bias = found[0], head.linear.bias
+    rows = max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight.shape[1]))
+    best_NK, ids_NK = hidden_ND.new_empty((len(hidden_ND), 0)), _no_tokens(hidden_ND)
+    for start in range(0, weight.shape[0], rows):
+        logits, _ = _slice(hidden_ND, weight, bias, start, rows)
+        here = torch.arange(start, start + logits.shape[1], device=logits.device).expand(len(logits), -1)
+        both, ids = torch.cat([best_NK.to(logits.dtype), logits], dim=1), torch.cat([ids_NK, here], dim=1)
+        best_NK, place = both.topk(min(count, both.shape[1]), dim=1, sorted=False)
+        ids_NK = ids.gather(1, place)
+    return ids_NK.sort(dim=1).values
+
+
+def _no_tokens(hidden_ND: Tensor) -> Tensor:
+    return torch.empty((len(hidden_ND), 0), dtype=torch.long, device=hidden_ND.device)
 
 
 def whole_logits(head: Head, hidden_ND: Tensor) -> Tensor:
     """All logits (N, V); without gradients the weight is cast a piece at a time, and never whole."""
     found = stored_linear(head.linear)
     assert found is not None, "find_head has seen to it"
-    weight, bias = found[0], head.linear.bias
-    rows = max(1, MAX_CAST // weight.shape[1])
-    if torch.is_grad_enabled() or weight.dtype == hidden_ND.dtype or weight.shape[0] <= rows:
+    if torch.is_grad_enabled():
         return head.linear(hidden_ND)
-    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight))
-    for start in range(0, len(weight), rows):
-        here = slice(start, start + rows)
-        part = weight[here].to(hidden_ND.dtype)
-        logits_NV[:, here] = F.linear(hidden_ND, part, None if bias is None else bias[here])  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    return logits_NV
+    return times_transposed(hidden_ND, found[0], head.linear.bias)
 
 
 @torch.no_grad()
@@ -150,7 +187,7 @@ def token_ranks(
 
 
 class _Sliced(torch.autograd.Function):
-    """log softmax(h W^T + b) at the targets, `rows` of the vocabulary at a time."""
+    """log softmax(h W^T + b) at K targets of each position, `rows` of the vocabulary at a time."""
 
     @staticmethod
     def forward(
@@ -158,28 +195,29 @@ class _Sliced(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Any,
-        targets_N: Tensor,
+        targets_NK: Tensor,
         rows: int,
         sink: GradientSink | None,
         name: str,
     ) -> Tensor:
-        picked_N, sums = None, []
+        picked_NK, sums = None, []
         for start in range(0, weight_VD.shape[0], rows):
             logits, _ = _slice(hidden_ND, weight_VD, bias_V, start, rows)
             sums.append(torch.logsumexp(logits, dim=1))
-            here, column = _within(targets_N, start, logits.shape[1])
-            found = logits.gather(1, column.unsqueeze(1)).squeeze(1)
-            picked_N = found if picked_N is None else torch.where(here, found, picked_N)
-        assert picked_N is not None
+            here, column = _within(targets_NK, start, logits.shape[1])
+            found = logits.gather(1, column)
+            picked_NK = found if picked_NK is None else torch.where(here, found, picked_NK)
+        assert picked_NK is not None
         total_N = torch.logsumexp(torch.stack(sums), dim=0)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, total_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_NK, total_N)
         ctx.rows, ctx.sink, ctx.name = rows, sink, name
-        return picked_N - total_N
+        return picked_NK - total_N.unsqueeze(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        hidden_ND, weight_VD, bias_V, targets_N, total_N = ctx.saved_tensors
-        gradient_N1 = gradients[0].unsqueeze(1)
+        hidden_ND, weight_VD, bias_V, targets_NK, total_N = ctx.saved_tensors
+        gradient_NK = gradients[0]
+        gradient_N1 = gradient_NK.sum(1, keepdim=True)
         d_hidden = torch.zeros_like(hidden_ND, dtype=gradients[0].dtype)
         sink: GradientSink | None = ctx.sink
         num_tokens, (num_ids, num_hidden) = len(hidden_ND), weight_VD.shape
@@ -193,13 +231,13 @@ class _Sliced(torch.autograd.Function):
         for start in range(0, weight_VD.shape[0], ctx.rows):
             logits, weight = _slice(hidden_ND, weight_VD, bias_V, start, ctx.rows)
             d_logits = logits.sub_(total_N.unsqueeze(1)).exp_().mul_(-gradient_N1)
-            here, column = _within(targets_N, start, d_logits.shape[1])
-            d_logits.scatter_add_(1, column.unsqueeze(1), gradient_N1 * here.unsqueeze(1))
+            here, column = _within(targets_NK, start, d_logits.shape[1])
+            d_logits.scatter_add_(1, column, gradient_NK * here)
             d_logits = d_logits.to(hidden_ND.dtype)
-            d_hidden += d_logits @ weight
+            d_hidden += matmul(d_logits, weight)
             end = start + d_logits.shape[1]
             if d_weight is not None:
-                d_weight[start:end] = d_logits.T @ hidden_ND
+                d_weight[start:end] = matmul(d_logits.T, hidden_ND)
             if d_whole is not None:
                 d_whole[:, start:end] = d_logits
             if d_bias is not None:
@@ -216,7 +254,9 @@ def _slice(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, rows) of a part of the vocabulary, in fp32 at least, and that part of the weight, cast."""
     part = weight[start : start + rows].to(hidden.dtype)
-    logits = F.linear(hidden, part, None if bias is None else bias[start : start + rows])
+    logits = matmul(hidden, part.T)
+    if bias is not None:
+        logits = logits.add_(bias[start : start + rows])
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), part
 
 

@@ -144,6 +144,32 @@ class Reaches(Record):
     gate: GateSettings
 
 
+class Opening(Record):
+    """First words of answers that became more or less frequent."""
+
+    words: str
+    before: int
+    after: int
+
+
+class Style(Record):
+    """How answers sounded before and after, over the probes of a set answered in text. Judged by nobody."""
+
+    n: int
+    words_before: float
+    """Mean length of an answer."""
+    words_after: float
+    shorter: int
+    """Answers that have fewer words than before."""
+    longer: int
+    length_p: float
+    """Two-sided, exact (mid-p), of "as many became shorter as longer"."""
+    openings_moved: float
+    """Share of the answers whose first two words would have to change back (total variation distance)."""
+    openings: list[Opening] = []
+    """Those that moved most."""
+
+
 class Comparison(Record):
     """One probe set before and after a lesson: the counts, and what follows from them."""
 
@@ -195,6 +221,7 @@ class Comparison(Record):
     """Pinned probes that were lost: one undoes the lesson."""
     reach: Reach | None = None
     """What the set could have shown with as many flips as there were; None where it said something."""
+    style: Style | None = None
     lost: Losses | None = None
     """None: there was nothing to compare, neither tags nor losses."""
     flips: list[Flip] = []

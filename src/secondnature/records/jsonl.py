@@ -157,6 +157,11 @@ def parse_jsonl(data: bytes, kind: type[R], *, source: str, own: bool = False) -
     return records
 
 
+def line_numbers(path: Path) -> list[int]:
+    """The numbers (from 1 on) of the lines of a JSONL file that hold a record, in the order of `read_jsonl`."""
+    return [i for i, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+
+
 def read_jsonl(path: Path, kind: type[R], *, own: bool = False) -> list[R]:
     """All records of a JSONL file (see `parse_jsonl`).
 

@@ -106,6 +106,8 @@ class View:
     rows: list[Row]
     evidence_note: str
     d_prime: str
+    style: list[str]
+    """How the answers to each probe set sound now."""
     curves: list[Figure]
     answers: list[Answer]
     answers_left: int
@@ -136,6 +138,7 @@ def view(run: Run, options: Sequence[str] = ()) -> View:
         rows=[_row(c, f"{lesson.id}-set{i}") for i, c in enumerate(comparisons)],
         evidence_note=_evidence_note(run),
         d_prime=_d_prime(run),
+        style=words.style(comparisons),
         curves=_curves(run),
         answers=answers[:MAX_ANSWERS],
         answers_left=max(0, len(answers) - MAX_ANSWERS),

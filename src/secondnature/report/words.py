@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches
+from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches, Style
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
@@ -122,6 +122,20 @@ def losses(c: Comparison) -> list[str]:
             f"{p_value(w.p)}{chance})"
         )
     return found
+
+
+def style(comparisons: Sequence[Comparison]) -> list[str]:
+    """How the answers of each probe set sound now: `code: 25 -> 10 words an answer (p < 0.0001), ...`."""
+    return [f"{c.name} ({ROLES[c.role]}): {_style(c.style)}" for c in comparisons if c.style is not None]
+
+
+def _style(s: Style) -> str:
+    said = f"{s.words_before:.3g} → {s.words_after:.3g} words an answer"
+    said += f" ({s.shorter:,} shorter, {s.longer:,} longer, {p_value(s.length_p)})"
+    if not s.openings:
+        return f"{said}; they open as before"
+    moved = ", ".join(f"“{o.words or '(nothing)'}” {o.before:,} → {o.after:,}" for o in s.openings)
+    return f"{said}; {percent(s.openings_moved)} open otherwise: {moved}"
 
 
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:

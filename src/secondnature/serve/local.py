@@ -57,6 +57,8 @@ REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 """How this machine reaches a server that listens on all of its addresses."""
 ENGINE_BYTES = 1 << 30
 """Of a GPU: activations of the engine; an estimate."""
+COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of the engine, by setting; None: what `load.build` takes on the device."""
 KEEP_ALIVE_S = 30
 """Idle connections are kept longer than clients keep them (httpx: 5 s), or a request may cross with the closing."""
 
@@ -151,7 +153,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         fill_kept(arena, log)
         clock = Clock(arena, log.kept_version())
         with load.named_fault(directory, "making the model"):
-            model = load.build(directory, arena.tensors)
+            model = load.build(directory, arena.tensors, compute_dtype=COMPUTE_DTYPES[settings.compute_dtype])
         with load.named_fault(directory, "trying it"):
             engine_test.self_test(model)
             self_test(model)

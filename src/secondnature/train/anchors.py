@@ -1,14 +1,15 @@
 """Replay by distribution: the model is held to what it said before the lesson, not to one answer (trainer).
 
 An answer replayed as a target pulls even where nothing has changed, and says nothing of the runners-up: a near tie
-flips under it. An anchor keeps every next-token distribution along an answer, taken before the first write, and
-costs KL(before || now): no gradient until something drifts, and then exactly against the drift (Li & Hoiem 2016,
-arXiv 1606.09282; the direction of the KL is that of Hinton et al. 2015, arXiv 1503.02531).
+flips under it. An anchor keeps the next-token distributions along an answer, taken before the first write: of each
+the likeliest tokens, and what mass all others have together. It costs KL(before || now): no gradient until
+something drifts, and then exactly against the drift (Li & Hoiem 2016, arXiv 1606.09282; the direction of the KL is
+that of Hinton et al. 2015, arXiv 1503.02531).
 
 The context is read with gradients too, all but its first token: the drift of the prompt's own keys and values is
 part of what an answer suffers from, and only so can it be pulled back.
 
-Shapes: S tokens of a conversation, T of them the answer, V the vocabulary.
+Shapes: S tokens of a conversation, T of them the answer, K tokens kept of each distribution, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,21 +23,37 @@ from torch import Tensor, nn
 
 from secondnature.errors import NonFinite
 from secondnature.records import Example
+from secondnature.train.guard import vocab_size
 from secondnature.train.losses import divergence
+from secondnature.train.memory import room
 from secondnature.train.phases import Each, unwatched
-from secondnature.train.prefix import continuation_logits, freeze
+from secondnature.train.prefix import (
+    continuation_likeliest,
+    continuation_logits,
+    continuation_picked,
+    freeze,
+)
 
-__all__ = ["HELD", "MAX_BYTES", "Anchor", "affordable", "divergences", "drifts", "record"]
+__all__ = [
+    "HELD",
+    "KEPT_TOKENS",
+    "MAX_BYTES",
+    "Anchor",
+    "affordable",
+    "distributions",
+    "divergences",
+    "drifts",
+    "record",
+]
 
 HELD = 1e-6
 """An anchor whose KL is below this, nats per token, gives no gradient: it is rounding noise, and the optimizer
 normalises."""
+KEPT_TOKENS = 1024
+"""Of a distribution; `divergence` says what is left out. Along answers that SmolLM2 had not written itself all
+other tokens had 0.5 % of the mass together (mean over 166 positions; 2.5 % at most)."""
 TOGETHER = 16
-"""Anchors read in one forward, at most; of them together, padding included:"""
-MAX_TOKENS = 2048
-"""What is kept for backward grows with it."""
-MAX_LOGITS = 2**24
-"""The KL keeps several numbers for each (64 MB in fp32)."""
+"""Anchors read in one forward, at most; of them together, padding included, as many as `room` gives tokens."""
 MAX_BYTES = 256 * 2**20
 """Of all recorded distributions together."""
 
@@ -47,15 +64,22 @@ class Anchor:
 
     ids: tuple[int, ...]
     """S tokens: context and answer."""
-    logps_TV: Tensor
-    """Log-probabilities of the answer's tokens and of all others in their places, fp32."""
+    tokens_TK: Tensor
+    """The likeliest tokens at each of the answer's positions, by ascending id (int32)."""
+    logps_TK: Tensor
+    """Their log-probabilities, fp32."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer: T."""
+        return len(self.tokens_TK)
 
 
-def affordable(examples: Sequence[Example], vocab_size: int, limit_bytes: int = MAX_BYTES) -> int:
-    """How many of the examples, from the first, can be recorded within the limit."""
+def affordable(examples: Sequence[Example], num_kept: int, limit_bytes: int = MAX_BYTES) -> int:
+    """How many of the examples, from the first, can be recorded within the limit, at so many numbers a token."""
     total = 0
     for count, example in enumerate(examples):
-        total += 4 * vocab_size * len(example.continuation_ids)
+        total += 4 * num_kept * len(example.continuation_ids)
         if total > limit_bytes:
             return count
     return len(examples)
@@ -68,10 +92,24 @@ def record(model: nn.Module, examples: Sequence[Example], each: Each = unwatched
     for example in examples:
         each(len(anchors))
         ids = (*example.context_ids, *example.continuation_ids)
+        prefix, last = freeze(model, ids[:1]), len(example.continuation_ids)
+        tokens = continuation_likeliest(model, prefix, ids[1:], last, KEPT_TOKENS)
+        (logps,) = continuation_picked(model, prefix, [ids[1:]], [tokens])
+        anchors.append(Anchor(ids, tokens.to(torch.int32), logps))
+    return anchors
+
+
+@torch.no_grad()
+def distributions(model: nn.Module, examples: Sequence[Example], each: Each = unwatched) -> list[Tensor]:
+    """Per example all log-probabilities (T, V) along its answer, fp32: what a teacher of SDFT says."""
+    found: list[Tensor] = []
+    for example in examples:
+        each(len(found))
+        ids = (*example.context_ids, *example.continuation_ids)
         last = [len(example.continuation_ids)]
         (answer,) = continuation_logits(model, freeze(model, ids[:1]), [ids[1:]], last=last)
-        anchors.append(Anchor(ids, torch.log_softmax(answer.float(), dim=-1)))
-    return anchors
+        found.append(torch.log_softmax(answer.float(), dim=-1))
+    return found
 
 
 def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]]:
@@ -83,26 +121,21 @@ def drifts(model: nn.Module, anchors: Sequence[Anchor]) -> Iterator[list[Tensor]
     begins: dict[int, list[Anchor]] = {}
     for anchor in sorted(anchors, key=lambda a: len(a.ids)):
         begins.setdefault(anchor.ids[0], []).append(anchor)
+    whole, max_tokens = vocab_size(model) <= KEPT_TOKENS, room(model)
     for first, group in begins.items():
         prefix = freeze(model, [first])
-        for here in _together(group):
-            last = [len(a.logps_TV) for a in here]
-            logits = continuation_logits(model, prefix, [a.ids[1:] for a in here], last=last)
-            yield [
-                divergence(anchor.logps_TV, logits_TV) for anchor, logits_TV in zip(here, logits, strict=True)
-            ]
+        for here in _together(group, max_tokens):
+            now = continuation_picked(model, prefix, [a.ids[1:] for a in here], [a.tokens_TK for a in here])
+            yield [divergence(a.logps_TK, n, whole=whole) for a, n in zip(here, now, strict=True)]
 
 
-def _together(group: Sequence[Anchor]) -> list[list[Anchor]]:
+def _together(group: Sequence[Anchor], max_tokens: int) -> list[list[Anchor]]:
     """Anchors in ascending length, spread over forwards that keep to the caps; one in each at least."""
     found: list[list[Anchor]] = []
-    num_logits = 0
     for anchor in group:
-        num_logits += anchor.logps_TV.numel()
         rows = len(found[-1]) + 1 if found else 0
-        if not 0 < rows <= TOGETHER or rows * len(anchor.ids) > MAX_TOKENS or num_logits > MAX_LOGITS:
+        if not 0 < rows <= TOGETHER or rows * len(anchor.ids) > max_tokens:
             found.append([])
-            num_logits = anchor.logps_TV.numel()
         found[-1].append(anchor)
     return found
 
@@ -120,9 +153,8 @@ def divergences(model: nn.Module, anchors: Sequence[Anchor], each: Each = unwatc
     for anchor in anchors:
         each(len(found))
         prefix = freeze(model, anchor.ids[:1])
-        last = [len(anchor.logps_TV)]
-        (logits_TV,) = continuation_logits(model, prefix, [anchor.ids[1:]], last=last)
-        value = float(divergence(anchor.logps_TV, logits_TV))
+        (now,) = continuation_picked(model, prefix, [anchor.ids[1:]], [anchor.tokens_TK])
+        value = float(divergence(anchor.logps_TK, now, whole=vocab_size(model) <= KEPT_TOKENS))
         if not math.isfinite(value):
             raise NonFinite(f"KL(before || now) of an answer is {value}", "lower the learning rate")
         found.append(max(0.0, value))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -148,8 +149,17 @@ def num_tokens(stems: Sequence[Stem]) -> int:
     return sum(len(s.ids) - (1 if s.base is None else len(stems[s.base].ids)) for s in stems)
 
 
+_SIZES: WeakKeyDictionary[nn.Module, StateSize] = WeakKeyDictionary()
+
+
 def state_size(model: nn.Module) -> StateSize:
-    """Measured on the prefix of one token."""
+    """Measured on the prefix of one token, once per model."""
+    if model not in _SIZES:
+        _SIZES[model] = _measured(model)
+    return _SIZES[model]
+
+
+def _measured(model: nn.Module) -> StateSize:
     prefix = freeze(model, [0, 0])
     per_token = sum(t.numel() * t.element_size() for s in prefix.states for t in s.attention or ())
     return StateSize(prefix.num_bytes - per_token, per_token)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secondnature.errors import BadExample, ContextOverflow, Exploded, NonFinite
-from secondnature.model.gradients import Gradient
+from secondnature.model.gradients import Factors, Gradient
 from secondnature.model.limits import context_limit
 from secondnature.records import Example
 from secondnature.train.losses import Objective
@@ -24,6 +24,7 @@ from secondnature.train.readback import floats
 __all__ = [
     "Bounds",
     "check_examples",
+    "check_finite",
     "check_loss",
     "check_norms",
     "check_tensors",
@@ -110,11 +111,11 @@ def check_examples(model: nn.Module, examples: Sequence[Example], objective: Obj
             )
 
 
-def check_loss(loss: Tensor, example: int) -> None:
+def check_loss(loss: float, example: int) -> None:
     """Raises NonFinite if the loss of an example is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
+    if not math.isfinite(loss):
         raise NonFinite(
-            f"example {example}: the loss is {float(loss.detach())}",
+            f"example {example}: the loss is {loss}",
             "the weights or the learning rate are bad",
         )
 
@@ -132,6 +133,19 @@ def check_tensors(tensors: Mapping[str, Gradient], what: str) -> float:
         check_norms({name: float(tensor.norm()) for name, tensor in tensors.items()}, what)
         raise NonFinite(f"{what} has no finite norm", HINT)
     return norm
+
+
+def check_finite(tensors: Mapping[str, Gradient], what: str) -> None:
+    """As `check_tensors`, without the norm: cheap enough for every forward; reads no factor twice."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Factors):
+            good = tensor.finite()
+        else:
+            values = tensor if isinstance(tensor, Tensor) else tensor.values
+            good = math.isfinite(float(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
+        if not good:
+            check_norms({name: float(tensor.norm())}, what)
+            raise NonFinite(f"{what} of {name} has no finite sum", HINT)
 
 
 def check_norms(norms: Mapping[str, float], what: str) -> None:

@@ -95,15 +95,28 @@ def dpop(
     return -F.logsigmoid(beta * (chosen_gain - rejected_gain - weight * fallen))
 
 
-def divergence(reference_TV: Tensor, logits_TV: Tensor) -> Tensor:
+def divergence(reference_TK: Tensor, now_TK: Tensor, *, whole: bool) -> Tensor:
     """KL(reference || model), mean over the T positions, nats per token; the gradient is the model's alone.
 
-    `reference_TV`: log-probabilities, fixed. `logits_TV`: the model's logits at the same positions, which differ
-    from log-probabilities by a constant per position at most.
+    Both are log-probabilities of the same K tokens of each position. `whole`: these are all tokens. Otherwise all
+    others together are one more outcome. That is a lower bound: what it leaves out is, by the chain rule, the
+    others' mass under the reference times the KL within them.
     """
-    now = torch.log_softmax(logits_TV.float(), dim=-1)
-    reference = reference_TV.to(now.device)
-    return (reference.exp() * (reference - now)).sum(dim=-1).mean()
+    reference = reference_TK.to(now_TK.device)
+    found = (reference.exp() * (reference - now_TK)).sum(dim=-1)
+    if not whole:
+        before, now = (_rest(logps) for logps in (reference, now_TK))
+        found = found + before * (before / now).log()
+    return found.mean()
+
+
+REST_FLOOR = 1e-6
+"""Added to the mass of the others, before and now: as a difference of near numbers it is known no better."""
+
+
+def _rest(logps_TK: Tensor) -> Tensor:
+    """The mass (T) that the K tokens leave to all others."""
+    return (1 - logps_TK.exp().sum(dim=-1)).clamp_min(0.0) + REST_FLOOR
 
 
 def sdft(teacher_TV: Tensor, logits_TV: Tensor) -> Tensor:

@@ -30,15 +30,25 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from secondnature.errors import BadExample, StalePrefix, UnsupportedModel
-from secondnature.model.head import find_head, target_logps, token_logps, token_ranks, whole_logits
+from secondnature.model.head import (
+    find_head,
+    likeliest,
+    picked_logps,
+    target_logps,
+    token_logps,
+    token_ranks,
+    whole_logits,
+)
 from secondnature.model.limits import context_limit
 from secondnature.model.states import BothLayer, EmptyLayer, Keeps, kept, reading
 
 __all__ = [
     "LayerState",
     "Prefix",
+    "continuation_likeliest",
     "continuation_logits",
     "continuation_logps",
+    "continuation_picked",
     "continuation_ranks",
     "extend",
     "freeze",
@@ -293,6 +303,41 @@ def continuation_logps(
     targets = torch.tensor([token for c in continuations for token in c], device=rows.device)
     logps = target_logps(rows, targets) if head is None else token_logps(head, rows, targets)
     return list(logps.split(counts))
+
+
+def continuation_picked(
+    model: nn.Module,
+    prefix: Prefix,
+    continuations: Sequence[Sequence[int]],
+    tokens: Sequence[Tensor],
+) -> list[Tensor]:
+    """Per continuation the log-probabilities (T, K), in nats, of the `tokens` (T, K) at its last T positions.
+
+    With gradients if they are enabled; raises as `continuation_logits` does.
+    """
+    counts = [len(t) for t in tokens]
+    head = find_head(model)
+    rows = _outputs(model if head is None else head.body, prefix, continuations, counts, None)
+    tokens_NK = torch.cat([t.to(rows.device, torch.long) for t in tokens])
+    if head is not None:
+        return list(picked_logps(head, rows, tokens_NK).split(counts))
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return list(torch.log_softmax(wide, dim=-1).gather(1, tokens_NK).split(counts))
+
+
+@torch.no_grad()
+def continuation_likeliest(
+    model: nn.Module, prefix: Prefix, continuation: Sequence[int], last: int, count: int
+) -> Tensor:
+    """The `count` likeliest tokens (last, count) at the last positions of a continuation, by ascending id.
+
+    Raises as `continuation_logits` does.
+    """
+    head = find_head(model)
+    rows = _outputs(model if head is None else head.body, prefix, [continuation], [last], None)
+    if head is not None:
+        return likeliest(head, rows, count)
+    return rows.topk(min(count, rows.shape[1]), dim=1).indices.sort(dim=1).values
 
 
 @torch.no_grad()

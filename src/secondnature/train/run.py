@@ -23,7 +23,15 @@ from secondnature.errors import BadInput, Exploded, NonFinite, TrainingError
 from secondnature.model import names
 from secondnature.model.load import build
 from secondnature.records import STOPPED_BY, Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
-from secondnature.train.anchors import MAX_BYTES, Anchor, affordable, divergences, record
+from secondnature.train.anchors import (
+    KEPT_TOKENS,
+    MAX_BYTES,
+    Anchor,
+    affordable,
+    distributions,
+    divergences,
+    record,
+)
 from secondnature.train.apollo import Apollo
 from secondnature.train.batches import batches
 from secondnature.train.guard import Bounds, vocab_size
@@ -122,7 +130,7 @@ class TrainingRun:
 
     def _material(self, phases: Phases) -> _Material:
         job = self.job
-        anchors = self._recorded([w for w in job.replay if w.by_distribution], "replay examples", phases)
+        anchors = self._recorded([w for w in job.replay if w.by_distribution], phases)
         new, teachers = job.examples, self._teachers(phases)
         if teachers is not None:
             new = new[: len(teachers)]
@@ -134,23 +142,28 @@ class TrainingRun:
             refs = references(self.model, examples, phases.begin("reading references", pairs))
         return _Material(len(new), works, examples, anchors, refs, teachers)
 
-    def _recorded(self, works: Sequence[wire.TokenExample], what: str, phases: Phases) -> list[Anchor]:
-        """The distributions along these continuations before the first write: as many as fit in memory."""
+    def _recorded(self, works: Sequence[wire.TokenExample], phases: Phases) -> list[Anchor]:
+        """The distributions along replayed answers before the first write: as many as fit in memory."""
         examples = [_example(w) for w in works]
-        count = affordable(examples, vocab_size(self.model))
+        count = self._affordable(examples, "replay examples", 2 * KEPT_TOKENS)
+        return record(self.model, examples[:count], phases.begin("recording replay", count)) if count else []
+
+    def _affordable(self, examples: Sequence[Example], what: str, num_kept: int) -> int:
+        count = affordable(examples, num_kept)
         if count < len(examples):
             LOG.warning(
-                "lesson %s: the first %d of %d %s fit in memory", self.job.lesson, count, len(works), what
+                "lesson %s: the first %d of %d %s fit in memory", self.job.lesson, count, len(examples), what
             )
-        phase: wire.TrainerPhase = "recording replay" if what == "replay examples" else "reading the teacher"
-        return record(self.model, examples[:count], phases.begin(phase, count)) if count else []
+        return count
 
     def _teachers(self, phases: Phases) -> list[Tensor] | None:
         """SDFT: what the model says along each example's answer with the correction in its context."""
         if self.job.objective != "sdft":
             return None
         read = [wire.TokenExample(w.teacher or w.context, w.continuation) for w in self.job.examples]
-        found = [anchor.logps_TV for anchor in self._recorded(read, "sampled answers", phases)]
+        texts = [_example(w) for w in read]
+        count = self._affordable(texts, "sampled answers", vocab_size(self.model))
+        found = distributions(self.model, texts[:count], phases.begin("reading the teacher", count))
         if not found:
             longest = max(len(w.continuation) for w in read)
             raise TrainingError(
@@ -166,7 +179,7 @@ class TrainingRun:
             for w in works
             if w.continuation
         ]
-        count = affordable(examples, vocab_size(self.model), MAX_BYTES // 2)
+        count = affordable(examples, 2 * KEPT_TOKENS, MAX_BYTES // 2)
         if not count:
             return []
         return record(self.model, examples[:count], phases.begin("recording answers for the KL", count))
@@ -308,7 +321,7 @@ class TrainingRun:
         """KL(before || now) on one set of prompts; reported as a metric, and its mean given back."""
         per_prompt = divergences(self.model, before, phases.begin("measuring the KL", len(before)))
         mean = _mean(per_prompt)
-        num_tokens = sum(len(anchor.logps_TV) for anchor in before)
+        num_tokens = sum(anchor.num_tokens for anchor in before)
         metric = {"on": on, "mean": mean, "per_prompt": per_prompt, "num_tokens": num_tokens}
         report(KlMetric.model_validate(metric).model_dump())
         return mean

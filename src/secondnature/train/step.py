@@ -29,14 +29,17 @@ from secondnature.train.forest import MAX_BYTES, MAX_TOKENS, forwards, portions
 from secondnature.train.guard import (
     Bounds,
     check_examples,
+    check_finite,
     check_loss,
     check_tensors,
     limit_norm_,
     vocab_size,
 )
 from secondnature.train.losses import Objective, Reference, example_loss, sdft, sequence_logprob
+from secondnature.train.memory import room
 from secondnature.train.phases import Each, unwatched
 from secondnature.train.prefix import Prefix, continuation_logits, continuation_logps, freeze
+from secondnature.train.readback import floats
 
 __all__ = ["StepResult", "log_probs", "references", "train_step"]
 
@@ -120,29 +123,35 @@ def train_step(
         distilled = [i for i in chosen if teachers is not None and teachers[i] is not None]
         compared = [i for i in chosen if i not in distilled]
         weighted: dict[int, Tensor] = {}
-
-        def take(i: int, loss: Tensor) -> None:
-            check_loss(loss, i)
-            losses[i] = float(loss.detach())
-            if bounds is not None:
-                bounds.check_loss(losses[i], i)
-            weighted[i] = loss * (batch[i].weight / total_weight)
-
+        found_losses: dict[int, Tensor] = {}
+        found_margins: dict[int, Tensor] = {}
         if distilled:
             logits = continuation_logits(model, prefix, [answers[i][0] for i in distilled])
             for i, logits_TV in zip(distilled, logits, strict=True):
                 teacher = teachers[i] if teachers is not None else None
                 assert teacher is not None, "chosen above"
-                take(i, sdft(teacher, logits_TV))
+                found_losses[i] = sdft(teacher, logits_TV)
         found = iter(_logps(model, prefix, answers, compared) if compared else [])
         for i in compared:
             wanted, *others = [next(found) for _ in answers[i]]
             rejected = others[0] if others else None
-            take(i, example_loss(objective, wanted, rejected, references[i] if references else None))
+            found_losses[i] = example_loss(objective, wanted, rejected, references[i] if references else None)
             if rejected is not None:
-                margins[i] = float((sequence_logprob(wanted) - sequence_logprob(rejected)).detach())
+                found_margins[i] = sequence_logprob(wanted) - sequence_logprob(rejected)
+        # all of them are computed before the first is read
+        numbers = floats([x.detach() for x in (*found_losses.values(), *found_margins.values())])
+        for i, value in zip(found_losses, numbers, strict=False):
+            check_loss(value, i)
+            losses[i] = value
+            if bounds is not None:
+                bounds.check_loss(value, i)
+            weighted[i] = found_losses[i] * (batch[i].weight / total_weight)
+        for i, value in zip(found_margins, numbers[len(found_losses) :], strict=True):
+            margins[i] = value
         return weighted
 
+    if not recompute:
+        max_tokens = min(max_tokens, room(model))
     if objective == "sdft":
         max_tokens = min(max_tokens, max(1, MAX_SDFT_LOGITS // vocab_size(model)))
     with contextlib.ExitStack() as stack:
@@ -158,16 +167,18 @@ def train_step(
             if taught:
                 torch.stack([weighted[i] for i in taught]).sum().backward()
                 try:
-                    grad_norm = check_tensors(gradients, f"{_named(taught)}: the gradient")
+                    check_finite(gradients, f"{_named(taught)}: the gradient")
                 except NonFinite:
                     for i in taught if len(taught) > 1 else []:  # whose fault is it? one by one, to say so
                         gradients.clear()
                         score(prefix, [i])[i].backward()
-                        check_tensors(gradients, f"{_named([i])}: the gradient")
+                        check_finite(gradients, f"{_named([i])}: the gradient")
                     raise
             del prefix, weighted  # or the next would be computed while they are still in memory
             num_read += len(chosen)
             each(num_read)
+        if gradients:
+            grad_norm = check_tensors(gradients, f"{_named(range(len(batch)))}: the gradient")
         if bounds is not None:  # of the examples: the anchors' pull is as strong as it is asked to be
             bounds.check_norm(gradients, grad_norm, f"{_named(range(len(batch)))}: the gradient")
         drift = _hold(model, gradients, anchors, anchor_weight, lambda: each(num_read)) if anchors else None
@@ -224,7 +235,7 @@ def _hold(
         drifted = [d for d in found if float(d.detach()) >= HELD]
         if drifted:
             (torch.stack(drifted).sum() * (weight / len(anchors))).backward()
-            check_tensors(gradients, "replay: the gradient")
+            check_finite(gradients, "replay: the gradient")
     return total / len(anchors)
 
 

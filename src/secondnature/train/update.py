@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from secondnature.model.gradients import Factors, Gradient, Rows, dense
+from secondnature.model.products import matmul
 from secondnature.records import OptimizerSettings
 from secondnature.train.readback import Reading, together
 from secondnature.weights.rounding import RandomWords, Writer, scratch
@@ -306,7 +307,7 @@ def _scaled(
     if isinstance(gradient, Factors):
         left, right = (t.float() for t in gradient.matrices())
         small_SM, wide_SN = (right, left) if tall else (left, right)
-        r_RN = (small_SM @ p_RM.T).T @ wide_SN
+        r_RN = matmul(matmul(small_SM, p_RM.T).T, wide_SN)
     else:
         r_RN, norm_N = _project(dense(gradient), p_RM, tall)
     raw_N = _channel_norms(r_RN)
@@ -503,7 +504,7 @@ def _rows_of(update: Update, factor: float) -> Callable[[int, int, Tensor], obje
     source = update.source
     if isinstance(source, Factors):
         left, right = _scaled_factors(source, update, factor)
-        return lambda start, stop, out: torch.mm(left[:, start:stop].T, right, out=out)
+        return lambda start, stop, out: out.copy_(matmul(left[:, start:stop].T, right))
     factor *= update.factor
     scale = None if update.channels is None else update.channels * factor
     whole = dense(source)

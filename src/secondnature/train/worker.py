@@ -96,6 +96,7 @@ class Worker:
         import torch  # from here on the process is heavy
         import transformers
 
+        from secondnature.train.delta_rule import choose
         from secondnature.train.device import prepare
         from secondnature.train.prefix import self_test
         from secondnature.train.run import TrainingRun, model_in
@@ -107,6 +108,8 @@ class Worker:
         arena = attach(message.manifest)
         model = model_in(arena, Path(message.model_dir), message.layout)
         self._tell("", {"kind": "phase", "phase": "checking the model", "done": 0, "total": 1})
+        if next(model.parameters()).is_cuda:
+            choose(model)
         self_test(model)
         self._training = partial(TrainingRun, model, arena, share=message.share)
         return wire.Ready(os.getpid(), len(arena.tensors))

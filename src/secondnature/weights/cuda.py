@@ -5,7 +5,7 @@ and no second copy is ever needed. The local engine, under which nobody else all
 allocation of its own (`reserve_on`, `fill`). The manifest is JSON: one export for each allocation (`ipc`), and
 where in it each tensor lies. The write counters are in host memory, as ever: who schedules reads them at every
 request and must not wait for a device. A write is begun, computed, *waited for*, and done.
-(docs/decisions/vllm-on-gpus-and-many-ranks.md)
+(docs/decisions/adopted-where-they-lie.md)
 """
 
 from __future__ import annotations

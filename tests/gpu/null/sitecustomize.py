@@ -1,9 +1,9 @@
 """In every Python process of a test on the null GPU: what kernels should have computed is left out, or played.
 
-Kernels do nothing there, so a model computes what lies in memory. The self-tests, which compare such numbers,
-and the guards against numbers that are none, would end every start and every lesson: they are left out. A step
-of the optimizer is a copy from the host, for that the null GPU does. Nothing else is changed. The kernels themselves
-are launched by benchmarks/gpu_prove.py, which does not load this.
+Kernels do nothing there, so a model computes what lies in memory. The self-tests, which compare such numbers, and
+the guards against numbers that are none, would end every start and every lesson: they are left out. A step of the
+optimizer is a copy from the host, for that the null GPU does. Nothing else is changed. The kernels themselves are
+launched by benchmarks/gpu_prove.py, which does not load this.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,7 @@ from secondnature.engines.local.sampling import MAX_TOP, Sampler, Scored
 from secondnature.engines.local.text import Decode, Detokenizer, Entry, StopScanner
 from secondnature.errors import SecondnatureError, WeightsError
 
+_LOG = logging.getLogger(__name__)
 MARGIN_TOKENS = 256
 """A row is taken with so many free tokens behind what it holds: room to go on before others must give way."""
 
@@ -120,10 +122,18 @@ class Answer:
             self._send(text)
         if self._scanner.found is not None:
             self.finish("stop", reason=self._scanner.found)
-        elif self.shape is not None and self.shape.whole:
+        elif (self.shape is not None and self.shape.whole) or (text and self._enough()):
             self.finish("stop")
         elif len(self.token_ids) >= self.max_tokens:
             self.finish("length")
+
+    def _enough(self) -> bool:
+        """Whether whoever asked needs no more; what raises there must not touch the other requests."""
+        try:
+            return self.request.enough is not None and self.request.enough("".join(self._text))
+        except Exception:  # noqa: BLE001
+            _LOG.exception("whether an answer is enough could not be asked")
+            return False
 
     def finish(
         self,

