@@ -13,6 +13,7 @@ from secondnature import embedded
 from secondnature.engines.generation import GenerationRequest
 from secondnature.engines.local.engine import Engine
 from secondnature.evidence.decided import decider
+from secondnature.evidence.style import MAX_SAMPLED, sampled
 from secondnature.lessons import prober as prober_module
 from secondnature.lessons.prober import Prober
 from secondnature.model.chat import encode_chat, read_tokenizer
@@ -47,6 +48,7 @@ def test_the_verdicts_are_those_of_whole_answers(
     engine: tuple[Engine, Any, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = probes()
+    monkeypatch.setattr(prober_module, "sampled", lambda probes: set[str]())
     early = Prober(engine[0], engine[1], context_limit=engine[2]).outcomes(asked, "w", lambda *_: None)
     monkeypatch.setattr(prober_module, "decider", lambda check: None)
     whole = Prober(engine[0], engine[1], context_limit=engine[2]).outcomes(asked, "w", lambda *_: None)
@@ -86,3 +88,22 @@ def test_what_raises_in_deciding_ends_no_answer(engine: tuple[Engine, Any, int])
     assert other.text == plain.text
     assert len(cut.token_ids) < len(plain.token_ids)
     assert cut.finish_reason == "stop"
+
+
+def test_a_sample_is_answered_to_its_end_for_whoever_looks_at_style(engine: tuple[Engine, Any, int]) -> None:
+    asked = probes()
+    sample = sampled(asked)
+    assert len(sample) == MAX_SAMPLED < len(asked)
+    prober = Prober(engine[0], engine[1], context_limit=engine[2])
+    first = prober.outcomes(asked[:1], "w", lambda *_: None)[0]
+    found = {o.probe: o for o in prober.outcomes(asked, "w", lambda *_: None)}
+    assert first.whole, "a set that is no larger than the sample"
+    whole = {o.answer for o in found.values() if o.whole}
+    assert {o.probe for o in found.values() if o.whole} == sample | {
+        p.digest() for p in asked if decider(p.check) is None
+    } | {first.probe}
+    assert len(whole) <= len(PROMPTS), "one whole answer to each prompt"
+    other = next(p for p in asked if p.digest() not in sample and not found[p.digest()].whole)
+    again = prober.outcomes([other], "w", lambda *_: None)[0]
+    assert again.whole, "an answer that was cut is no answer to whoever wants it whole"
+    assert again.answer in whole

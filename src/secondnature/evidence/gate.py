@@ -135,6 +135,7 @@ def _compare(
         counts[1] += pair.after.passed and not pair.before.passed
         counts[2] += pair.lost
     pinned = [pair for pair in pairs if pair.probe.pin]
+    whole = [pair for pair in pairs if pair.before.whole and pair.after.whole]
     clusters = [(c[0], c[1], c[2]) for c in per_seed.values()]
     comparison = compare(
         name=name,
@@ -153,7 +154,7 @@ def _compare(
     return comparison.model_copy(
         update={
             "flips": _flips(pairs),
-            "style": style([p.before.answer for p in pairs], [p.after.answer for p in pairs]),
+            "style": style([p.before.answer for p in whole], [p.after.answer for p in whole]),
             "mean_margin_before": _mean_margin(pair.before for pair in pairs),
             "mean_margin_after": _mean_margin(pair.after for pair in pairs),
         }

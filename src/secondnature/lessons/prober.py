@@ -2,7 +2,8 @@
 
 The answers are those that users get: same engine, same weights, same chat template. An answer is cached by (weights
 version, probe), so the "after" of one lesson is the "before" of the next for free. It is generated as far as its
-check needs it: a beginning that decides the check is judged as the whole answer would be. Whether an answer passes
+check needs it: a beginning that decides the check is judged as the whole answer would be. A sample of each set is
+generated to its end, for whoever looks at style. Whether an answer passes
 is decided by `evidence.checks`, code in a subprocess with limits, while whoever waits goes on checking in.
 """
 
@@ -12,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,6 +22,7 @@ from secondnature.engines.generation import GenerationRequest, GenerationResult,
 from secondnature.errors import BadInput, Busy, ContextOverflow, SecondnatureError
 from secondnature.evidence.checks import judge_probes
 from secondnature.evidence.decided import decider
+from secondnature.evidence.style import sampled
 from secondnature.model.chat import encode_answer, encode_chat
 from secondnature.records import Message, Outcome, Probe
 
@@ -79,7 +81,8 @@ class Prober:
             version: of the weights, which must not change meanwhile: the cache's key.
             check_in: called while waiting.
         """
-        missing = [p for p in probes if (version, p.digest()) not in self._cache]
+        sample = sampled(probes)
+        missing = [p for p in probes if not self._answered(version, p.digest(), whole=p.digest() in sample)]
         known = len(probes) - len(missing)
         for start in range(0, len(missing), AT_ONCE):
             chosen = missing[start : start + AT_ONCE]
@@ -87,7 +90,7 @@ class Prober:
             def count(done: int, total: int, before: int = known + start, among: int = len(chosen)) -> None:
                 check_in(before + (done * among // total if total else 0), len(probes))
 
-            for probe, outcome in self._ask(chosen, count):
+            for probe, outcome in self._ask(chosen, sample, count):
                 self._cache[version, probe.digest()] = outcome
         found = [self._cache[version, p.digest()] for p in probes]
         for _ in range(len(self._cache) - MAX_CACHED):
@@ -133,18 +136,26 @@ class Prober:
     def _answer(self, probe: Probe, text: str) -> tuple[list[int], list[int]]:
         return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))
 
-    def _ask(self, probes: Sequence[Probe], check_in: CheckIn) -> list[tuple[Probe, Outcome]]:
+    def _answered(self, version: str, probe: str, *, whole: bool) -> bool:
+        known = self._cache.get((version, probe))
+        return known is not None and (known.whole or not whole)
+
+    def _ask(
+        self, probes: Sequence[Probe], sample: Set[str], check_in: CheckIn
+    ) -> list[tuple[Probe, Outcome]]:
+        """The probes of `sample` are answered to the end of the answer."""
         prompts = [encode_chat(self._tokenizer, p.prompt) for p in probes]
         pairs = [p.check.prefers or p.margin for p in probes]
         spoken = [i for i, p in enumerate(probes) if p.check.prefers is None]
         asked = len(spoken) + 2 * sum(pair is not None for pair in pairs)
         code = [i for i, p in enumerate(probes) if p.check.python is not None]
+        deciders = [None if p.digest() in sample else decider(p.check) for p in probes]
         total = asked + len(code)
         answers = self.answers(
             [prompts[i] for i in spoken],
             lambda done, _: check_in(done, total),
             max_tokens=[probes[i].max_tokens or MAX_ANSWER_TOKENS for i in spoken],
-            enough=[decider(probes[i].check) for i in spoken],
+            enough=[deciders[i] for i in spoken],
         )
         results = dict(zip(spoken, answers, strict=True))
         margins = self._margins(probes, pairs, lambda done, _: check_in(len(spoken) + done, total))
@@ -155,7 +166,8 @@ class Prober:
 
         outcomes = _judged(probes, texts, margins, count)
         check_in(total, total)
-        return list(zip(probes, outcomes, strict=True))
+        told = [o.model_copy(update={"whole": d is None}) for o, d in zip(outcomes, deciders, strict=True)]
+        return list(zip(probes, told, strict=True))
 
     def _margins(
         self,

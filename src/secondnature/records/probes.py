@@ -97,6 +97,8 @@ class Outcome(Record):
     """`Probe.digest`."""
     passed: bool
     answer: str = ""
-    """As far as it was generated: to where its check was decided."""
+    """As far as it was generated."""
+    whole: bool = True
+    """False: it was generated no further than to where its check was decided."""
     margin: float | None = None
     """log p(wanted) - log p(unwanted), nats over the whole answers; None where the probe names no pair."""
