@@ -33,6 +33,7 @@ from secondnature.model.recompute import recomputed
 from secondnature.model.upcast import collect
 from secondnature.records import Example, OptimizerSettings
 from secondnature.train.apollo import Apollo
+from secondnature.train.device import prepare
 from secondnature.train.guard import check_tensors
 from secondnature.train.prefix import Prefix, continuation_logps, freeze
 from secondnature.train.step import train_step
@@ -254,6 +255,7 @@ def main() -> int:
     device, rank = options.device, options.rank if options.preset != "tiny" else 8
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("found no CUDA device; --preset tiny --device cpu tries the script")
+    prepare()  # as the trainer does
     card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     fla = importlib.util.find_spec("fla") is not None
     found: dict[str, Any] = {"preset": options.preset, "card": card, "rank": rank, "torch": torch.__version__}

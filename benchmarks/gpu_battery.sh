@@ -86,8 +86,9 @@ stage facts 60 '^FACT ' python3 benchmarks/gpu_facts.py --json "$OUT/facts.json"
 stage eager 110 '^(PROOF|STEP|VERDICT)' python3 benchmarks/gpu_prove.py --steps "${small:-12}" --json "$OUT/eager.json"
 stage graphs 150 '^(PROOF|STEP|VERDICT)' python3 benchmarks/gpu_prove.py --steps "${small:-12}" --graphs --json "$OUT/graphs.json"
 stage flash 60 '^(PROOF|STEP|VERDICT)' python3 benchmarks/gpu_prove.py --steps "${small:-4}" --backend FLASH_ATTN --json "$OUT/flash.json"
-if [ -n "${NULLGPU:-}" ]; then
-  stage step27b 60 '^\{' python3 benchmarks/gpu.py --preset tiny --context 64 --repeats 1 --no-tiles --json "$OUT/step27b.json"
+if [ -n "${NULLGPU:-}" ]; then # on the CPU: a number that nobody computed would be read as how many rows there are
+  stage step27b 60 '"step_seconds"' python3 benchmarks/gpu.py --preset tiny --device cpu --context 64 --repeats 1 --no-tiles \
+    --json "$OUT/step27b.json"
 else
   stage step27b 110 '"step_seconds"' python3 benchmarks/gpu.py --preset 27b --repeats 2 --no-tiles --json "$OUT/step27b.json"
   stage step2b 50 '"step_seconds"' python3 benchmarks/gpu.py --preset 2b --repeats 2 --no-tiles --json "$OUT/step2b.json"
