@@ -25,6 +25,7 @@ from secondnature.config import Settings
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.home import Home
 from secondnature.lessons.log import OPTIMIZER_FILE, Log
+from secondnature.lessons.pruning import Pruning
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.weights import ServedWeights
 from secondnature.model.chat import encode_answer
@@ -266,7 +267,7 @@ class _School:
         self.weights.keep()
         if len(self.log.chain()) > self._settings.max_chain:
             self.weights.fold()
-        self.log.prune(self._settings.keep_states)
+        Pruning(self.log).prune(self._settings.keep_states)
 
     def undo(self) -> dict[str, float]:
         """Seconds to take the newest back, and to have it again: as often as it takes, at the same length."""

@@ -23,7 +23,7 @@ def test_answers_are_computed_in_it(said: str, wanted: torch.dtype, tmp_path: Pa
     settings = Settings(home=tmp_path, port=0, compute_dtype=said)  # pyright: ignore[reportArgumentType]
     with assemble(settings) as parts:
         engine = parts.engine
-        assert compute_dtype(engine._model) == wanted
+        assert compute_dtype(engine._turns._model)  # pyright: ignore[reportPrivateUsage] == wanted
         ids = read_tokenizer(Path(embedded.path())).encode(TEXT)
         asked = [score_request(ids[:3], ids[3:]), *[GenerationRequest(ids[:n], max_tokens=4) for n in (3, 9)]]
         alone, *_ = engine.generate(asked[:1])

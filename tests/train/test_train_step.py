@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,12 @@ def variants() -> list[Example]:
     ]
 
 
+def off_the_kink(found: list[Reference | None]) -> list[Reference | None]:
+    """As if the chosen answers had risen or fallen by half a nat: where neither is true, rounding alone says
+    whether DPOP's penalty, fifty times the rest, is in the gradient."""
+    return [r and replace(r, chosen=r.chosen + (0.5, -0.5)[i % 2]) for i, r in enumerate(found)]
+
+
 @pytest.mark.parametrize("objective", ["sft", "orpo", "dpop"])
 def test_together_equals_one_by_one(directory: Path, objective: Any) -> None:
     """All answers to a context in one forward, or each example in its own: 1e-6 of the loss, 3e-6 of the gradient.
@@ -218,7 +225,7 @@ def test_together_equals_one_by_one(directory: Path, objective: Any) -> None:
             examples,
             objective,
             writing=arena.writing,
-            references=reference,
+            references=off_the_kink(reference),
             max_tokens=max_tokens,
             max_bytes=max_bytes,
         )

@@ -3,8 +3,8 @@
 A lesson can pass every check and change how all answers sound: from "The capital of France is Paris." to "Paris.".
 That is printed beside the KL, with an exact sign test of the lengths, and judges nothing: style may be the lesson.
 
-Most answers to probes end where their check is decided, and a lesson moves that place: their lengths say nothing. So
-a sample of each set, chosen by content, is generated to its end, before and after, and counted here.
+Most answers to probes end where their check is decided, and a lesson moves that place: their lengths say nothing.
+So a sample of each set, chosen by content, is generated to its end, before and after, and counted here.
 """
 
 from __future__ import annotations
