@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from fake_server import Fake
+from tiny_gguf import write
 
 from secondnature import config
 from secondnature.cli import connect, machine, main, vllm
@@ -99,6 +100,17 @@ def test_the_model_comes_first_or_by_its_option(words: list[str], executed: dict
     found = executed["words"]
     assert Path(found[found.index("--model") + 1]).parts[-2:] == ("embedded", "weights")
     assert found[-3:] == ["--served-model-name", "embedded", "--foo"]
+
+
+def test_a_gguf_file_is_served_by_its_directory(
+    executed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = write(tmp_path / "tiny.gguf")
+    assert main(["serve", "--engine", "vllm", str(file), "--port", "0"]) == 0
+    directory = Path(executed["words"][executed["words"].index("--model") + 1])
+    assert directory.is_relative_to(tmp_path / "cache")
+    assert {"config.json", "tokenizer.json"} < {f.name for f in directory.iterdir()}
 
 
 def test_what_the_user_says_wins(

@@ -12,7 +12,8 @@ from tiny_server import save_tokenizer
 
 from secondnature.config import Settings
 from secondnature.errors import ConfigError, UnsupportedModel
-from secondnature.serve.local import assemble, model_directory, model_name
+from secondnature.serve.local import assemble
+from secondnature.serve.place import model_directory, model_name
 
 
 def settings(model: Path | str, home: Path) -> Settings:

@@ -7,7 +7,6 @@ What can be known to be wrong is said before that; what only vLLM knows, the plu
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 import socket
 import sys
@@ -90,26 +89,15 @@ def option(extras: Sequence[str], name: str) -> str | None:
     return found
 
 
-def directory_of(model: str) -> Path:
-    """Where the model lies. Raises ConfigError."""
-    if model == "embedded":
-        return Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
-    directory = Path(model).expanduser().absolute()
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"{directory}: no model there (no config.json)",
-            "give a Hugging Face directory, or `embedded`; nothing is downloaded",
-        )
-    return directory
-
-
 def command(settings: Settings, directory: Path, port: int, extras: Sequence[str]) -> list[str]:
     """vLLM's command line: the model, our defaults where the user says nothing, and what the user says."""
+    from secondnature.serve.place import NAMES
+
     words = [sys.executable, "-m", LAUNCHER, "--model", str(directory), "--port", str(port)]
     if option(extras, "--host") is None:
         words += ["--host", settings.host]
-    if settings.model == "embedded" and option(extras, "--served-model-name") is None:
-        words += ["--served-model-name", "embedded"]
+    if settings.model in NAMES and option(extras, "--served-model-name") is None:
+        words += ["--served-model-name", settings.model]
     return [*words, *extras]
 
 
@@ -143,13 +131,16 @@ def serve(settings: Settings, extras: Sequence[str]) -> NoReturn:
 
     Raises:
         ConfigError: vLLM is missing or of another version, there is no model, or the port is taken.
+        BadCheckpoint, UnsupportedModel, StorageError: of a .gguf file no directory can be made.
     """
     version = installed()
     if version is None:
         raise ConfigError(f"vLLM is not installed for {sys.executable}", RECIPE)
     if not supported(version):
         raise ConfigError(f"vLLM is {version}; expected {SUPPORTED}.x", RECIPE)
-    directory = directory_of(settings.model)
+    from secondnature.serve.place import model_directory
+
+    directory = model_directory(settings)
     port = _free_port(option(extras, "--host") or settings.host, settings.port)
     words = command(settings, directory, port, extras)
     environ = environment(settings, extras, os.environ)

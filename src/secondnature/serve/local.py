@@ -8,7 +8,6 @@ Start-up: lock the home, read checkpoint and kept deltas, fill the arena, and on
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import logging
 import os
 import signal
@@ -39,10 +38,10 @@ from secondnature.lessons.log import Log
 from secondnature.lessons.runner import Runner
 from secondnature.lessons.teaching import Teaching, put_together
 from secondnature.lessons.weights import fill_kept
-from secondnature.model import chat, gguf, load, turns
+from secondnature.model import chat, load, turns
 from secondnature.model.defaults import sampling_defaults
-from secondnature.model.files import instead
 from secondnature.serve import gpu
+from secondnature.serve.place import model_directory, model_name
 from secondnature.train.device import prepare
 from secondnature.train.prefix import self_test
 from secondnature.web.application import local_application
@@ -91,43 +90,6 @@ class Parts:
     def runner(self) -> Runner:
         """The one that changes them."""
         return self.teaching.runner
-
-
-def model_directory(settings: Settings) -> Path:
-    """Where the model lies; of a .gguf file, what was made of it.
-
-    Raises:
-        ConfigError: no model is there.
-        BadCheckpoint, UnsupportedModel, StorageError: as `gguf.directory_of`.
-    """
-    if settings.model == "embedded":  # data, not code: the room itself lies above this one
-        directory = Path(str(importlib.resources.files("secondnature") / "embedded" / "weights"))
-    elif settings.model == "smollm2":
-        return gguf.directory_of(gguf.smollm2())
-    else:
-        directory = Path(settings.model).expanduser().absolute()
-        if directory.suffix.lower() == ".gguf":
-            return gguf.directory_of(directory)
-    try:
-        is_there = (directory / "config.json").is_file()
-    except OSError as e:
-        raise ConfigError(f"{directory}: {e.strerror or e}", "mend the disk or the permissions") from None
-    if not is_there:
-        said, hint = settings.model, instead(directory)
-        if not directory.exists() and said.count("/") == 1 and not said.startswith((".", "~", "/")):
-            hint = f"nothing is downloaded here: `hf download {said} --local-dir DIR` first, then serve DIR"
-        raise ConfigError(f"{directory}: no model there (no config.json)", hint)
-    return directory
-
-
-def model_name(settings: Settings, directory: Path) -> str:
-    """What clients call the model; a folder in a hub's cache is named after its commit, so its model's name."""
-    if settings.model in ("embedded", "smollm2"):
-        return settings.model
-    repository = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return directory.name
 
 
 @contextlib.contextmanager
