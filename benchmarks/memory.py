@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import transformers
 from common import THREADS, Settings, say
-from server import serving
+from server import ARENA, serving
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secondnature.model.load import build, plan
 from secondnature.train.prefix import self_test
 from secondnature.weights import checkpoint
 
-ARENA = "memfd:secondnature-weights"
 SCALED = (
     "hidden_size",
     "intermediate_size",

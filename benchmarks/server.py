@@ -18,6 +18,8 @@ from secondnature.lessons.home import running_server
 from secondnature.wire import Client
 
 START_S = 180.0
+ARENA = "memfd:secondnature-weights"
+"""What the arena's file is called among a process's mappings."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def serving(model: Path) -> Generator[Server]:
             with Client(url, (home / "key").read_text().strip(), timeout_s=120) as client:
                 while client.health().trainer == "starting":
                     time.sleep(0.05)
-                time.sleep(0.5)  # the trainer maps the weights and tests itself
-                yield Server(client, url, process.pid)
+                server = Server(client, url, process.pid)
+                while ARENA not in Path(f"/proc/{server.trainer_pid()}/maps").read_text():
+                    time.sleep(0.05)
+                time.sleep(0.5)  # the trainer tests itself
+                yield server
         finally:
             process.terminate()
             process.wait(60)

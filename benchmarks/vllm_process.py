@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from memory import ARENA, mapping, rollup
+from memory import mapping, rollup
+from server import ARENA
 
 from secondnature.weights.arena import HEADER_BYTES
 from secondnature.wire import Client

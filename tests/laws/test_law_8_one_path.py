@@ -13,8 +13,13 @@ import secondnature
 
 CLI = Path(secondnature.__file__).parent / "cli"
 BEHIND_THE_DOOR = ("serve", "web", "lessons", "engines", "train", "weights", "model")
-ALLOWED = {"app.py": {"secondnature.serve.local"}, "fsck.py": {"secondnature.serve.fsck"}}
-"""`secondnature serve` is the server's process; `fsck` reads a home that no server can open, and holds its lock."""
+ALLOWED = {
+    "app.py": {"secondnature.serve.local"},
+    "fsck.py": {"secondnature.serve.fsck"},
+    "vllm.py": {"secondnature.serve.place"},
+}
+"""`secondnature serve` is the server's process, or becomes it; `fsck` reads a home that no server can open, and holds
+its lock."""
 
 
 def _imports(text: str) -> set[str]:

@@ -76,6 +76,8 @@ ELSEWHERE = {
     "idempotency_key": "test_lessons_runner",
     "keep": "test_lessons_undo",
     "probes": "test_lessons_judged",
+    "guards": "test_lessons_guards",
+    "prompting": "test_lessons_guards",
     "gate": "test_lessons_judged",
     "lesson": "test_lessons_judged",
 }

@@ -298,7 +298,7 @@ def test_a_model_that_nobody_here_made() -> None:
         for name, parameter in wanted.named_parameters():
             parameter.copy_(weights[name])
         text = ids(1, 30)
-        torch.testing.assert_close(model(text).logits, wanted(text).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(text).logits, wanted(text).logits, rtol=0, atol=3e-5)
     tokenizer = read_tokenizer(directory)
     prompt = [Message(role="user", content="how are you today?")]
     context, continuation = encode_answer(

@@ -103,7 +103,7 @@ def _skeleton(directory: Path, _text: str) -> Any:
 _real_skeleton = load.skeleton
 
 
-def _build(directory: Path, tensors: Any) -> Any:
+def _build(directory: Path, tensors: Any, **_: Any) -> Any:
     model = load.skeleton(directory)
     model.__dict__["torture_tensors"] = tensors
     return model

@@ -223,7 +223,6 @@ def test_whatever_a_loader_needs_is_copied_and_nothing_that_is_weights_code_or_e
         "old.safetensors",
         "model.pt",
         "modeling_custom.py",
-        "adapter_config.json",
         "pytorch_model.bin.index.json",
         ".hidden.json",
         "secondnature.json",

@@ -121,7 +121,7 @@ class TrainingRun:
         each = phases.begin("saving the optimizer's state", len(self.optimizer.state_dict()[0]))
         sha256 = save_optimizer(self.optimizer, Path(job.optimizer_out), each)
         moved = [] if self._on_gpu else self.optimizer.moved()
-        if moved and stopped_by != "learned" and not any(m.written for m in moved):
+        if stopped_by != "learned" and not (self._on_gpu or any(m.written for m in moved)):
             stopped_by = "nothing moved"  # whatever else ended it: this is what there is to know
         told = [m.model_dump() for m in moved]
         return wire.Done(job.job, steps, loss, means, told, stopped_by, sha256)
