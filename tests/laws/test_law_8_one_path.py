@@ -18,8 +18,8 @@ ALLOWED = {
     "fsck.py": {"secondnature.serve.fsck"},
     "vllm.py": {"secondnature.serve.place"},
 }
-"""`secondnature serve` is the server's process, or becomes it; `fsck` reads a home that no server can open, and holds
-its lock."""
+"""`secondnature serve` is the server's process, or becomes it; `fsck` reads a home that no server can open, and
+holds its lock."""
 
 
 def _imports(text: str) -> set[str]:

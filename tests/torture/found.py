@@ -28,5 +28,5 @@ FOUND: tuple[tuple[str, str, str, bool], ...] = (
     ("start with kept lessons", r"^storage\.stat .*checkpoint\.current", "os", False),
     ("start with kept lessons", r"^storage\.stat .*log\._read", "os", False),
     ("start with kept lessons", r"^arena\.create", "os", False),
-    ("start with kept lessons", r"^storage\.stat < serve\.local\.model_directory", "os", False),
+    ("start with kept lessons", r"^storage\.stat < serve\.place\.model_directory", "os", False),
 )
