@@ -21,12 +21,14 @@ async function openai() {
   assert.notEqual(text, '');
   const paint = { name: 'paint', parameters: { type: 'object', properties: { colour: { enum: ['red', 'blue'] } }, required: ['colour'] } };
   const asked = { model: name, messages: [{ role: 'user', content: ask }], tools: [{ type: 'function', function: paint }] };
-  const called = (await client.chat.completions.create({ ...asked, tool_choice: 'required' })).choices[0].message;
+  const called = (await client.chat.completions.create({ ...asked, tool_choice: 'required', parallel_tool_calls: false })).choices[0].message;
   assert.match(JSON.parse(called.tool_calls[0].function.arguments).colour, /red|blue/);
   const done = { role: 'tool', tool_call_id: called.tool_calls[0].id, content: 'done' };
   await client.chat.completions.create({ ...asked, messages: [...asked.messages, called, done], max_tokens: 6 });
   assert.ok((await client.responses.create({ model: name, input: ask, max_output_tokens: 6 })).output_text);
 }
+
+const oneCall = { openai: { parallelToolCalls: false }, ours: { parallel_tool_calls: false } };
 
 async function ai(model) {
   const given = { model, prompt: ask, maxRetries: 0 };
@@ -38,7 +40,7 @@ async function ai(model) {
   assert.match((await generateObject({ ...given, schema })).object.colour, /red|blue/);
   const paint = tool({ description: 'Paint a door.', inputSchema: schema, execute: async () => 'done' });
   const round = await generateText({
-    ...given, tools: { paint }, maxOutputTokens: 40, stopWhen: stepCountIs(2),
+    ...given, tools: { paint }, maxOutputTokens: 40, providerOptions: oneCall, stopWhen: stepCountIs(2),
     prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? 'auto' : 'required' }),
   });
   assert.equal(round.steps[0].toolResults[0].output, 'done');

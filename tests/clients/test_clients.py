@@ -202,7 +202,7 @@ def test_openai_agents(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return f"painted {colour}"
 
     short = agents.ModelSettings(max_tokens=8)
-    demanding = agents.ModelSettings(tool_choice="required", max_tokens=40)
+    demanding = agents.ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=40)
 
     async def go() -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
@@ -251,9 +251,8 @@ def test_haystack(url: str) -> None:
     )
     asked = [ChatMessage.from_user("Paint the door red.")]
     assert generator.run(asked)["replies"][0].text
-    called = generator.run(
-        asked, tools=[create_tool_from_function(paint)], generation_kwargs={"tool_choice": "required"}
-    )
+    one_call = {"tool_choice": "required", "parallel_tool_calls": False}
+    called = generator.run(asked, tools=[create_tool_from_function(paint)], generation_kwargs=one_call)
     assert called["replies"][0].tool_calls[0].tool_name == "paint"
 
 

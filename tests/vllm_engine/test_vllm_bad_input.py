@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
         {},
         r"is NobodyForCausalLM; expected",
     ),
-    "nobody's type": (no_numbers, {}, r"UnsupportedModel: .*model_type 'nobody' cannot be read"),
+    "nobody's type": (no_numbers, {}, r"UnsupportedModel: .*knows no model_type 'nobody'"),
     "float32 hybrid": (lambda _: EMBEDDED, {"dtype": "float32"}, r"are float32; .*--dtype bfloat16"),
     "float16": (
         dense,
