@@ -58,7 +58,7 @@ def test_every_phase_of_a_lesson_is_counted_in_plain_lines(
         assert [line for line in lines if line.startswith(phase)][1].startswith(f"{phase}: "), lines
         done = [n for n, _ in counts[phase]]
         assert done == sorted(done), lines
-        assert len(set(done)) >= 3, lines
+        assert len(set(done)) >= 2, lines
         assert all("about" in rest and "left" in rest for _, rest in counts[phase][1:]), lines
     assert f"measuring before: {len(probes)} probes done in " in captured.err
     assert "training stopped after 12 steps: all steps that were asked for were made" in captured.err
