@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_findings import Findings
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
@@ -33,22 +34,8 @@ LIMIT = 0.01
 """Relative difference of an operator from torch's, bf16."""
 
 
-class Facts:
-    """By name; those that must hold and do not."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.broken: list[str] = []
-
-    def note(self, name: str, value: Any, holds: bool = True) -> None:
-        self.values[name] = value
-        if not holds:
-            self.broken.append(name)
-        print(f"FACT {name}: {value}{'' if holds else '  <- must not be'}", flush=True)
-
-
 # -------------------------------------------------------------------------------------------------- the operators
-def operators(facts: Facts) -> None:
+def operators(facts: Findings) -> None:
     """vLLM's, against torch's in fp32: "no kernel image" here means that its libraries lack this card's code."""
     import vllm._C_stable_libtorch  # noqa: F401  (registers them)
 
@@ -146,7 +133,7 @@ class Other:
 
 
 # -------------------------------------------------------------------------------------------------- shared memory
-def sharing(facts: Facts) -> None:
+def sharing(facts: Findings) -> None:
     """What another process writes arrives, also in a graph that was captured before."""
     from secondnature.errors import WeightsError
     from secondnature.weights import ipc
@@ -189,7 +176,7 @@ def sharing(facts: Facts) -> None:
     them.process.wait()
 
 
-def graphs(facts: Facts, w: Tensor, them: Other) -> None:
+def graphs(facts: Findings, w: Tensor, them: Other) -> None:
     """A captured graph computes with what was written since; its time beside a writer that never rests."""
     x = torch.ones(8, SIZE, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
@@ -222,7 +209,7 @@ def graphs(facts: Facts, w: Tensor, them: Other) -> None:
     facts.note("one replay alone, and beside a writer (ms)", [alone, replay_ms()])
 
 
-def rates(facts: Facts) -> None:
+def rates(facts: Findings) -> None:
     """What an undo and a content id cost."""
     from secondnature.weights import content
 
@@ -249,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    facts = Facts()
+    facts = Findings("FACT")
     facts.note("card", torch.cuda.get_device_name())
     facts.note("torch", torch.__version__)
     operators(facts)

@@ -29,25 +29,12 @@ if NULL:  # the kernel that counts sampled tokens does nothing there: a request 
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 import torch  # noqa: E402  (after the variables that vLLM reads)
+from gpu_findings import Findings  # noqa: E402
 
 EMBEDDED = Path(__file__).parents[1] / "src" / "secondnature" / "embedded" / "weights"
 CONTEXT = [5 + (7 * i + i * i // 3) % 80 for i in range(40)]
 ANSWER = [5 + (11 * i + 3) % 80 for i in range(12)]
 LR = 3e-4
-
-
-class Findings:
-    """What was found, by name; what should hold and does not."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.broken: list[str] = []
-
-    def note(self, name: str, value: Any, holds: bool = True) -> None:
-        self.values[name] = value
-        if not holds:
-            self.broken.append(name)
-        print(f"PROOF {name}: {value}{'' if holds else '  <- must not be'}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ the trainer's process
@@ -191,7 +178,7 @@ def prove(options: argparse.Namespace) -> Findings:
     from secondnature.engines.vllm.share import attach
     from secondnature.weights.content import content_id
 
-    found = Findings()
+    found = Findings("PROOF")
     note = found.note
     note("card", torch.cuda.get_device_name())
     begun = time.perf_counter()
