@@ -64,16 +64,20 @@ def serving(model: Path) -> Generator[Server]:
         try:
             url = _await(process, home, log_path)
             with Client(url, (home / "key").read_text().strip(), timeout_s=120) as client:
-                while client.health().trainer == "starting":
-                    time.sleep(0.05)
-                server = Server(client, url, process.pid)
-                while ARENA not in Path(f"/proc/{server.trainer_pid()}/maps").read_text():
-                    time.sleep(0.05)
-                time.sleep(0.5)  # the trainer tests itself
-                yield server
+                _until_ready(client, log_path)
+                yield Server(client, url, process.pid)
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _until_ready(client: Client, log: Path) -> None:
+    """Wait for the trainer, which has mapped the weights and tested itself when it says that it is ready."""
+    deadline = time.monotonic() + START_S
+    while (health := client.health()).trainer != "ready":
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the trainer is {health.trainer}: {health.detail}\n{log.read_text()}")
+        time.sleep(0.05)
 
 
 def _await(process: subprocess.Popen[bytes], home: Path, log: Path) -> str:

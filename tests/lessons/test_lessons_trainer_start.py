@@ -60,6 +60,7 @@ def test_one_that_ends_before_it_speaks_is_told_and_started_again_with_pauses(
     trainer: Trainer, broken: Callable[[str], None], line: str
 ) -> None:
     broken(line)
+    assert trainer.state == "starting"  # who asks before the first start is not told that there is none
     began, starts = time.monotonic(), set[float]()
     while time.monotonic() - began < 6:
         before = time.monotonic()

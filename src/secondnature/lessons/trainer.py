@@ -79,7 +79,7 @@ class Trainer:
     def state(self) -> Literal["ready", "starting", "busy", "down"]:
         """What `/health` says."""
         if self.pid is None:
-            return "down"
+            return "down" if self._started_at else "starting"  # before the first `tend`, it is on its way
         if not self._ready:
             return "starting"
         return "busy" if self._busy else "ready"
