@@ -160,7 +160,12 @@ class Fake:
             elif unjudged and self.ends != "failed":
                 phase = "measuring after"
                 lesson = self.change(
-                    lesson, state="on_trial", steps=last, version=AFTER, trial_until=utc_now()
+                    lesson,
+                    state="on_trial",
+                    steps=last,
+                    version=AFTER,
+                    trial_until=utc_now(),
+                    stopped_by="until_margin" if early else "max_steps",
                 )
             else:
                 lesson = self.finish(lesson, steps)
