@@ -237,7 +237,9 @@ class Fake:
         if name not in self.lessons:
             raise NotFound(f"no lesson {name}", "see `secondnature lessons log`")
         lesson = self.lessons[name]
-        look = LookMetric(step=lesson.steps, margins={"right": [0.1]}).model_dump(mode="json")
+        look = LookMetric(
+            step=lesson.steps, margins={"right": [0.1]}, passed={"right": 0.75}, asked={"right": 4}
+        ).model_dump(mode="json")
         return LessonDetail(lesson=lesson, evidence=self.evidence(lesson), metrics=[look])
 
     def decide(self, name: str, what: str) -> Lesson:
