@@ -39,6 +39,7 @@ from secondnature.wire import (
     CorrectionsReply,
     CorrectionState,
     DeleteReply,
+    DevelopmentLook,
     EndToken,
     FeedbackReply,
     FeedbackRequest,
@@ -183,6 +184,11 @@ class Fake:
             if phase == "training"
             else None,
             eta_s=3.0 if phase == "training" else None,
+            look=DevelopmentLook(
+                step=step, passed={"right": 1, "other": 2}, asked={"right": 4, "other": 3}, lost=1
+            )
+            if phase == "training"
+            else None,
             stopped_by=lesson.stopped_by,
             weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
             error=lesson.error,

@@ -33,7 +33,12 @@ def test_learn_ends_with_the_code_of_the_verdict(
     assert ("the weights are as before" in out) == (ends != "kept")
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
-    assert "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25" in err
+    assert (
+        "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25, development 1/4, other 2/3 (1 lost)"
+        in err
+    )
+    passed = "looks:  development 3 of 4 (3 before) after "
+    assert passed in out
     page = Path("report.html").read_text()
     assert "0001-listening" in page
     assert Path("report.json").exists()
