@@ -23,6 +23,7 @@ from secondnature.engines.generation import Sampling
 
 MAX_TOP = 20
 """At most so many alternatives are reported per token."""
+_BLOCK = 128
 
 
 class Sampler:
@@ -86,7 +87,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for i in moved:
             samplers[i].move(logits[i])
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = likeliest(logits)
     drawn = [i for i, s in enumerate(samplers) if not s.greedy]
     for cut in (False, True):
         rows = [i for i in drawn if samplers[i].cuts == cut]
@@ -95,6 +96,20 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
             for i, token in zip(rows, picked, strict=True):
                 tokens[i] = token
     return tokens
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The most probable token of each row of [B, V], the first of equals; logits are finite.
+
+    The largest of each block is found by vector instructions, which looking for its place is not.
+    """
+    rows, width = logits.shape
+    if width % _BLOCK:
+        return logits.max(dim=-1).indices.tolist()  # argmax of bf16 takes six times as long
+    blocks = logits.view(rows, -1, _BLOCK)
+    block = blocks.amax(-1).max(dim=-1).indices
+    within = blocks[torch.arange(rows, device=logits.device), block].max(dim=-1).indices
+    return (block * _BLOCK + within).tolist()
 
 
 def _draw(logits: Tensor, samplers: Sequence[Sampler], *, cut: bool) -> list[int]:
@@ -174,5 +189,5 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
 
 def finite_rows(logits: Tensor) -> list[bool]:
     """Per row of [B, V], whether every logit is a number."""
-    low, high = torch.aminmax(logits, dim=-1)  # both are NaN where any logit is
+    low, high = logits.amin(-1), logits.amax(-1)  # NaN where any logit is; far faster than aminmax
     return [math.isfinite(a) and math.isfinite(b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
