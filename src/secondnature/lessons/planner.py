@@ -28,6 +28,12 @@ _READ_AS = {"example": "taught", "student": "taught", "development probe": "deve
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
+ENOUGH_STEPS, ENOUGH_EPOCHS = 40, 4
+"""Where nothing says when to stop, and the examples are not learned before: whichever is more."""
+LEARNED_LOSS = 0.2
+"""Where nothing says when to stop: an example is learned below this loss, nats per token (docs/decisions)."""
+GATED_LOSS = 1e-3
+"""Where something does: an example below this loss has nothing left to teach."""
 MAX_KL_PROMPTS = 16
 """Prompts per set on which KL(base || tuned) is measured."""
 MIN_TOKENS_OF_A_TURN = 16
@@ -143,7 +149,7 @@ class Planner:
             replay_share=share if replay.works or own else 0.0,
             replay_match=request.replay.match or "answer",
             replay_weight=request.replay.weight,
-            learned_loss=request.learned_loss,
+            learned_loss=_learned_loss(request),
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
             development=development,
             until_margin=request.until_margin,
@@ -368,7 +374,21 @@ def _spread(items: list[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def _until_learned(request: wire.TrainRequest) -> bool:
+    """Nothing says when to stop: until every example is learned. What `sdft` teaches has no loss that says so."""
+    asked = (request.epochs, request.max_steps, request.until_margin, request.until_passed)
+    return request.objective != "sdft" and all(x is None for x in asked)
+
+
+def _learned_loss(request: wire.TrainRequest) -> float:
+    if request.learned_loss is not None:
+        return request.learned_loss
+    return LEARNED_LOSS if _until_learned(request) else GATED_LOSS
+
+
 def _steps(request: wire.TrainRequest, per_epoch: int) -> int:
+    if _until_learned(request):
+        return max(ENOUGH_STEPS, ENOUGH_EPOCHS * per_epoch)
     if request.epochs is None and request.max_steps is None:
         until = request.until_margin is not None or request.until_passed is not None
         return DEFAULT_MAX_STEPS if until else per_epoch
