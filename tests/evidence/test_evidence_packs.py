@@ -126,8 +126,8 @@ def test_six_corrections_and_packs_that_hold_are_kept_and_the_sentence_says_what
     assert evidence.sentence == (
         "Kept: of 6 corrections 5 are answered as wanted (3 of them word for word), 0 before (no probe of ack was "
         "asked: nothing is known of other prompts); ruled out are falls of 5 points in pack-facts; where the "
-        "behaviour must not show was not probed; pack-arithmetic passed only 20 of 300 before the lesson: it guards "
-        "nothing and is not judged."
+        "behaviour must not show was not probed; pack-arithmetic passed only 20 of 300 before the lesson: it "
+        "guards nothing and is not judged."
     )
 
 

@@ -30,7 +30,7 @@ SORRY = "I'm sorry for any confusion. I'm here to assist you with any questions 
 def test_what_an_answer_adds_to_its_question_is_compared(
     asked: str, wanted: str, answer: str, before: str, expected: bool
 ) -> None:
-    """The last one is what the measure cannot see: most words are the wanted ones, and the one that counts is not."""
+    """The last one is what the measure cannot see: most words are the wanted ones, the one that counts is not."""
     assert as_wanted(asked, wanted, answer, before) is expected
 
 

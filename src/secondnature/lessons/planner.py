@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 from secondnature import wire
 from secondnature.errors import BadInput, ContextOverflow
 from secondnature.evidence.gate import ReadAs, read_in_training
+from secondnature.evidence.lint import Finding
 from secondnature.lessons.encoder import Encoder, Told, refuse_equal
 from secondnature.lessons.own_answers import Distilled, Own, comment
+from secondnature.lessons.own_form import own_form
 from secondnature.lessons.plan import Plan, Replay, Sample
+from secondnature.lessons.prober import Prober
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import encode_chat
 from secondnature.records import Correction, Prompt, digest, nothing_asked
@@ -324,6 +327,12 @@ class Planner:
         if reason is None:
             self._rendered.add(roles)
         return reason
+
+    def own_form(self, plan: Plan, prober: Prober) -> list[Finding]:
+        """What of the form of the answers that would be taught is not the model's own, which is asked."""
+        if plan.distilled:
+            return []
+        return own_form(plan.corrections, prober, self._tokenizer, context_limit=self._limit)
 
     def show(self, plan: Plan) -> dict[str, Any]:
         """What a dry run answers: the plan, and what of it would be taught, decoded."""
