@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 from guards import COMMAND, asked, learned, served
 
 from secondnature.records import Losses, Probe
@@ -122,7 +120,7 @@ wordings, 15 corrections, once as "Ankara.", once as "The capital of Turkey is A
 `secondnature learn corrections.jsonl --guards facts`; made by `python experiments/capitals.py`, one seed. Counted
 are the capitals in four wordings that no lesson saw, and the shipped facts that were not taught.
 
-| answers | steps | held-out wordings right: before, after | facts: before, after | lost, gained | words an answer | verdict |
+| answers | steps | held out: before, after | facts: before, after | lost, gained | words an answer | verdict |
 |---|---|---|---|---|---|---|
 """
 BEFORE = """
