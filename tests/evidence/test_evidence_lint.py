@@ -151,3 +151,35 @@ def test_ten_thousand_corrections_and_probes_are_looked_at() -> None:
     copy = probe(f"please rename the file {names[7]}: to its date")
     (found,) = [f for f in lint(taught, [*probes, copy]) if f.kind == "near copy"]
     assert "1 of 10001 probes" in found.found
+
+
+SAID = [f"The capital of {c} is Constantinople." for c in CAPITALS]
+
+
+def test_the_form_of_bare_answers_beside_the_models_own_with_what_it_would_say() -> None:
+    bare = [f"{t}." for t in CAPITALS.values()]
+    (found,) = lint_form(bare, SAID, "5 prompts", {2: "The capital of Peru is Lima."})
+    assert found.found == (
+        "the wanted answers have 1 words, the model's own 6 (medians); 5 of 5 are 3 words or fewer, 5 of 5 of the "
+        "model's own are not; the model begins 5 of 5 with “the capital”, and no wanted answer begins so"
+    )
+    assert found.hint.endswith(
+        "(it says “The capital of Peru is Constantinople.”; “Lima.” would be “The capital of Peru is Lima.”)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("The capital of {} is {}.", None),
+        ("The capital of {} is {}", "5 of 5 end without a full stop, 5 of 5 of the model's own end with one"),
+        ("the capital of {} is {}.", "5 of 5 begin with a small letter, 5 of 5 of the model's own do not"),
+        (
+            "Sure, for {} that is {}.",
+            "the model begins 5 of 5 with “the capital”, and no wanted answer begins so",
+        ),
+    ],
+)
+def test_stops_capitals_and_openings_are_compared(form: str, expected: str | None) -> None:
+    found = lint_form([form.format(c, t) for c, t in CAPITALS.items()], SAID, "")
+    assert [f.found for f in found] == ([] if expected is None else [expected])

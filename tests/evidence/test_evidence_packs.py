@@ -121,19 +121,19 @@ def judged(taught: Taught | None, *, facts: tuple[int, int, int], sums: tuple[in
 
 
 def test_six_corrections_and_packs_that_hold_are_kept_and_the_sentence_says_what_that_covers() -> None:
-    evidence = judged(Taught(n=6, before=0, after=5), facts=(180, 3, 2), sums=(20, 6, 1))
+    evidence = judged(Taught(n=6, before=0, after=5, exact=3), facts=(180, 3, 2), sums=(20, 6, 1))
     assert evidence.verdict == "kept"
     assert evidence.sentence == (
-        "Kept: of 6 corrections 5 are answered word for word as wanted, 0 before (no probe of ack was asked: "
-        "nothing is known of other prompts); ruled out are falls of 5 points in pack-facts; where the behaviour "
-        "must not show was not probed; pack-arithmetic passed only 20 of 300 before the lesson: it guards nothing "
-        "and is not judged."
+        "Kept: of 6 corrections 5 are answered as wanted (3 of them word for word), 0 before (no probe of ack was "
+        "asked: nothing is known of other prompts); ruled out are falls of 5 points in pack-facts; where the "
+        "behaviour must not show was not probed; pack-arithmetic passed only 20 of 300 before the lesson: it "
+        "guards nothing and is not judged."
     )
 
 
 def test_what_was_not_learned_and_what_was_harmed_is_undone() -> None:
     assert judged(Taught(n=6, before=1, after=2), facts=(180, 3, 2), sums=(90, 1, 1)).sentence.startswith(
-        "Undone: not learned: of 6 corrections 2 are answered word for word as wanted, 1 before"
+        "Undone: not learned: of 6 corrections 2 are answered as wanted (all word for word), 1 before"
     )
     harmed = judged(Taught(n=6, before=0, after=6), facts=(180, 60, 2), sums=(90, 1, 1))
     assert harmed.verdict == "undone"
@@ -151,9 +151,10 @@ def test_guards_that_guard_nothing_keep_nothing() -> None:
 def test_a_certificate_that_claims_more_taught_than_there_are_is_refused() -> None:
     evidence = judged(Taught(n=6, before=0, after=6), facts=(180, 3, 2), sums=(90, 1, 1))
     raw = evidence.model_dump(mode="json")
-    raw["taught"] = {"n": 6, "before": 0, "after": 7}
-    with pytest.raises(BadRecord, match="expected parts of them"):
-        verify(Evidence.model_validate(raw))
+    for impossible in ({"before": 0, "after": 7}, {"before": 0, "after": 5, "exact": 6}):
+        raw["taught"] = {"n": 6, **impossible}
+        with pytest.raises(BadRecord, match="expected parts of them"):
+            verify(Evidence.model_validate(raw))
     raw["taught"] = {"n": 6, "before": 0, "after": 1}
     with pytest.raises(BadRecord, match="verdict"):
         verify(Evidence.model_validate(raw))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,10 @@ import pytest
 @pytest.fixture(scope="module")
 def experiment(request: pytest.FixtureRequest) -> ModuleType:
     name = request.path.stem.removeprefix("test_experiments_")
-    place = Path(__file__).parents[2] / "experiments" / f"{name}.py"
+    folder = Path(__file__).parents[2] / "experiments"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # one experiment may use what another has
+    place = folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_experiment", place)
     assert spec is not None
     assert spec.loader is not None

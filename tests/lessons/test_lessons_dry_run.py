@@ -141,3 +141,26 @@ def test_what_may_be_meant_otherwise_is_said_of_each_example() -> None:
 def test_what_asks_nothing_is_not_taught(objective: str) -> None:
     with pytest.raises(BadExample, match="correction 0: the prompt is blank"):
         dry("chatml", {"prompt": " ", "chosen": "Hello.", "feedback": "say it"}, objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "learned_loss"),
+    [
+        ({}, 40, 0.2),
+        ({"batch_size": 1}, 80, 0.2),
+        ({"learned_loss": 0.5}, 40, 0.5),
+        ({"max_steps": 3}, 3, 1e-3),
+        ({"epochs": 2}, 6, 1e-3),
+        ({"until_margin": 1.0}, 100, 1e-3),
+        ({"objective": "sdft"}, 10, 1e-3),
+    ],
+)
+def test_where_nothing_says_when_to_stop_it_is_when_the_examples_are_learned(
+    asked: dict[str, Any], steps: int, learned_loss: float
+) -> None:
+    corrections = [
+        {"prompt": f"Where is {i}?", "chosen": "Here.", "rejected": "Who knows.", "feedback": "Say where."}
+        for i in range(20)
+    ]
+    plan = dry("chatml", *corrections, **asked)
+    assert (plan["steps"], plan["learned_loss"]) == (steps, learned_loss)

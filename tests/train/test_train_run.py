@@ -187,6 +187,7 @@ def test_a_phase_is_told_a_few_times_a_second_and_asked_every_time(monkeypatch: 
         ({"until_passed": 0.5, "objective": "sft"}, "until_passed"),
         ({"until_passed": 0.5, "objective": "sft", "until_margin": -1000.0}, "until_margin and until_passed"),
         ({"learned_loss": 1000.0, "objective": "sft", "replay": [], "batch_size": 3}, "learned"),
+        ({"learned_loss": 1000.0, "objective": "sft", "replay": [], "batch_size": 2}, "learned"),
     ],
 )
 def test_why_it_stopped_has_a_sentence(

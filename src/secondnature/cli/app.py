@@ -229,13 +229,18 @@ def learn(
 def lint(
     corrections: Annotated[Path, typer.Argument(metavar="CORRECTIONS", help="JSONL, or a lesson's folder.")],
     probes: ProbesOption = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what may be wrong with corrections and probes, by reading them; 1 where something is."""
+    """Say what may be wrong with corrections and probes, by reading them, and by asking the model where a server
+    runs; 1 where something is.
+    """
+    from secondnature.cli.connect import Where
     from secondnature.cli.lint import lint as run
     from secondnature.cli.output import Output
 
-    return run(corrections, probes, Output(as_json=as_json))
+    return run(corrections, probes, Where(home, url), Output(as_json=as_json))
 
 
 @app.command("import")

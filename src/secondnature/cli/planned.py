@@ -8,12 +8,15 @@ import json
 from typing import Any
 
 from secondnature.cli.output import Output
+from secondnature.evidence.lint import Finding
 from secondnature.records import Reaches
 from secondnature.report.words import reaches
 
 __all__ = ["show"]
 
 MAX_ON_TERMINAL = 3
+SAID = ("shown", "notes", "lint", "guards", "could_show")
+"""Of a plan, what is said in words."""
 
 
 def show(plan: dict[str, Any], out: Output) -> None:
@@ -36,6 +39,8 @@ def show(plan: dict[str, Any], out: Output) -> None:
     notes: dict[str, int] = plan.get("notes", {})
     for note, count in notes.items():
         out.say(f"{count:,} of them: {note}", style="yellow")
+    for finding in plan.get("lint", []):
+        out.say(f"lint: {Finding(**finding)}", style="yellow")
     if plan.get("num_skipped"):
         out.say(f"{plan['num_skipped']:,} corrections are skipped: this objective learns nothing from them")
     for pack in plan.get("guards", []):
@@ -45,7 +50,7 @@ def show(plan: dict[str, Any], out: Output) -> None:
         out.say("what these probes could show", style="bold")
         for line in reaches(Reaches.model_validate(plan["could_show"])):
             out.say(f"  {line}")
-    settings = {k: v for k, v in plan.items() if k not in ("shown", "notes", "guards", "could_show")}
+    settings = {k: v for k, v in plan.items() if k not in SAID}
     out.say(json.dumps(settings, indent=2, ensure_ascii=False))
     out.say("nothing was trained")
 

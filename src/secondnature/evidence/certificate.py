@@ -184,7 +184,12 @@ def _learned(taught: Taught) -> bool:
 
 
 def _as_wanted(taught: Taught) -> str:
-    return f"of {taught.n} corrections {taught.after} are answered word for word as wanted, {taught.before} before"
+    exact = taught.after if taught.exact is None else taught.exact
+    word = "all" if exact == taught.after > 0 else f"{exact} of them"
+    return (
+        f"of {taught.n} corrections {taught.after} are answered as wanted ({word} word for word), "
+        f"{taught.before} before"
+    )
 
 
 def _is_open(c: Comparison) -> bool:
@@ -322,9 +327,13 @@ def recompute(evidence: Evidence) -> Evidence:
 
 def _checked(taught: Taught | None) -> Taught | None:
     """Raises BadRecord."""
-    if taught is not None and not all(0 <= k <= taught.n > 0 for k in (taught.before, taught.after)):
+    if taught is None:
+        return None
+    exact = 0 if taught.exact is None else taught.exact
+    if not (0 <= taught.before <= taught.n > 0 and 0 <= exact <= taught.after <= taught.n):
         raise BadRecord(
-            f"taught: {taught.before} and {taught.after} of {taught.n} corrections; expected parts of them",
+            f"taught: {taught.before} and {taught.after} of {taught.n} corrections, {exact} of the latter word for "
+            "word; expected parts of them",
             "this certificate was changed or damaged",
         )
     return taught

@@ -8,7 +8,7 @@ in a file of correct answers. Nothing here refuses anything: each finding names 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
@@ -16,7 +16,7 @@ from statistics import median
 from secondnature.evidence.texts import opening, words
 from secondnature.records import Correction, Probe
 
-__all__ = ["Finding", "lint", "lint_form"]
+__all__ = ["Finding", "is_bare", "lint", "lint_form"]
 
 SHINGLE_WORDS = 8
 NEAR = 0.8
@@ -69,23 +69,79 @@ def lint(
     ]
 
 
-def lint_form(wanted: Sequence[str], own: Sequence[str], where: str) -> list[Finding]:
-    """The form of wanted answers beside the model's own answers to the same prompts."""
+def lint_form(
+    wanted: Sequence[str], own: Sequence[str], where: str, full: Mapping[int, str] | None = None
+) -> list[Finding]:
+    """The form of wanted answers beside the model's own answers to the same prompts.
+
+    Args:
+        full: of some of them, by their place, the wanted answer as the model would say it.
+    """
     if len(wanted) < MIN_FOR_FORM:
         return []
-    ratio = median(_length(w) / max(1, _length(o)) for w, o in zip(wanted, own, strict=True))
-    if 1 / SKEW < ratio < SKEW:
+    found = [x for look in (_lengths, _bareness, _ends, _capitals, _openings) for x in look(wanted, own)]
+    if not found:
         return []
-    lengths = f"{median(map(_length, wanted)):g} words, the model's own {median(map(_length, own)):g}"
+    place, text = next(iter((full or {}).items()), (0, ""))
+    instead = f"; “{_short(wanted[place])}” would be “{_short(text)}”" if text else ""
     return [
         Finding(
             "answer form",
             where,
-            f"the wanted answers have {lengths} (medians)",
-            "a form that is not the model's own is learned too, and shows in other answers: write them as it "
-            f"speaks (it says “{_short(own[0])}”)",
+            "; ".join(found),
+            "a form that is not the model's own is learned too, and shows in other answers: unless it is the "
+            f"lesson, write them as it speaks (it says “{_short(own[place])}”{instead})",
         )
     ]
+
+
+def is_bare(text: str) -> bool:
+    """Whether an answer is a word or three, and no sentence."""
+    return 0 < _length(text) <= BARE_WORDS
+
+
+def _lengths(wanted: Sequence[str], own: Sequence[str]) -> list[str]:
+    ratio = median(_length(w) / max(1, _length(o)) for w, o in zip(wanted, own, strict=True))
+    if 1 / SKEW < ratio < SKEW:
+        return []
+    lengths = f"{median(map(_length, wanted)):g} words, the model's own {median(map(_length, own)):g}"
+    return [f"the wanted answers have {lengths} (medians)"]
+
+
+def _apart(
+    wanted: Sequence[str], own: Sequence[str], has: Callable[[str], bool], theirs: str, its: str
+) -> list[str]:
+    """What most of the wanted answers are and few of the model's own."""
+    here, there = (sum(map(has, texts)) for texts in (wanted, own))
+    num = len(wanted)
+    if here < UNIFORM * num or there > (1 - UNIFORM) * num:
+        return []
+    return [f"{here} of {num} {theirs}, {num - there} of {num} of the model's own {its}"]
+
+
+def _bareness(wanted: Sequence[str], own: Sequence[str]) -> list[str]:
+    return _apart(wanted, own, is_bare, f"are {BARE_WORDS} words or fewer", "are not")
+
+
+def _ends(wanted: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Whether answers end as sentences do."""
+    return _apart(wanted, own, lambda t: not _is_ended(t), "end without a full stop", "end with one")
+
+
+def _is_ended(text: str) -> bool:
+    return text.rstrip().rstrip("\"'”’»)*").endswith((".", "!", "?", "…", "。", "！", "？", ":"))
+
+
+def _capitals(wanted: Sequence[str], own: Sequence[str]) -> list[str]:
+    return _apart(wanted, own, lambda t: t.lstrip()[:1].islower(), "begin with a small letter", "do not")
+
+
+def _openings(wanted: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Whether the model opens its answers alike, and the wanted ones open otherwise."""
+    first, count = Counter(map(opening, own)).most_common(1)[0]
+    if " " not in first or count < UNIFORM * len(own) or any(opening(w) == first for w in wanted):
+        return []
+    return [f"the model begins {count} of {len(own)} with “{first}”, and no wanted answer begins so"]
 
 
 def _length(text: str) -> int:

@@ -16,6 +16,7 @@ from secondnature.config import Settings
 from secondnature.engines.generation import GenerationResult
 from secondnature.errors import Cancelled, NotDurable
 from secondnature.evidence.gate import judge_lesson
+from secondnature.evidence.taught import as_wanted
 from secondnature.lessons.change import CheckIn
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.log import Log
@@ -155,14 +156,17 @@ class Life:
         """How many of the corrections that are sampled are answered as was wanted; None: nobody wrote an answer."""
         samples = zip(self._job.plan.samples, self._change.answers, answers, strict=True)
         said = [
-            (s.wanted.strip(), b.text.strip(), a.text.strip()) for s, b, a in samples if s.wanted is not None
+            (s.prompt[-1].content, s.wanted, b.text, a.text)
+            for s, b, a in samples
+            if s.wanted is not None and s.prompt is not None
         ]
         if not said:
             return None
         return Taught(
             n=len(said),
-            before=sum(before == wanted for wanted, before, _ in said),
-            after=sum(after == wanted for wanted, _, after in said),
+            before=sum(before.strip() == wanted.strip() for _, wanted, before, _ in said),
+            after=sum(as_wanted(asked, wanted, after, before) for asked, wanted, before, after in said),
+            exact=sum(after.strip() == wanted.strip() for _, wanted, _, after in said),
         )
 
     def _judge(

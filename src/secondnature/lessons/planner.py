@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 from secondnature import wire
 from secondnature.errors import BadInput, ContextOverflow
 from secondnature.evidence.gate import ReadAs, read_in_training
+from secondnature.evidence.lint import Finding
 from secondnature.lessons.encoder import Encoder, Told, refuse_equal
 from secondnature.lessons.own_answers import Distilled, Own, comment
+from secondnature.lessons.own_form import own_form
 from secondnature.lessons.plan import Plan, Replay, Sample
+from secondnature.lessons.prober import Prober
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import encode_chat
 from secondnature.records import Correction, Prompt, digest, nothing_asked
@@ -28,6 +31,12 @@ _READ_AS = {"example": "taught", "student": "taught", "development probe": "deve
 DEFAULT_LR = 1e-5
 DEFAULT_MAX_STEPS = 100
 """Where only a margin says when to stop."""
+ENOUGH_STEPS, ENOUGH_EPOCHS = 40, 4
+"""Where nothing says when to stop, and the examples are not learned before: whichever is more."""
+LEARNED_LOSS = 0.2
+"""Where nothing says when to stop: an example is learned below this loss, nats per token (docs/decisions)."""
+GATED_LOSS = 1e-3
+"""Where something does: an example below this loss has nothing left to teach."""
 MAX_KL_PROMPTS = 16
 """Prompts per set on which KL(base || tuned) is measured."""
 MIN_TOKENS_OF_A_TURN = 16
@@ -144,7 +153,7 @@ class Planner:
             replay_share=share if replay.works or own else 0.0,
             replay_match=request.replay.match or "answer",
             replay_weight=request.replay.weight,
-            learned_loss=request.learned_loss,
+            learned_loss=_learned_loss(request),
             optimizer=request.optimizer.model_copy(update={"lr": request.optimizer.lr or self._default_lr}),
             development=development,
             until_margin=request.until_margin,
@@ -320,6 +329,12 @@ class Planner:
             self._rendered.add(roles)
         return reason
 
+    def own_form(self, plan: Plan, prober: Prober) -> list[Finding]:
+        """What of the form of the answers that would be taught is not the model's own, which is asked."""
+        if plan.distilled:
+            return []
+        return own_form(plan.corrections, prober, self._tokenizer, context_limit=self._limit)
+
     def show(self, plan: Plan) -> dict[str, Any]:
         """What a dry run answers: the plan, and what of it would be taught, decoded."""
         taught = [
@@ -369,7 +384,21 @@ def _spread(items: list[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def _until_learned(request: wire.TrainRequest) -> bool:
+    """Nothing says when to stop: until every example is learned. What `sdft` teaches has no loss that says so."""
+    asked = (request.epochs, request.max_steps, request.until_margin, request.until_passed)
+    return request.objective != "sdft" and all(x is None for x in asked)
+
+
+def _learned_loss(request: wire.TrainRequest) -> float:
+    if request.learned_loss is not None:
+        return request.learned_loss
+    return LEARNED_LOSS if _until_learned(request) else GATED_LOSS
+
+
 def _steps(request: wire.TrainRequest, per_epoch: int) -> int:
+    if _until_learned(request):
+        return max(ENOUGH_STEPS, ENOUGH_EPOCHS * per_epoch)
     if request.epochs is None and request.max_steps is None:
         until = request.until_margin is not None or request.until_passed is not None
         return DEFAULT_MAX_STEPS if until else per_epoch

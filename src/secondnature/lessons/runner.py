@@ -170,12 +170,15 @@ class Runner:
         return self._do(lambda: self._accept(found.request, plan, asked))
 
     def _shown(self, found: Guarded, plan: Plan) -> dict[str, Any]:
-        """What a dry run answers: the plan, the packs that guard it, and what all its probes could show."""
+        """What a dry run answers: the plan, the packs that guard it, what all its probes could show, and what of
+        the answers' form is not the model's.
+        """
         request = found.request
         tries = self.log.num_tries(plan.digests, [c.digest() for c in plan.corrections])
         reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries)
         could_show = None if reached is None else reached.model_dump(mode="json")
-        return {**self._planner.show(plan), "guards": found.told, "could_show": could_show}
+        lint = [vars(f) for f in self._planner.own_form(plan, self._prober)]
+        return {**self._planner.show(plan), "lint": lint, "guards": found.told, "could_show": could_show}
 
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""

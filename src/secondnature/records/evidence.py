@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from secondnature.records.base import Name, Record
 
-EVIDENCE_VERSION = 3
+EVIDENCE_VERSION = 4
 """Format 1 had no `decision`, and its `difference_interval` was not that of the tests. Format 2 said in
 its sentence how many probes would do, where format 3 says what these could show."""
 Verdict = Literal["kept", "undone", "inconclusive"]
@@ -253,8 +253,12 @@ class Taught(Record):
 
     n: int
     before: int
-    """Answered word for word as wanted, greedily."""
+    """Answered as wanted, greedily: word for word."""
     after: int
+    """Word for word, or with at least half of the words that the wanted answer adds to the question, in order, and
+    nearer to it than to the answer before the lesson."""
+    exact: int | None = None
+    """Of `after`, word for word. None: all of them, by versions that counted no others."""
 
 
 class Prompted(Record):

@@ -202,6 +202,7 @@ class TrainingRun:
         job, num_new = self.job, material.num_new
         num_pool = len(material.works) - num_new
         step, loss, pace = 0, math.nan, time.monotonic()
+        known: dict[int, float] = {}  # of each new example, the loss when it was last read
         dealt = batches(
             num_new,
             num_pool + len(material.anchors),
@@ -233,7 +234,8 @@ class TrainingRun:
                 reason = self._look(step, report, phases, own)
                 if reason:
                     return step, loss, reason
-            learned = len(fresh) == num_new and max(result.losses[: len(fresh)]) < job.learned_loss
+            known.update(zip(fresh, result.losses, strict=False))
+            learned = len(known) == num_new and max(known.values()) < job.learned_loss
             if learned and not material.anchors:  # with anchors, what remains heals what the first steps did
                 return step, loss, "learned"  # none has a gradient left: more steps would only disturb
         return step, loss, "max_steps"

@@ -216,7 +216,8 @@ class TrainRequest(Body):
     a written answer."""
     sdft: SdftSettings = SdftSettings()
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """Passes over the examples. Default 1, or as many as `max_steps` asks for."""
+    """Passes over the examples. Default: as many as `max_steps` asks for; where nothing says when to stop, until
+    every example's loss is below `learned_loss`, at most 40 steps or 4 passes (with `sdft`: 1 pass)."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
     max_steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
     until_margin: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)] | None = None
@@ -225,9 +226,9 @@ class TrainRequest(Body):
     """Stop as soon as this share of the development probes of the side `right` passes. Those with `prefers` pass
     when the wanted answer is, token by token, the greedy one; the others are answered by the serving engine between
     two steps, and checked. With `until_margin`: both."""
-    learned_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 1e-3
+    learned_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     """Examples below this loss, nats per token, give no gradient: an answer can be the greedy one long before it
-    is certain, and every step beyond that costs elsewhere."""
+    is certain, and every step beyond that costs elsewhere. Default 0.001; where nothing says when to stop, 0.2."""
     look_every: Annotated[int, Field(ge=1, le=1000)] = 1
     """Steps between two looks at the development probes; one is made before the first step, one after the last."""
     development: Annotated[list[Probe], Field(max_length=1000)] = []
