@@ -33,6 +33,7 @@ UNITS: dict[str, str] = {
     "looking at development probes": "probes",
     "training": "steps",
     "measuring the KL": "prompts",
+    "saving the update": "tensors",
     "saving the optimizer's state": "tensors",
 }
 """Of what the trainer counts (`wire.TrainerPhase`)."""
@@ -126,6 +127,7 @@ class Trained:
                 "kl": done.kl,
                 "optimizer_after": job.lesson.id,
                 "optimizer_sha256": done.optimizer_sha256 or None,
+                "update_sha256": done.update_sha256 or None,
                 "stopped_by": done.stopped_by,
                 "reason": STOPPED_BY.get(done.stopped_by, done.stopped_by),
             }
