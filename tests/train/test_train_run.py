@@ -22,6 +22,7 @@ from secondnature.train.phases import Phases
 from secondnature.train.run import TrainingRun
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import content_id
+from secondnature.weights.updates import UPDATE_FILE, read_update
 
 Made = tuple[Arena, nn.Module]
 
@@ -95,6 +96,7 @@ PHASES = [
     "looking at development probes",
     "training",
     "measuring the KL",
+    "saving the update",
     "saving the optimizer's state",
 ]
 
@@ -123,6 +125,11 @@ def test_every_phase_tells_how_far_it_is(made: Made, tmp_path: Path) -> None:
     data = (tmp_path / "optimizer.safetensors").read_bytes()
     assert done.optimizer_sha256 == hashlib.sha256(data).hexdigest()
     assert (done.stopped_by, done.steps) == ("max_steps", 3)
+    assert phase["saving the update"][-1] == (len(done.moved) - 1, len(done.moved))
+    data = (tmp_path / UPDATE_FILE).read_bytes()
+    assert done.update_sha256 == hashlib.sha256(data).hexdigest()
+    norms = {name: float(update.norm()) for name, update in read_update(tmp_path)}
+    assert norms == {m["name"]: pytest.approx(m["intended"], rel=0.01) for m in done.moved if m["intended"]}
 
 
 @pytest.mark.usefixtures("often")

@@ -52,6 +52,7 @@ from secondnature.records import (
 from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import Named
+from secondnature.weights.updates import UPDATE_FILE
 from secondnature.wire import LessonDetail
 
 __all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "Log"]
@@ -250,7 +251,7 @@ class Log:
     def drop_files(self, lesson: Lesson) -> None:
         """Remove what only a kept entry needs. Raises StorageError."""
         if lesson.state in ("undone", "failed", "cancelled"):
-            for name in (DELTA_FILE, OPTIMIZER_FILE):
+            for name in (DELTA_FILE, OPTIMIZER_FILE, UPDATE_FILE):
                 path = self.directory(lesson) / name
                 with storage.storage_errors(path):
                     path.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ UNITS: dict[str, str] = {
     LOOKING: "probes",
     "training": "steps",
     "measuring the KL": "prompts",
+    "saving the update": "tensors",
     "saving the optimizer's state": "tensors",
 }
 """Of what the trainer counts (`wire.TrainerPhase`)."""
@@ -139,6 +140,7 @@ class Trained:
                 "kl": done.kl,
                 "optimizer_after": job.lesson.id,
                 "optimizer_sha256": done.optimizer_sha256 or None,
+                "update_sha256": done.update_sha256 or None,
                 "stopped_by": done.stopped_by,
                 "reason": STOPPED_BY.get(done.stopped_by, done.stopped_by),
             }

@@ -125,12 +125,15 @@ class Lesson(Record):
     delta_sha256: str | None = None
     """Checksum of the delta's file."""
     delta_pruned: bool = False
-    """Its delta was removed, as asked (`lessons prune`): it can no longer be taken back."""
+    """Its delta was removed, as asked (`lessons prune`): it can no longer be taken back. Its update went too."""
     optimizer_before: str | None = None
     """Id of the lesson whose directory holds the optimizer's state before this one; None: a fresh state."""
     optimizer_after: str | None = None
     optimizer_sha256: str | None = None
     """Checksum of the file with the optimizer's state after it."""
+    update_sha256: str | None = None
+    """Checksum of the file with what it meant to change, before rounding. None: there is none; a trainer on a GPU
+    keeps no track of it."""
     stopped_by: str = ""
     """Why training stopped."""
     verdict: Verdict | None = None

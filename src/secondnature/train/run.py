@@ -43,6 +43,7 @@ from secondnature.train.state import load_optimizer, save_optimizer
 from secondnature.train.step import StepResult, references, train_step
 from secondnature.train.stopping import Stopping, mean
 from secondnature.weights.arena import Arena
+from secondnature.weights.updates import UPDATE_FILE, write_update
 
 __all__ = ["MAX_KL_TOKENS", "PAUSE_S", "TrainingRun", "model_in"]
 
@@ -104,7 +105,8 @@ class TrainingRun:
         except ValidationError as e:
             raise BadInput(f"optimizer settings: {e}", "server and trainer differ in version?") from None
         folder = Path(job.optimizer_out).parent  # of the lesson: its disk is the one that must hold it anyway
-        # a GPU has no room for fp32 sums of the updates, twice the weights: there, nobody tells how far they moved
+        # a GPU has no room for fp32 sums of the updates, twice the weights: there, nobody tells how far they moved,
+        # and the lesson has no update
         self._on_gpu = next(model.parameters()).is_cuda
         self.optimizer = Apollo(model, settings, seed=job.seed, track=not self._on_gpu, folder=folder)
         self._lr = self.optimizer.lr
@@ -127,13 +129,22 @@ class TrainingRun:
         assert stopped_by in STOPPED_BY, "whoever asks why gets a sentence"
         check()
         means = {on: self._after(on, before, report, phases) for on, before in kl.items() if before}
+        update = self._save_update(phases)
         each = phases.begin("saving the optimizer's state", len(self.optimizer.state_dict()[0]))
         sha256 = save_optimizer(self.optimizer, Path(job.optimizer_out), each)
         moved = [] if self._on_gpu else self.optimizer.moved()
         if stopped_by != "learned" and not (self._on_gpu or any(m.written for m in moved)):
             stopped_by = "nothing moved"  # whatever else ended it: this is what there is to know
         told = [m.model_dump() for m in moved]
-        return wire.Done(job.job, steps, loss, means, told, stopped_by, sha256)
+        return wire.Done(job.job, steps, loss, means, told, stopped_by, sha256, update)
+
+    def _save_update(self, phases: Phases) -> str:
+        """Store what was meant, beside the optimizer's state; the sha256 of the file. Empty: nobody kept track."""
+        sums = self.optimizer.task_vector
+        if sums is None:
+            return ""
+        path = Path(self.job.optimizer_out).with_name(UPDATE_FILE)
+        return write_update(path, sums, each=phases.begin("saving the update", len(sums))).sha256
 
     # ------------------------------------------------------------------------- before the first write
 

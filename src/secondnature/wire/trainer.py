@@ -140,6 +140,7 @@ TrainerPhase = Literal[
     "looking at development probes",
     "training",
     "measuring the KL",
+    "saving the update",
     "saving the optimizer's state",
 ]
 """What the trainer is doing, in the order in which a lesson comes through; looks come between the steps."""
@@ -157,6 +158,8 @@ class Done(msgspec.Struct, tag="done", frozen=True):
     """Why no further step was made: a key of `records.STOPPED_BY`, which has the sentences."""
     optimizer_sha256: str = ""
     """Of the optimizer's state as it lies on disk, 64 hex digits."""
+    update_sha256: str = ""
+    """Of the update's file; empty: none is stored."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
