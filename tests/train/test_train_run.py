@@ -17,6 +17,7 @@ from secondnature import wire
 from secondnature.errors import Cancelled
 from secondnature.records import STOPPED_BY
 from secondnature.train import phases
+from secondnature.train import run as train_run
 from secondnature.train.looks import look_at
 from secondnature.train.phases import Phases
 from secondnature.train.run import TrainingRun
@@ -226,6 +227,25 @@ def test_the_other_side_gives_way(made: Made, tmp_path: Path) -> None:
     )
     done, _ = run(made, message)
     assert (done.stopped_by, done.steps < 60) == ("the other side gave way", True)
+
+
+def test_what_is_waited_for_answers_is_no_work(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer gives way to requests for as long as it worked, and the engine worked meanwhile."""
+    now, worked = 100.0, []
+
+    def ask(step: int) -> list[bool]:
+        nonlocal now
+        now += 10.0
+        return [step == 2]
+
+    spoken = [wire.DevelopmentProbe(tokens(5, 20), [], [], "right", spoken=True)]
+    lesson = TrainingRun(made[1], made[0], job(tmp_path, development=spoken, until_passed=1.0))
+    monkeypatch.setattr(train_run, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(lesson, "_give_way", lambda worked_s, _: worked.append(worked_s))
+    done = lesson.run(lambda _: None, nothing, ask)
+    assert (done.steps, done.stopped_by, worked, now) == (2, "until_passed", [0.0, 0.0], 130.0)
 
 
 def test_the_table_of_reasons_is_whole() -> None:

@@ -99,6 +99,8 @@ class TrainingRun:
         self._bounds: Bounds | None = None
         self._stopping = Stopping(job)
         self._ask: Ask = _unasked
+        self._waited_s = 0.0
+        """For answers to development probes, since the last step began: that is no work."""
         self._gave_back = time.monotonic()
         try:
             settings = OptimizerSettings.model_validate(job.optimizer)
@@ -225,7 +227,8 @@ class TrainingRun:
         for step, (fresh, old) in enumerate(dealt, start=1):
             check()
             phases.tell("training", step - 1, job.steps)
-            self._give_way(time.monotonic() - pace, check)
+            self._give_way(time.monotonic() - pace - self._waited_s, check)
+            self._waited_s = 0.0
             self._cool(step)
             begun = time.monotonic()
             chosen = fresh + [num_new + i for i in old if i < num_pool]
@@ -311,8 +314,10 @@ class TrainingRun:
             for i, seen in zip(compared, found, strict=True):
                 margins[i], passed[i] = seen.margin, seen.greedy
         if spoken:
+            asked_at = time.monotonic()
             for i, mark in zip(spoken, self._ask(step), strict=True):
                 passed[i] = mark
+            self._waited_s = time.monotonic() - asked_at if step else 0.0
         metric = self._stopping.metric(step, margins, passed)
         if looks:
             report(metric.model_dump())
