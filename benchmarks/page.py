@@ -92,7 +92,7 @@ def _real(found: dict[str, Any]) -> list[str]:
         ]
         for row in found["engine"]
     ]
-    step, rest = found["step"], found["at_rest_bytes"]
+    rest, lesson = found["at_rest_bytes"], found["lesson"]
     return [
         "Tokens per second of the engine, greedy, in fp32 (the default on CPUs) and with `compute_dtype` bfloat16; "
         "of transformers' `generate` in both; and the engine's over the better of the two, turn by turn.",
@@ -110,12 +110,40 @@ def _real(found: dict[str, Any]) -> list[str]:
             rows,
         ),
         "",
-        "A step on 8 short answers with their rejected ones took "
-        f"{both(step['alone']['seconds'], ms)}, and with 8 replayed answers that are held by distribution "
-        f"{both(step['with_replay']['seconds'], ms)}. Memory of the process's own, weights and mapped files not "
-        f"counted: {mb(step['start_bytes'])} before, {mb(step['alone']['peak_bytes'])} and "
-        f"{mb(step['with_replay']['peak_bytes'])} at the peaks. A server at rest holds {mb(rest['server'])}, its "
-        f"trainer {mb(rest['trainer'])}.",
+        *_real_steps(found),
+        "",
+        f"A server at rest holds {mb(rest['server'])}, its trainer {mb(rest['trainer'])}. A lesson of "
+        f"{lesson['steps']} steps with {lesson['replayed']} replayed prompts and {lesson['probes']} probes, each "
+        f"asked before and after it, took {lesson['seconds']:.0f} s, {lesson['training_seconds']:.0f} s of them "
+        f"training; at the peaks the server held {mb(lesson['peak_bytes']['server'])} and the trainer "
+        f"{mb(lesson['peak_bytes']['trainer'])}.",
+    ]
+
+
+def _real_steps(found: dict[str, Any]) -> list[str]:
+    """Our steps, and those of transformers on the same answers."""
+    names = {
+        "alone": ("secondnature, all weights", found["step"]),
+        "with_replay": ("secondnature, with 8 replayed answers", found["step"]),
+        "adamw": ("transformers, fp32, AdamW, all weights", found["peers"]),
+        "lora": ("transformers, fp32, peft's LoRA, rank 8", found["peers"]),
+    }
+    rows = [
+        [
+            title,
+            both(among[name]["seconds"], ms),
+            both(among[name]["processor_seconds"], ms),
+            mb(among[name]["peak_bytes"]),
+        ]
+        for name, (title, among) in names.items()
+        if name in among
+    ]
+    return [
+        "A step on 8 short answers with their rejected ones (ORPO), each in a process of its own: the time that "
+        "passed, the processor's time, and the peak of memory of the process's own (shared weights and mapped "
+        f"files not counted; ours held {mb(found['step']['start_bytes'])} before the first).",
+        "",
+        *table(["step", "time", "processor", "memory"], rows),
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secondnature.model import products
-from secondnature.model.products import MIN_KEPT, PIECE, _cast, matmul, times, times_transposed
+from secondnature.model.products import MIN_KEPT, PIECE, cast, matmul, times, times_transposed
 from secondnature.model.upcast import collect, compute_at_use
 
 SIDE = 512
@@ -23,13 +23,13 @@ def stack() -> nn.Sequential:
 
 def test_casts_share_memory() -> None:
     one, other = torch.randn(2 * SIDE, SIDE).bfloat16(), torch.randn(SIDE, SIDE).bfloat16()
-    first = _cast(one, torch.float32)
+    first = cast(one, torch.float32)
     assert torch.equal(first, one.float())
-    second = _cast(other, torch.float32)
+    second = cast(other, torch.float32)
     assert torch.equal(second, other.float())
     assert second.data_ptr() == first.data_ptr()
     wide = torch.randn(3)
-    assert _cast(wide, torch.float32) is wide, "nothing to cast"
+    assert cast(wide, torch.float32) is wide, "nothing to cast"
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -39,11 +39,11 @@ def test_a_large_matrix_is_cast_a_piece_at_a_time(rows: int) -> None:
     weight, bias = torch.randn(5000, 700).bfloat16(), torch.randn(5000)
     assert weight.numel() > 3 * PIECE
     x, dy = torch.randn(2, rows, 700), torch.randn(2, rows, 5000)
-    _cast.kept.clear()
+    cast.kept.clear()
     forward, backward = times_transposed(x, weight, bias), times(dy, weight)
     assert torch.allclose(forward.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4)
     assert torch.allclose(backward.double(), dy.double() @ weight.double(), atol=1e-3)
-    assert sum(kept.numel() for kept in _cast.kept.values()) <= 2 * PIECE
+    assert sum(kept.numel() for kept in cast.kept.values()) <= 2 * PIECE
 
 
 def test_both_ways_of_multiplying_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +64,10 @@ def test_both_ways_of_multiplying_are_products(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_memory_from_inference_mode_is_used_outside_it() -> None:
-    _cast.kept.clear()
+    cast.kept.clear()
     with torch.inference_mode():
-        _cast(torch.ones(MIN_KEPT + 1, dtype=torch.bfloat16), torch.float32)
-    assert torch.equal(_cast(torch.ones(MIN_KEPT, dtype=torch.bfloat16), torch.float32), torch.ones(MIN_KEPT))
+        cast(torch.ones(MIN_KEPT + 1, dtype=torch.bfloat16), torch.float32)
+    assert torch.equal(cast(torch.ones(MIN_KEPT, dtype=torch.bfloat16), torch.float32), torch.ones(MIN_KEPT))
 
 
 def test_what_is_differentiated_looks_back_at_its_own_casts() -> None:

@@ -2,8 +2,9 @@
 
 The gradient of y = x W^T over some tokens is dY^T X: as long as tokens * (A + B) < A * B, its factors are smaller
 than it is, and cheaper to work with. They are kept as backward found them, block after block, over all backward
-passes of one update; when they would outgrow the product, the product takes their place. Norms come from
-tokens x tokens Gram matrices: ||L^T R||^2 = sum((L L^T) o (R R^T)). An embedding's gradient is zero but for the
+passes of one update; when they would outgrow the product, the product takes their place. Norms of its columns come
+from a tokens x tokens Gram matrix, ||(L^T R)_j||^2 = (((L L^T) R) o R) summed over the tokens, and all other norms
+from those. An embedding's gradient is zero but for the
 rows of the tokens that were read: a few hundred of 250,000.
 
 Shapes: a weight (A, B); left (S, A) and right (S, B) for S tokens: dY and X for Linear, X and dY for Conv1D.
@@ -28,9 +29,8 @@ class Factors:
     def __init__(self, left_SA: Tensor, right_SB: Tensor) -> None:
         self._blocks = [(left_SA, right_SB)]
         self._scale = 1.0
-        self._square = torch.zeros((), dtype=torch.float64)
-        self._num_squared = 0
-        """Blocks whose products, with themselves and all before them, are in `_square`."""
+        self._squares_N: Tensor | None = None
+        """Of the channels, of all blocks, unscaled."""
         self._num_finite = 0
 
     @property
@@ -48,6 +48,7 @@ class Factors:
         """Add the gradient of further tokens."""
         assert self._scale == 1.0, "gradients are scaled when they are complete"
         self._blocks.append((left_SA, right_SB))
+        self._squares_N = None
 
     def mul_(self, factor: float) -> Factors:
         """Scale the gradient: a number is remembered."""
@@ -55,22 +56,19 @@ class Factors:
         return self
 
     def norm(self) -> Tensor:
-        """The Frobenius norm, a scalar; NaN or infinite if any element of the gradient is.
+        """The Frobenius norm, a scalar (fp64); NaN or infinite if any element of the gradient is."""
+        return self.channel_squares().sum(dtype=torch.float64).sqrt()
 
-        Products of earlier blocks are not computed again, so asking after each example costs no more than once.
-        """
-        if self._num_squared < len(self._blocks):
-            left, right = self._wide(self._num_squared, len(self._blocks))
-            total = (matmul(left, left.T) * matmul(right, right.T)).sum(dtype=torch.float64)
-            if self._num_squared:
-                before, beside = self._wide(0, self._num_squared)
-                total = total + 2 * (matmul(before, left.T) * matmul(beside, right.T)).sum(
-                    dtype=torch.float64
-                )
-            self._square = self._square.to(total.device) + total
-        self._num_squared = len(self._blocks)
-        # rounding can leave a tiny negative sum; clamp_min keeps NaN
-        return self._square.clamp_min(0.0).sqrt() * self._scale
+    def channel_squares(self) -> Tensor:
+        """Squared norms (N) of the columns, or of the rows if these are more; computed once."""
+        if self._squares_N is None:
+            left, right, _ = self.stored()
+            dtype = torch.promote_types(left.dtype, torch.float32)
+            small, wide = (right, left) if left.shape[1] > right.shape[1] else (left, right)
+            small, wide = small.to(dtype), wide.to(dtype)
+            # rounding can leave a tiny negative sum; clamp_min keeps NaN
+            self._squares_N = (matmul(matmul(small, small.T), wide) * wide).sum(0).clamp_min_(0.0)
+        return self._squares_N * self._scale**2
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(left (S, A), right (S, B)), fp32 or wider, of all tokens; their product is the gradient."""
@@ -98,12 +96,6 @@ class Factors:
                 return False
             self._num_finite += 1
         return True
-
-    def _wide(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Some blocks in one, in fp32 at least."""
-        left, right = (torch.cat(parts) for parts in zip(*self._blocks[start:stop], strict=True))
-        dtype = torch.promote_types(left.dtype, torch.float32)
-        return left.to(dtype), right.to(dtype)
 
 
 class Rows:
@@ -183,7 +175,11 @@ class GradientSink(dict[str, Gradient]):
         if whole is None:
             self.add(name, matmul(left_SA.T, right_SB), fresh=True)
         else:
-            whole.addmm_(left_SA.T.to(whole.dtype), right_SB.to(whole.dtype))
+            left, right = left_SA.T.to(whole.dtype), right_SB.to(whole.dtype)
+            if whole.is_cuda:
+                whole.addmm_(left, right)
+            else:  # worth a temporary: `matmul` knows who multiplies best
+                whole.add_(matmul(left, right))
 
     def keeps_factors(self, name: str, num_tokens: int, num_rows: int, num_columns: int) -> bool:
         """Whether a product over `num_tokens` more would be kept as factors, rather than formed."""
@@ -203,11 +199,16 @@ class GradientSink(dict[str, Gradient]):
         if name in self._factored and kept is None:
             self[name] = Rows((weight.shape[0], weight.shape[1]), rows, gradient)
             return
+        held = self.whole(name, weight, gradient.dtype)
+        held.index_add_(0, rows, gradient.to(held.dtype))
+
+    def whole(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum so far, of the shape of `like`, to be added to in place; fp32 or wider."""
         held = self._dense(name)
         if held is None:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            held = self[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        held.index_add_(0, rows, gradient.to(held.dtype))
+            dtype = torch.promote_types(dtype, torch.float32)
+            held = self[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        return held
 
     def _dense(self, name: str) -> Tensor | None:
         """What is held, as a tensor that may be added to."""

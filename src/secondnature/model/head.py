@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondnature.model.gradients import GradientSink
-from secondnature.model.products import matmul, times_transposed
+from secondnature.model.products import cast, matmul, times_transposed
 from secondnature.model.upcast import stored_linear
 
 __all__ = [
@@ -40,8 +40,8 @@ __all__ = [
 
 MAX_LOGITS = 2**22
 """Logits in memory at a time (16 MB in fp32); with fewer in all, nothing is computed twice."""
-MAX_CAST = 2**24
-"""Elements of the head's weight that are cast at a time where no gradient asks for the whole (64 MB in fp32)."""
+MAX_CAST = 2**21
+"""Elements of the head's weight that are cast at a time (8 MB in fp32), into memory that is there already."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ def token_logps(head: Head, hidden_ND: Tensor, targets_N: Tensor, *, max_logits:
     weight, sink, name = found
     if hidden_ND.shape[0] * weight.shape[0] <= max_logits:
         return target_logps(head.linear(hidden_ND), targets_N)
-    rows = max(1, max_logits // hidden_ND.shape[0])
-    bias = head.linear.bias
+    rows, bias = _num_rows(hidden_ND, weight, max_logits), head.linear.bias
     found_N1: Tensor = _Sliced.apply(hidden_ND, weight, bias, targets_N.unsqueeze(1), rows, sink, name)  # pyright: ignore[reportAssignmentType]
     return found_N1.squeeze(1)
 
@@ -123,7 +122,7 @@ def picked_logps(
     found = stored_linear(head.linear)
     assert found is not None, "find_head has seen to it"
     weight, sink, name = found
-    rows = max(1, max_logits // hidden_ND.shape[0])
+    rows = _num_rows(hidden_ND, weight, max_logits)
     return _Sliced.apply(hidden_ND, weight, head.linear.bias, targets_NK, rows, sink, name)  # pyright: ignore[reportReturnType]
 
 
@@ -133,7 +132,7 @@ def likeliest(head: Head, hidden_ND: Tensor, count: int, *, max_logits: int = MA
     found = stored_linear(head.linear)
     assert found is not None, "find_head has seen to it"
     weight, bias = found[0], head.linear.bias
-    rows = max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight.shape[1]))
+    rows = _num_rows(hidden_ND, weight, max_logits)
     best_NK, ids_NK = hidden_ND.new_empty((len(hidden_ND), 0)), _no_tokens(hidden_ND)
     for start in range(0, weight.shape[0], rows):
         logits, _ = _slice(hidden_ND, weight, bias, start, rows)
@@ -168,7 +167,7 @@ def token_ranks(
     found = stored_linear(head.linear)
     assert found is not None, "find_head has seen to it"
     weight, bias = found[0], head.linear.bias
-    rows = max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight.shape[1]))
+    rows = _num_rows(hidden_ND, weight, max_logits)
     picked_N, best_N, token_N, sums = None, None, None, []
     for start in range(0, weight.shape[0], rows):
         logits, _ = _slice(hidden_ND, weight, bias, start, rows)
@@ -184,6 +183,11 @@ def token_ranks(
         best_N = torch.maximum(top, best_N)
     assert picked_N is not None
     return picked_N - torch.logsumexp(torch.stack(sums), dim=0), targets_N == token_N
+
+
+def _num_rows(hidden_ND: Tensor, weight_VD: Tensor, max_logits: int) -> int:
+    """How much of the vocabulary is taken at a time."""
+    return max(1, min(max_logits // len(hidden_ND), MAX_CAST // weight_VD.shape[1]))
 
 
 class _Sliced(torch.autograd.Function):
@@ -226,7 +230,7 @@ class _Sliced(torch.autograd.Function):
         if factored:
             d_whole = hidden_ND.new_empty(num_tokens, num_ids)
         elif sink is not None:
-            d_weight = torch.empty_like(weight_VD, dtype=gradients[0].dtype)
+            d_weight = sink.whole(ctx.name, weight_VD, gradients[0].dtype)
         d_bias = None if bias_V is None else torch.empty_like(bias_V)
         for start in range(0, weight_VD.shape[0], ctx.rows):
             logits, weight = _slice(hidden_ND, weight_VD, bias_V, start, ctx.rows)
@@ -237,13 +241,11 @@ class _Sliced(torch.autograd.Function):
             d_hidden += matmul(d_logits, weight)
             end = start + d_logits.shape[1]
             if d_weight is not None:
-                d_weight[start:end] = matmul(d_logits.T, hidden_ND)
+                d_weight[start:end].add_(matmul(d_logits.T, hidden_ND))
             if d_whole is not None:
                 d_whole[:, start:end] = d_logits
             if d_bias is not None:
                 d_bias[start:end] = d_logits.sum(0)
-        if sink is not None and d_weight is not None:
-            sink.add(ctx.name, d_weight, fresh=True)
         if sink is not None and d_whole is not None:
             sink.add_product(ctx.name, d_whole, hidden_ND)
         return d_hidden.to(hidden_ND.dtype), None, d_bias, None, None, None, None
@@ -252,8 +254,11 @@ class _Sliced(torch.autograd.Function):
 def _slice(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, rows) of a part of the vocabulary, in fp32 at least, and that part of the weight, cast."""
-    part = weight[start : start + rows].to(hidden.dtype)
+    """Logits (N, rows) of a part of the vocabulary, in fp32 at least, and that part of the weight, cast.
+
+    The cast lies in memory that the next one overwrites.
+    """
+    part = cast(weight[start : start + rows], hidden.dtype)
     logits = matmul(hidden, part.T)
     if bias is not None:
         logits = logits.add_(bias[start : start + rows])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["matmul", "times", "times_transposed"]
+__all__ = ["cast", "matmul", "times", "times_transposed"]
 
 PIECE = 2**20
 """Elements of a matrix that are cast at a time (4 MB in fp32), if it has more than twice as many."""
@@ -57,7 +57,7 @@ class _Casts(threading.local):
         return kept[:count].view(weight.shape).copy_(weight)
 
 
-_cast = _Casts()
+cast = _Casts()
 
 
 def _pieces(weight_OI: Tensor, dtype: torch.dtype) -> Iterator[slice]:
@@ -76,7 +76,7 @@ def times_transposed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None)
     whole: Tensor | None = None
     for rows in _pieces(weight_OI, x.dtype):
         bias = None if bias_O is None else bias_O[rows]
-        part = _linear(x, _cast(weight_OI[rows], x.dtype), bias)
+        part = _linear(x, cast(weight_OI[rows], x.dtype), bias)
         if part.shape[-1] == count:
             return part
         if whole is None:
@@ -91,7 +91,7 @@ def times(dy: Tensor, weight_OI: Tensor) -> Tensor:
     whole: Tensor | None = None
     for rows in _pieces(weight_OI, dy.dtype):
         here = dy if rows.stop == dy.shape[-1] and whole is None else dy[..., rows]
-        part = _linear(here, _cast(weight_OI[rows], dy.dtype).T, None)
+        part = _linear(here, cast(weight_OI[rows], dy.dtype).T, None)
         whole = part if whole is None else whole.add_(part)
     assert whole is not None, "a matrix has rows"
     return whole

@@ -13,13 +13,13 @@ context is frozen, so that nothing of the tree is kept for backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from secondnature.train.prefix import Prefix, extend, freeze
+from secondnature.train.prefix import Prefix, extend, extend_all, freeze, side_by_side
 
 __all__ = [
     "MAX_BYTES",
@@ -125,11 +125,11 @@ def portions(
     max_tokens: int = MAX_TOKENS,
     max_bytes: int = MAX_BYTES,
 ) -> list[list[int]]:
-    """How to spread groups of continuations of one prefix over forwards: per forward, which groups.
+    """How to spread groups of continuations over forwards: per forward, which groups.
 
     A group (the answers of one example) stays together; a forward has one group at least, and no more than the
-    caps allow: each continuation is padded to the longest and reads a copy of the prefix. Groups of similar
-    length go together.
+    caps allow: each continuation is padded to the longest and reads a copy of a prefix, of `prefix_bytes` at most.
+    Groups of similar length go together.
     """
     max_rows = min(MAX_ROWS, max_bytes // max(1, prefix_bytes))
     found: list[list[int]] = []
@@ -189,8 +189,20 @@ def prefixes(
         stems = plan(contexts, min_saved_tokens=min_saved_tokens, size=state_size(model), max_bytes=max_bytes)
     last_use = {s.base: i for i, s in enumerate(stems)}
     kept: dict[int, Prefix] = {}
+    ready: dict[int, Prefix] = {}
     for i, stem in enumerate(stems):
-        if stem.base is None:
+        siblings = [] if i in ready else _siblings(model, stems, i, last_use, kept, max_bytes)
+        if siblings:
+            first = stem.ids[:1] if stem.base is None else stems[stem.base].ids
+            base = freeze(model, first, version=version) if stem.base is None else kept[stem.base]
+            mores = [stems[k].ids[len(first) :] for k in siblings]
+            ready.update(zip(siblings, extend_all(model, base, mores, version=version), strict=True))
+            del base
+        if i in ready:
+            prefix = ready.pop(i)
+            if stem.base is not None and last_use[stem.base] == i:
+                del kept[stem.base]
+        elif stem.base is None:
             prefix = freeze(model, stem.ids, version=version)
         else:
             base = kept.pop(stem.base) if last_use[stem.base] == i else kept[stem.base]
@@ -203,6 +215,33 @@ def prefixes(
         del prefix
 
 
+def _siblings(
+    model: nn.Module,
+    stems: Sequence[Stem],
+    at: int,
+    last_use: Mapping[int | None, int],
+    kept: Mapping[int, Prefix],
+    max_bytes: int,
+) -> list[int]:
+    """The stems from `at` on that can be read in one forward: leaves of one base, of a model that pads; or none."""
+    first, found = stems[at], []
+    reached = 1 if first.base is None else len(stems[first.base].ids)
+    for k in range(at, min(at + MAX_ROWS, len(stems))):
+        if stems[k].base != first.base or stems[k].ids[0] != first.ids[0] or len(stems[k].ids) == reached:
+            break
+        found.append(k)
+    if len(found) < 2 or not side_by_side(model):
+        return []
+    size, held, longest = state_size(model), sum(p.num_bytes for p in kept.values()), 0
+    for count, k in enumerate(found):
+        held += size(len(stems[k].ids))
+        longest = max(longest, len(stems[k].ids) - reached)
+        if k in last_use or held > max_bytes or (count + 1) * longest > MAX_TOKENS:
+            found = found[:count]
+            break
+    return found if len(found) > 1 else []
+
+
 def forwards(
     model: nn.Module,
     contexts: Sequence[Sequence[int]],
@@ -212,15 +251,38 @@ def forwards(
     max_bytes: int = MAX_BYTES,
     copy_share: float = 1.0,
     version: str | None = None,
-) -> Iterator[tuple[Prefix, list[int]]]:
-    """All forwards that score each group of continuations on the context of its place: a prefix, and which groups.
+) -> Iterator[tuple[list[Prefix], list[int]]]:
+    """All forwards that score each group of continuations on the context of its place: prefixes, and which groups.
 
-    `prefixes` and `portions` in one; their caps and what they raise. `copy_share`: how much of each continuation's
-    copy of the prefix is in memory at a time; less than all where layers are recomputed one by one.
+    `prefixes` and `portions` in one; their caps and what they raise. Groups of different contexts share a forward
+    if the model reads them `side_by_side`, as far as half of `max_bytes` holds their prefixes. `copy_share`: how
+    much of each continuation's copy of the prefix is in memory at a time; less than all where layers are recomputed
+    one by one.
     """
+    together = len({tuple(c) for c in contexts}) > 1 and side_by_side(model)
+    waiting: list[tuple[Prefix, int]] = []
+    held = 0
     for prefix, members in prefixes(model, contexts, max_bytes=max_bytes, version=version):
-        of_these = [groups[i] for i in members]
-        copied = int(prefix.num_bytes * copy_share)
-        for portion in portions(of_these, copied, max_tokens=max_tokens, max_bytes=max_bytes):
-            yield prefix, [members[k] for k in portion]
+        if waiting and held + prefix.num_bytes > max_bytes // 2:
+            yield from _portioned(waiting, groups, max_tokens, max_bytes, copy_share)
+            waiting, held = [], 0
+        waiting += [(prefix, i) for i in members]
+        held += prefix.num_bytes
         del prefix
+        if not together:  # before the next is computed
+            yield from _portioned(waiting, groups, max_tokens, max_bytes, copy_share)
+            waiting, held = [], 0
+    yield from _portioned(waiting, groups, max_tokens, max_bytes, copy_share)
+
+
+def _portioned(
+    waiting: Sequence[tuple[Prefix, int]],
+    groups: Sequence[Sequence[Sequence[int]]],
+    max_tokens: int,
+    max_bytes: int,
+    copy_share: float,
+) -> Iterator[tuple[list[Prefix], list[int]]]:
+    copied = int(max((p.num_bytes for p, _ in waiting), default=0) * copy_share)
+    of_these = [groups[i] for _, i in waiting]
+    for portion in portions(of_these, copied, max_tokens=max_tokens, max_bytes=max_bytes):
+        yield [waiting[k][0] for k in portion], [waiting[k][1] for k in portion]

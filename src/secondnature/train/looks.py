@@ -44,11 +44,12 @@ def look_at(model: nn.Module, looks: Sequence[wire.DevelopmentProbe], each: Each
     if looks and find_head(model) is None:
         max_tokens = min(max_tokens, max(1, MAX_WHOLE_LOGITS // vocab_size(model)))
     found: dict[int, Seen] = {}
-    for prefix, chosen in forwards(model, contexts, answers, max_tokens=max_tokens):
-        ranks = iter(continuation_ranks(model, prefix, [a for i in chosen for a in answers[i]]))
+    for prefixes, chosen in forwards(model, contexts, answers, max_tokens=max_tokens):
+        rows = [p for p, i in zip(prefixes, chosen, strict=True) for _ in answers[i]]
+        ranks = iter(continuation_ranks(model, rows, [a for i in chosen for a in answers[i]]))
         for i in chosen:
             (wanted, likeliest), (unwanted, _) = next(ranks), next(ranks)
             found[i] = Seen(float(wanted.sum()) - float(unwanted.sum()), bool(likeliest.all()))
-        del prefix
+        del prefixes, rows
         each(len(found))
     return [found[i] for i in range(len(looks))]

@@ -16,7 +16,7 @@ from torch import nn
 
 __all__ = ["MAX_ACTIVATION_BYTES", "give_back", "room"]
 
-MAX_ACTIVATION_BYTES = 2**28
+MAX_ACTIVATION_BYTES = 2**29
 """Kept for backward by one forward, about."""
 MIN_ROOM = 64
 """Tokens: of a larger model, too, an answer goes through in one piece."""

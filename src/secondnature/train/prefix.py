@@ -12,6 +12,9 @@ exact for that (law 3), and a truncation of full training, in which context posi
 
 A longer context starts from the prefix of a shorter one (`extend`): what both share is computed once.
 
+Continuations of different contexts share a forward where every layer is attention: their prefixes are padded at the
+left and the padding is masked. A recurrence would have to run over it, so there it is one context at a time.
+
 A recurrence that reads one token alone takes the path of decoding, which writes its state in place; so it is never
 given one token alone (`_outputs` pads).
 
@@ -21,9 +24,11 @@ head), convolution states (1, channels, kernel), recurrent states (1, heads, ...
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +56,18 @@ __all__ = [
     "continuation_picked",
     "continuation_ranks",
     "extend",
+    "extend_all",
     "freeze",
     "self_test",
+    "side_by_side",
 ]
 
 PAD_ID = 0
 """Fills the right end of shorter continuations; causality keeps it out of every real position."""
+
+
+TOLERANCE, TOLERANCE_NARROW = 1e-3, 0.1
+"""Between two ways of reading the same text, of the logits' scale: in fp32, in bf16 and fp16."""
 
 
 @dataclass(frozen=True)
@@ -204,26 +215,60 @@ def extend(model: nn.Module, base: Prefix, more_ids: Sequence[int], *, version: 
     return _read(model, base, more_ids)
 
 
-@torch.no_grad()
 def _read(model: nn.Module, base: Prefix, more_ids: Sequence[int]) -> Prefix:
     """The base after more tokens: its last token is run, and all of the new ones but the last."""
-    if not more_ids:
-        return base
-    inputs = [base.last_id, *more_ids[:-1]]
+    return _read_all(model, base, [more_ids])[0] if more_ids else base
+
+
+@torch.no_grad()
+def _read_all(model: nn.Module, base: Prefix, mores: Sequence[Sequence[int]]) -> list[Prefix]:
+    """`_read` of several (none empty) in one forward, padded at the right; of one only where a layer recurs."""
+    counts = [len(more) for more in mores]  # of tokens that are run: the base's last is, their own is not
+    inputs = [[base.last_id, *more[:-1], *[PAD_ID] * (max(counts) - len(more))] for more in mores]
     wanted = kept(model.config)
-    cache = _writable(wanted, base)
-    ids = torch.tensor([inputs], device=next(model.parameters()).device)
+    cache = _writable(wanted, base, len(mores))
+    ids = torch.tensor(inputs, device=next(model.parameters()).device)
     body = getattr(model, "base_model", model)  # nobody asks for logits
     body(input_ids=ids, **reading(body, cache, _places(base, ids)))
-    states = [_kept_by(layer, keeps) for layer, keeps in zip(cache.layers, wanted, strict=True)]
-    for index, state in enumerate(states):
+    states: list[LayerState] = []
+    for index, (layer, keeps) in enumerate(zip(cache.layers, wanted, strict=True)):
+        state = _kept_by(layer, keeps)
         if state is None:
             raise UnsupportedModel(
                 f"layer {index} of {type(model).__name__} has not kept the frozen context it read",
                 "this architecture or transformers version cannot be trained with a frozen context",
             )
-    num_tokens = base.num_tokens + len(inputs)
-    return Prefix(tuple(s for s in states if s is not None), num_tokens, more_ids[-1], base.version)
+        states.append(state)
+    ends = [base.num_tokens + count for count in counts]
+    return [
+        Prefix(
+            tuple(states) if len(mores) == 1 else tuple(_row(state, row, end) for state in states),
+            end,
+            more[-1],
+            base.version,
+        )
+        for row, (more, end) in enumerate(zip(mores, ends, strict=True))
+    ]
+
+
+def _row(state: LayerState, row: int, end: int) -> LayerState:
+    """One text's keys and values, up to `end`, of several that were read together."""
+    assert not state.recurrences, "their padding would be in the state"
+    if state.attention is None:
+        return LayerState()
+    keys, values = (t[row : row + 1, :, :end].clone() for t in state.attention)
+    return LayerState((keys, values))
+
+
+def extend_all(
+    model: nn.Module, base: Prefix, mores: Sequence[Sequence[int]], *, version: str | None = None
+) -> list[Prefix]:
+    """`extend` by each of `mores` (none empty), in one forward; for models whose layers are all attention.
+
+    Equal to extending by one after the other, but for rounding. Raises as `extend` does.
+    """
+    base.check(version)
+    return _read_all(model, base, mores)
 
 
 def _places(prefix: Prefix, ids: Tensor) -> Tensor:
@@ -244,13 +289,14 @@ def _kept_by(layer: Any, keeps: Keeps) -> LayerState | None:
     return LayerState(attention, pairs)
 
 
-def _writable(wanted: Sequence[Keeps], base: Prefix) -> Cache:
+def _writable(wanted: Sequence[Keeps], base: Prefix, batch: int) -> Cache:
     """transformers' own layers, filled with the base's states; what they write in place is a copy."""
     layers: list[Any] = [_empty(keeps) for keeps in wanted]
     for layer, state in zip(layers, base.states, strict=bool(base.states)):
         if state.attention is not None:
             layer.lazy_initialization(*state.attention)
-            layer.keys, layer.values = state.attention  # never written: new keys are concatenated
+            # never written: new keys are concatenated
+            layer.keys, layer.values = (t.expand(batch, -1, -1, -1) for t in state.attention)
         for index, (conv, recurrent) in enumerate(state.recurrences):
             layer.lazy_initialization(conv_states=conv, recurrent_states=recurrent, state_idx=index)
             for mine, theirs in (
@@ -272,13 +318,15 @@ def _empty(keeps: Keeps) -> Any:
 
 def continuation_logits(
     model: nn.Module,
-    prefix: Prefix,
+    prefix: Prefix | Sequence[Prefix],
     continuations: Sequence[Sequence[int]],
     *,
     last: Sequence[int] | None = None,
     version: str | None = None,
 ) -> list[Tensor]:
-    """Per continuation of one prefix the logits (T, V) that predict each of its tokens, or its `last` ones.
+    """Per continuation the logits (T, V) that predict each of its tokens, or its `last` ones.
+
+    `prefix`: of all, or one for each; different ones for a model that reads them `side_by_side`.
 
     Raises:
         BadExample: a continuation is empty.
@@ -291,7 +339,11 @@ def continuation_logits(
 
 
 def continuation_logps(
-    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
+    model: nn.Module,
+    prefix: Prefix | Sequence[Prefix],
+    continuations: Sequence[Sequence[int]],
+    *,
+    version: str | None = None,
 ) -> list[Tensor]:
     """Per continuation the log-probabilities (T) of its tokens, in nats; with gradients if they are enabled.
 
@@ -307,7 +359,7 @@ def continuation_logps(
 
 def continuation_picked(
     model: nn.Module,
-    prefix: Prefix,
+    prefix: Prefix | Sequence[Prefix],
     continuations: Sequence[Sequence[int]],
     tokens: Sequence[Tensor],
 ) -> list[Tensor]:
@@ -342,7 +394,11 @@ def continuation_likeliest(
 
 @torch.no_grad()
 def continuation_ranks(
-    model: nn.Module, prefix: Prefix, continuations: Sequence[Sequence[int]], *, version: str | None = None
+    model: nn.Module,
+    prefix: Prefix | Sequence[Prefix],
+    continuations: Sequence[Sequence[int]],
+    *,
+    version: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per continuation (log-probabilities (T) of its tokens, whether each is the likeliest (T)); no gradients.
 
@@ -361,7 +417,7 @@ def continuation_ranks(
 
 def _outputs(
     run: nn.Module,
-    prefix: Prefix,
+    prefix: Prefix | Sequence[Prefix],
     continuations: Sequence[Sequence[int]],
     counts: Sequence[int],
     version: str | None,
@@ -370,17 +426,86 @@ def _outputs(
 
     One forward of all, padded at the right: (sum of counts, V), or D for a body.
     """
-    prefix.check(version)
+    rows = [prefix] * len(continuations) if isinstance(prefix, Prefix) else list(prefix)
+    for one in rows:
+        one.check(version)
     if not all(continuations):
         raise BadExample("a continuation is empty", "nothing to learn from, nothing to score")
-    longest = max(*(len(c) for c in continuations), 2 if prefix.recurs else 1)
-    inputs = [[prefix.last_id, *c[:-1], *[PAD_ID] * (longest - len(c))] for c in continuations]
+    longest = max(*(len(c) for c in continuations), 2 if any(p.recurs for p in rows) else 1)
+    inputs = [
+        [p.last_id, *c[:-1], *[PAD_ID] * (longest - len(c))] for p, c in zip(rows, continuations, strict=True)
+    ]
     ids = torch.tensor(inputs, device=next(run.parameters()).device)
-    cache = prefix.cache(len(continuations))
-    output = run(input_ids=ids, **reading(run, cache, _places(prefix, ids)))
+    output = run(input_ids=ids, **_after(run, rows, ids))
     whole = output.logits if "logits" in output else output.last_hidden_state
     ends = zip(whole, continuations, counts, strict=True)
     return torch.cat([row[len(c) - count : len(c)] for row, c, count in ends])
+
+
+def _after(run: nn.Module, rows: Sequence[Prefix], ids: Tensor) -> dict[str, Any]:
+    """The arguments with which each row of ids (K, T) is read after its prefix."""
+    first = rows[0]
+    if all(p is first for p in rows):
+        return reading(run, first.cache(len(rows)), _places(first, ids))
+    counts = [p.num_tokens for p in rows]
+    longest, lengths = max(counts), torch.tensor(counts, device=ids.device).unsqueeze(1)
+    places = torch.arange(ids.shape[1], device=ids.device) + lengths
+    if longest == 0:
+        return reading(run, None, places)
+    num_layers = max(len(p.states) for p in rows)
+    cache = Cache(layers=[_frozen(_stacked(rows, i, longest), len(rows)) for i in range(num_layers)])
+    found = reading(run, cache, places)
+    if min(counts) < longest:
+        every = torch.arange(longest + ids.shape[1], device=ids.device)
+        found["attention_mask"] = (every >= longest - lengths).long()
+    return found
+
+
+def _stacked(rows: Sequence[Prefix], layer: int, longest: int) -> LayerState:
+    """A layer's keys and values of all rows (K, heads, longest, head), zeros before those that are shorter."""
+    pairs = [p.states[layer].attention if p.states else None for p in rows]
+    model = next((pair for pair in pairs if pair is not None), None)
+    if model is None:
+        return LayerState()
+    keys, values = (t.new_zeros(len(rows), t.shape[1], longest, t.shape[3]) for t in model)
+    for row, pair in enumerate(pairs):
+        for whole, part in zip((keys, values), pair or (), strict=False):
+            whole[row, :, longest - part.shape[2] :] = part[0]
+    return LayerState((keys, values))
+
+
+_SIDE_BY_SIDE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def side_by_side(model: nn.Module) -> bool:
+    """Whether continuations of different prefixes can be read in one forward.
+
+    Every layer must be attention, and the model itself is asked, the first time: it has to tell padding apart and
+    to take positions.
+    """
+    if model not in _SIDE_BY_SIDE:
+        _SIDE_BY_SIDE[model] = _reads_side_by_side(model)
+    return _SIDE_BY_SIDE[model]
+
+
+@torch.no_grad()
+def _reads_side_by_side(model: Any) -> bool:
+    takes = inspect.signature(model.forward).parameters
+    if not {"attention_mask", "position_ids"} <= takes.keys():
+        return False
+    if not all(k.attention and not k.recurrences for k in kept(model.config)):
+        return False
+    num_ids = int(model.config.get_text_config(decoder=True).vocab_size)
+    if context_limit(model.config) < 10:
+        return False
+    one, two, three, answer = ([(i * i + k) % num_ids for i in range(6)] for k in range(4))
+    prefixes = [freeze(model, one), freeze(model, two[:3]), freeze(model, three[:1])]
+    answers = [answer[:2], answer[:4], answer[:3]]
+    alone = [continuation_logits(model, p, [a])[0] for p, a in zip(prefixes, answers, strict=True)]
+    together = continuation_logits(model, prefixes, answers)
+    scale = max(1.0, *(float(x.abs().max()) for x in alone))
+    close = TOLERANCE_NARROW if alone[0].dtype in (torch.bfloat16, torch.float16) else TOLERANCE
+    return all(float((a - b).abs().max()) <= close * scale for a, b in zip(alone, together, strict=True))
 
 
 @torch.no_grad()
@@ -414,7 +539,8 @@ def self_test(model: nn.Module, *, tolerance: float | None = None) -> float:
     difference = max(float((first[0] - plain).abs().max()), float((first[1] - plain[:1]).abs().max()))
     scale = max(1.0, float(plain.abs().max()))
     if tolerance is None:
-        tolerance = (0.1 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
+        narrow = plain.dtype in (torch.bfloat16, torch.float16)
+        tolerance = (TOLERANCE_NARROW if narrow else TOLERANCE) * scale
     if not difference <= tolerance:
         raise UnsupportedModel(
             f"a frozen context changes the logits by {difference:.2g}; expected at most {tolerance:.2g}",

@@ -1,7 +1,8 @@
 """One training step, top to bottom: freeze the contexts, score the answers, sum gradients, check, write (trainer).
 
 Answers to one context, of one example or of several, are scored together on one prefix; contexts that begin alike
-are computed once (`forest`). Results and errors speak of the batch as it was given.
+are computed once (`forest`), and where all layers are attention answers to different ones share a forward. Results
+and errors speak of the batch as it was given.
 
 The weights are the engine's own (law 1): nothing is written before everything was computed and found finite, and
 the writes are bracketed by the caller's `writing()`, so that the engine can tell which answers overlapped with
@@ -11,7 +12,7 @@ them. The context gets no gradient: exact for a frozen context, a truncation of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -118,20 +119,22 @@ def train_step(
     num_read = 0
     grad_norm = 0.0
 
-    def score(prefix: Prefix, chosen: Sequence[int]) -> dict[int, Tensor]:
-        """The weighted losses of some examples of one context, with gradients; notes what they are."""
+    def score(frozen: Mapping[int, Prefix], chosen: Sequence[int]) -> dict[int, Tensor]:
+        """The weighted losses of some examples, with gradients; notes what they are. `frozen`: their contexts."""
         distilled = [i for i in chosen if teachers is not None and teachers[i] is not None]
         compared = [i for i in chosen if i not in distilled]
         weighted: dict[int, Tensor] = {}
         found_losses: dict[int, Tensor] = {}
         found_margins: dict[int, Tensor] = {}
         if distilled:
-            logits = continuation_logits(model, prefix, [answers[i][0] for i in distilled])
+            logits = continuation_logits(
+                model, [frozen[i] for i in distilled], [answers[i][0] for i in distilled]
+            )
             for i, logits_TV in zip(distilled, logits, strict=True):
                 teacher = teachers[i] if teachers is not None else None
                 assert teacher is not None, "chosen above"
                 found_losses[i] = sdft(teacher, logits_TV)
-        found = iter(_logps(model, prefix, answers, compared) if compared else [])
+        found = iter(_logps(model, frozen, answers, compared) if compared else [])
         for i in compared:
             wanted, *others = [next(found) for _ in answers[i]]
             rejected = others[0] if others else None
@@ -158,10 +161,11 @@ def train_step(
         gradients = stack.enter_context(collect(model, factored=optimizer.factored))
         copy_share = 1 / stack.enter_context(recomputed(model)) if recompute else 1.0
         contexts = [e.context_ids for e in batch]
-        for prefix, chosen in forwards(
+        for prefixes, chosen in forwards(
             model, contexts, answers, max_tokens=max_tokens, max_bytes=max_bytes, copy_share=copy_share
         ):
-            weighted = score(prefix, chosen)
+            frozen = dict(zip(chosen, prefixes, strict=True))
+            weighted = score(frozen, chosen)
             taught = [i for i in chosen if losses[i] >= learned_loss]
             num_learned += len(chosen) - len(taught)
             if taught:
@@ -171,10 +175,10 @@ def train_step(
                 except NonFinite:
                     for i in taught if len(taught) > 1 else []:  # whose fault is it? one by one, to say so
                         gradients.clear()
-                        score(prefix, [i])[i].backward()
+                        score(frozen, [i])[i].backward()
                         check_finite(gradients, f"{_named([i])}: the gradient")
                     raise
-            del prefix, weighted  # or the next would be computed while they are still in memory
+            del prefixes, frozen, weighted  # or the next would be computed while they are still in memory
             num_read += len(chosen)
             each(num_read)
         if gradients:
@@ -207,10 +211,14 @@ def _answers(example: Example, objective: Objective) -> list[list[int]]:
 
 
 def _logps(
-    model: nn.Module, prefix: Prefix, answers: Sequence[Sequence[Sequence[int]]], chosen: Sequence[int]
+    model: nn.Module,
+    frozen: Mapping[int, Prefix],
+    answers: Sequence[Sequence[Sequence[int]]],
+    chosen: Sequence[int],
 ) -> list[Tensor]:
-    """Of all answers of the chosen examples, one after the other, in one forward."""
-    return continuation_logps(model, prefix, [a for i in chosen for a in answers[i]])
+    """Of all answers of the chosen examples, each on its frozen context, one after the other, in one forward."""
+    rows = [frozen[i] for i in chosen for _ in answers[i]]
+    return continuation_logps(model, rows, [a for i in chosen for a in answers[i]])
 
 
 def _named(examples: Sequence[int]) -> str:
@@ -252,7 +260,9 @@ def log_probs(
     groups = [[c] for c in continuations]
     totals = [0.0] * len(continuations)
     for chosen in portions(groups, prefix.num_bytes):
-        for i, logps in zip(chosen, _logps(model, prefix, groups, chosen), strict=True):
+        for i, logps in zip(
+            chosen, _logps(model, dict.fromkeys(chosen, prefix), groups, chosen), strict=True
+        ):
             totals[i] = float(sequence_logprob(logps))
     return totals
 
@@ -266,10 +276,11 @@ def references(
     contexts = [examples[i].context_ids for i in pairs]
     answers = [_answers(examples[i], "dpo") for i in pairs]
     found: list[Reference | None] = [None] * len(examples)
-    for prefix, chosen in forwards(model, contexts, answers):
-        totals = [float(sequence_logprob(x)) for x in _logps(model, prefix, answers, chosen)]
+    for prefixes, chosen in forwards(model, contexts, answers):
+        frozen = dict(zip(chosen, prefixes, strict=True))
+        totals = [float(sequence_logprob(x)) for x in _logps(model, frozen, answers, chosen)]
         for k, i in enumerate(chosen):
             found[pairs[i]] = Reference(totals[2 * k], totals[2 * k + 1])
-        del prefix
+        del prefixes, frozen
         each(sum(reference is not None for reference in found))
     return found

@@ -27,7 +27,7 @@ from secondnature.model.gradients import Factors, Gradient, Rows, dense
 from secondnature.model.products import matmul
 from secondnature.records import OptimizerSettings
 from secondnature.train.readback import Reading, together
-from secondnature.weights.rounding import RandomWords, Writer, scratch
+from secondnature.weights.rounding import RandomWords, Writer, scratch, square_sum
 
 __all__ = [
     "Rule",
@@ -225,17 +225,22 @@ def _adam(
     m, v = torch.empty_like(old.m), torch.empty_like(old.v)
     step = torch.empty_like(old.m) if out is None else out
     tensors = old.m, old.v, gradient, m, v, step
-    whole = floored or m.numel() <= _BLOCK or m.is_cuda or steps.ndim or not gradient.is_contiguous()
-    for old_m, old_v, g, new_m, new_v, done in (
-        [tensors] if whole else zip(*(t.view(-1).split(_BLOCK) for t in tensors), strict=True)
-    ):
+    whole = m.numel() <= _BLOCK or m.is_cuda or steps.ndim or not gradient.is_contiguous()
+    blocks = [tensors] if whole else list(zip(*(t.view(-1).split(_BLOCK) for t in tensors), strict=True))
+    norms: list[Tensor] = []
+    for old_m, old_v, g, new_m, new_v, done in blocks:
         torch.lerp(old_m, g, 1 - beta1, out=new_m)
         torch.mul(old_v, beta2, out=new_v).addcmul_(g, g, value=1 - beta2)
         torch.mul(new_v, square, out=done).sqrt_()
         if floored:
-            norm = done.norm() if done.is_cuda else float(done.norm())
-            done.clamp_(min=DENOMINATOR_FLOOR * norm / math.sqrt(done.numel()))
-        torch.div(new_m, done.add_(correction * settings.eps), out=done)
+            norms.append(done.norm())
+        else:
+            torch.div(new_m, done.add_(correction * settings.eps), out=done)
+    if floored:
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        floor = DENOMINATOR_FLOOR * (norm if m.is_cuda else float(norm)) / math.sqrt(m.numel())
+        for _, _, _, new_m, _, done in blocks:
+            torch.div(new_m, done.clamp_(min=floor).add_(correction * settings.eps), out=done)
     return replace(old, m=m, v=v, steps=steps), step
 
 
@@ -314,7 +319,7 @@ def _scaled(
     state, s_RN = _adam(old, r_RN, settings, out=r_RN)
     scale_N = (_channel_norms(s_RN) / raw_N).masked_fill_(raw_N == 0, 0.0)
     if isinstance(gradient, Factors):
-        norm = Factors(small_SM, wide_SN * scale_N).norm()  # pyright: ignore[reportPossiblyUnboundVariable]
+        norm = torch.linalg.vector_norm(gradient.channel_squares().float().sqrt() * scale_N)
     else:
         norm = torch.linalg.vector_norm(norm_N * scale_N)  # pyright: ignore[reportPossiblyUnboundVariable]
     return state, scale_N, [norm, torch.linalg.vector_norm(raw_N), state.v.sum()]
@@ -432,7 +437,7 @@ def write_(
         if decay:
             change.add_(writer.rows_AB[start:stop], alpha=-decay)
         if sums is not None:
-            intended += float(change.square().sum(dtype=torch.float64))
+            intended += square_sum(change)
             if update.rows is None:
                 sums[start:stop].add_(change)
             else:

@@ -28,7 +28,16 @@ from torch import Tensor
 
 from secondnature.errors import NonFinite, UnsupportedModel
 
-__all__ = ["CHUNK", "RandomWords", "Writer", "chunk_rows", "overflow", "scratch", "stochastic_round_"]
+__all__ = [
+    "CHUNK",
+    "RandomWords",
+    "Writer",
+    "chunk_rows",
+    "overflow",
+    "scratch",
+    "square_sum",
+    "stochastic_round_",
+]
 
 CHUNK = 1 << 16
 """Elements rounded at a time, unless one row has more: the fp64 temporaries stay in the cache."""
@@ -166,7 +175,7 @@ class Writer:
             if _has_negative_0(target):
                 new = torch.where(change == 0, target, new)
         if self._measure:
-            self.written += float((new.double() - target.double()).square_().sum())
+            self.written += _moved(target, new)
         target.copy_(new)
 
     def _check(self, exact: Tensor) -> None:
@@ -179,6 +188,22 @@ class Writer:
         if self._words is None:
             self._words = RandomWords("round", *self._key)
         return self._words(_HEADER_WORDS + 4 * -(-count // 16))
+
+
+def square_sum(values: Tensor) -> float:
+    """The sum of squares of fp32 values, in fp32 as far as that reaches."""
+    flat = values.reshape(-1)
+    found = float(torch.dot(flat, flat))
+    return found if math.isfinite(found) else float(flat.double().square_().sum())
+
+
+def _moved(old: Tensor, new: Tensor) -> float:
+    """The sum of squared differences; those of bf16 numbers are the same in fp32, but for the last bits of few."""
+    if new.dtype is not torch.bfloat16:
+        return float((new.double() - old.double()).square_().sum())
+    count, device = new.numel(), new.device
+    difference, before = (scratch(name, count, torch.float32, device) for name in ("moved", "before"))
+    return square_sum(difference.copy_(new).sub_(before.copy_(old)))
 
 
 def _is_small(values: Tensor) -> bool:
