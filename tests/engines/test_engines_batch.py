@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,62 @@ def test_padded_logits_equal_single_ones(model: Any) -> None:
         told = [(7 * i + step) % 256 for step in range(12)]
         alone = model(input_ids=torch.tensor([prompt + told]), use_cache=False).logits[0, len(prompt) - 1 :]
         torch.testing.assert_close(torch.stack([x[i] for x in logits]), alone, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_prompts_that_begin_alike_equal_single_ones(model: Any) -> None:
+    rows, begin = BatchRows(model), prompts(40, seed=2)[0]
+    if not rows.can_share:
+        pytest.skip("a recurrence has only its end")
+    texts = [[*begin, *rest] for rest in prompts(9, 1, 30, 60, 9, seed=3)]
+    logits = [rows.prefill_sharing(texts, len(begin), 1)[:, -1]]
+    for step in range(6):
+        logits.append(rows.step([(7 * i + step) % 256 for i in range(len(texts))]))
+    for i, prompt in enumerate(texts):
+        told = [(7 * i + step) % 256 for step in range(6)]
+        alone = model(input_ids=torch.tensor([prompt + told]), use_cache=False).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.stack([x[i] for x in logits]), alone, rtol=0, atol=1e-4)
+
+
+def test_a_common_beginning_is_read_once_and_changes_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = prompts(40, seed=2)[0]
+    texts = [[*begin, *rest] for rest in prompts(9, 1, 30, 12, 9, 5, seed=3)]
+    inside = 38  # scored from inside what all begin with
+    forwards: list[int] = []
+    begun, all_wait = threading.Event(), threading.Event()
+    plain = BatchRows._forward  # pyright: ignore[reportPrivateUsage]
+
+    def counted(self: BatchRows, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        begun.set()
+        all_wait.wait(60)
+        if ids.shape[1] > 1:
+            forwards.append(ids.numel())
+        return plain(self, ids, *rest)
+
+    monkeypatch.setattr(BatchRows, "_forward", counted)
+    with Engine(model, byte_tokenizer(), prefill_tokens=512) as engine:
+        first = engine.submit(greedy([1], 1))
+        assert begun.wait(60)
+        asked = [*[greedy(t, 8) for t in texts], score_request(texts[0][:inside], texts[0][inside:])]
+        handles = [engine.submit(request) for request in asked]
+        all_wait.set()
+        *results, scored = [handle.result() for handle in handles]
+        first.result()
+        (again,) = engine.generate([greedy(texts[0], 8)])
+    for text, result in zip(texts, results, strict=True):
+        assert result.token_ids == generate_alone(model, text, 8)
+    assert again.token_ids == results[0].token_ids
+    exact = logprobs_alone(model, texts[0])[range(inside - 1, len(texts[0]) - 1), texts[0][inside:]]
+    assert [t.logprob for t in scored.prompt_tokens] == pytest.approx(exact.tolist(), abs=1e-4)
+    if BatchRows(model).can_share:
+        longest, common = max(map(len, texts)), inside - 1
+        assert forwards == [common, 7 * (longest - common), len(texts[0])], (
+            "nothing is kept for the next turn"
+        )
+    else:
+        assert forwards == [7 * max(map(len, texts)), len(texts[0])]
 
 
 @torch.inference_mode()

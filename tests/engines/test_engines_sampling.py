@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 
 from secondnature.engines.generation import Delta, GenerationRequest, PromptScored, Sampling
 from secondnature.engines.local.engine import Engine
-from secondnature.engines.local.sampling import Sampler, likely
+from secondnature.engines.local.sampling import Sampler, finite_rows, likeliest, likely
 from secondnature.engines.local.text import vocabulary
 from secondnature.errors import BadInput
 from secondnature.model.defaults import SamplingDefaults, sampling_defaults
@@ -209,3 +209,21 @@ def test_defaults_are_read_from_the_models_file(tmp_path: Path, caplog: pytest.L
     assert "top_p is 2" in caplog.text
     path.write_text("{")
     assert sampling_defaults(tmp_path) == SamplingDefaults()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1280, 1283])
+def test_the_likeliest_is_the_first_of_the_largest(dtype: torch.dtype, width: int) -> None:
+    logits = torch.randn(7, width).to(dtype)
+    logits[1, [3, 700, 1279]] = 9.0
+    logits[2, [128, 129]] = 9.0
+    logits[3] = -5.0
+    assert likeliest(logits) == [int((row == row.max()).nonzero()[0]) for row in logits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_no_numbers_are_seen(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 1280).to(dtype)
+    for row, wrong in ((1, float("nan")), (2, float("inf")), (3, -float("inf"))):
+        logits[row, 700] = wrong
+    assert finite_rows(logits) == [True, False, False, False, True]

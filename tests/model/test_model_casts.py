@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from secondnature.model import products
 from secondnature.model.products import MIN_KEPT, PIECE, cast, matmul, times, times_transposed
@@ -89,3 +90,15 @@ def test_what_is_differentiated_looks_back_at_its_own_casts() -> None:
         model(x).square().sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad.double(), reference.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_positions_of_prompts_are_multiplied_in_one_product() -> None:
+    hidden = torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    weight = torch.randn(4096, 64, dtype=torch.bfloat16)
+    for x in (hidden[:, -1:], hidden[:1, -1:]):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            found = times_transposed(x, weight)
+        assert torch.equal(found, torch.nn.functional.linear(x.contiguous(), weight))
+        assert "aten::bmm" not in {event.key for event in trace.key_averages()}, (
+            "the matrix is copied for each row"
+        )

@@ -79,6 +79,11 @@ class Answer:
         return self.read == len(self.ids)
 
     @property
+    def last_unscored(self) -> int:
+        """How many of the first tokens of `ids` can be read without a look at the logits behind them."""
+        return min(len(self.ids), self.score_from or len(self.ids)) - 1
+
+    @property
     def held(self) -> int:
         """Tokens that this request holds now."""
         return len(self.request.prompt_ids) + len(self.token_ids)

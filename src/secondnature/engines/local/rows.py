@@ -96,6 +96,17 @@ class AttentionRows(CacheLayerMixin):
             mine[row, :, : end - length] = 0
             mine[row, :, end - length : end] = theirs[other_row, :, other_end - length : other_end]
 
+    def begin_with(self, other: AttentionRows, lengths: Sequence[int], columns: int) -> None:
+        """Fresh buffers of rows that begin as the only row of `other` does, each with so many of its columns."""
+        end = self.window.end
+        for name in ("keys", "values"):
+            theirs: Tensor = getattr(other, name)
+            new = theirs.new_zeros(len(lengths), theirs.shape[1], max(columns, MIN_COLUMNS), theirs.shape[3])
+            for row, length in enumerate(lengths):
+                new[row, :, end - length : end] = theirs[0, :, :length]
+            setattr(self, name, new)
+        self.is_initialized = True
+
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite one row by another."""
         end = self.window.end
@@ -199,24 +210,50 @@ class BatchRows:
         return self.window.end - self.window.start
 
     def prefill(self, prompts: Sequence[Sequence[int]], keep: int) -> Tensor:
-        """Read prompts into an empty batch, or the next part of its only row.
+        """Read prompts into an empty batch, or the next part of each row's.
 
         Args:
-            prompts: token ids per row; shorter ones are padded on the left.
+            prompts: token ids per row; shorter ones are padded on the left, which only new rows may be.
             keep: return the logits of so many last columns.
 
         Returns: [B, keep, V], right-aligned.
         """
-        assert not self.lengths or len(self.lengths) == len(prompts) == 1
         columns = max(map(len, prompts))
-        before = self.lengths[0] if self.lengths else 0
+        known = self.lengths or [0] * len(prompts)
+        assert len(known) == len(prompts)
+        assert all(not n or len(p) == columns for n, p in zip(known, prompts, strict=True))
         ids = torch.tensor([[0] * (columns - len(p)) + list(p) for p in prompts], device=self.device)
         pads = torch.tensor([columns - len(p) for p in prompts], device=self.device)
+        before = torch.tensor(known, device=self.device)[:, None]
         places = torch.arange(columns, device=self.device)[None] - pads[:, None]
-        mask = torch.cat([places.new_ones(len(prompts), before), (places >= 0).to(places.dtype)], dim=1)
+        owned = torch.arange(self.num_columns, device=self.device)[None] >= self.num_columns - before
+        mask = torch.cat([owned, places >= 0], dim=1).long()
         logits = self._forward(ids, mask, places.clamp_min(0) + before, keep)
-        self.lengths = [before + len(p) for p in prompts]
+        self.lengths = [n + len(p) for n, p in zip(known, prompts, strict=True)]
         return logits
+
+    def prefill_sharing(self, prompts: Sequence[Sequence[int]], common: int, keep: int) -> Tensor:
+        """As `prefill` into an empty batch, where all prompts begin with the same `common` tokens: read once.
+
+        Every row then reads as many last tokens as the longest has after them, so a shorter one reads a part of
+        the beginning again, and no padding comes to lie inside a row.
+        """
+        assert not self.lengths
+        assert self.can_share
+        first = BatchRows(self.model)
+        first.prefill([prompts[0][:common]], 1)
+        rest = max(map(len, prompts)) - common
+        self.lengths = [max(0, len(p) - rest) for p in prompts]
+        self.window.end = common
+        for mine, theirs in zip(self.layers, first.layers, strict=True):
+            if isinstance(mine, AttentionRows):
+                mine.begin_with(theirs, self.lengths, common + rest)
+        return self.prefill([p[-rest:] for p in prompts], keep)
+
+    @property
+    def can_share(self) -> bool:
+        """Whether a row can go on from a part of another's state: a recurrence has only its end."""
+        return not any(keeps.recurrences for keeps in self._kept)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """One more token per row. Returns the logits of the next one: [B, V]."""

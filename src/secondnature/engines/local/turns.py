@@ -31,6 +31,8 @@ from secondnature.errors import BadInput, Cancelled, SecondnatureError
 __all__ = ["Turns"]
 
 _LOG = logging.getLogger(__name__)
+MIN_SAVED_TOKENS = 64
+"""A forward of its own reads all weights once more: what that takes, in tokens of a longer one."""
 
 
 class Turns:
@@ -144,7 +146,7 @@ class Turns:
 
         def choose(queue: Sequence[Answer]) -> list[Answer]:
             taken: list[Answer] = []
-            widest, columns = 0, longest
+            columns = longest
             for job in islice(queue, 2 * self.max_rows):
                 length = len(job.ids)
                 long = length > self._prefill_tokens
@@ -156,8 +158,7 @@ class Turns:
                 if long:
                     self._reading[background] = (job, BatchRows(self._model))
                 else:
-                    widest = max(widest, length)
-                    if (len(group) + 1) * widest > self._prefill_tokens:
+                    if self._to_read([*group, job]) > self._prefill_tokens:
                         break
                     group.append(job)
                 taken.append(job)
@@ -166,6 +167,25 @@ class Turns:
 
         self._waiting.take(background, choose)
         return group
+
+    def _to_read(self, jobs: Sequence[Answer]) -> int:
+        """Tokens that a forward over these whole prompts computes, padding included."""
+        common = self._shared(jobs)
+        return common + len(jobs) * (max(len(job.ids) for job in jobs) - common)
+
+    def _shared(self, jobs: Sequence[Answer]) -> int:
+        """How many tokens that all these prompts begin with are read once; 0 where it would not pay.
+
+        Most chats begin with the same system prompt. It is read in this turn, with the weights that the rest is
+        read with; nothing is kept for the next.
+        """
+        if len(jobs) < 2 or not self._batch.can_share or any(job.read for job in jobs):
+            return 0
+        first, last = min(job.ids for job in jobs), max(job.ids for job in jobs)
+        most = min(job.last_unscored for job in jobs)
+        same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        common = min(same, most)
+        return common if (len(jobs) - 1) * common >= MIN_SAVED_TOKENS else 0
 
     def _read(self, jobs: list[Answer], rows: BatchRows) -> None:
         """Read the (next piece of the) prompts; jobs whose prompt is complete get their first token and join."""
@@ -184,13 +204,16 @@ class Turns:
     def _read_piece(self, jobs: list[Answer], rows: BatchRows) -> list[int]:
         """One forward over prompts. Returns the indices of the jobs that go on generating."""
         parts = [j.ids[j.read : j.read + self._prefill_tokens] for j in jobs]
+        common = self._shared(jobs)
         first = [max(j.read, (j.score_from or 0) - 1) for j in jobs]
         keep = 1
         for job, part, begin in zip(jobs, parts, first, strict=True):
             job.read += len(part)
             if job.score_from is not None:
                 keep = max(keep, job.read - begin)
-        logits = self._stamped(jobs, lambda: rows.prefill(parts, keep))
+        logits = self._stamped(
+            jobs, lambda: rows.prefill_sharing(parts, common, keep) if common else rows.prefill(parts, keep)
+        )
         self.metrics.prompt_tokens += sum(map(len, parts))
         for i, job in enumerate(jobs):
             if job.score_from is not None:
