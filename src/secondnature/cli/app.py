@@ -46,6 +46,15 @@ class Turns(StrEnum):
     all = "all"
 
 
+class Form(StrEnum):
+    """What an export is."""
+
+    checkpoint = "checkpoint"
+    lesson = "lesson"
+    lora = "lora"
+    gguf = "gguf"
+
+
 class Engine(StrEnum):
     """What generates the answers."""
 
@@ -321,6 +330,31 @@ def checkpoint(home: HomeOption = None, url: UrlOption = None, as_json: JsonOpti
     from secondnature.cli.output import Output
 
     return lessons.checkpoint(Where(home, url), Output(as_json=as_json))
+
+
+@app.command()
+@command
+def export(
+    lesson: Annotated[
+        str | None, typer.Argument(metavar="[LESSON]", help="Of `lessons log`. Without: the weights as kept.")
+    ] = None,
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="DIR, FILE.lesson or FILE.gguf; nothing may be there yet.")
+    ] = ...,  # pyright: ignore[reportArgumentType]
+    form: Annotated[
+        Form | None, typer.Option("--as", help="What is written. Default: by how the path ends.")
+    ] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write the weights, or one lesson, for whoever else serves the model."""
+    from secondnature.cli import exporting
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    request = exporting.request(lesson, out_path, form.value if form else None)
+    return exporting.export(request, Where(home, url), Output(as_json=as_json))
 
 
 @app.command()

@@ -33,11 +33,12 @@ from secondnature.errors import (
     WrongState,
 )
 from secondnature.evidence.reach import reaches
+from secondnature.lessons.exports import Exports
 from secondnature.lessons.guards import Guarded, guarded
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import Log
+from secondnature.lessons.log import PROBES_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.plan import Plan
 from secondnature.lessons.planner import Planner
@@ -48,10 +49,12 @@ from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.lessons.working_copy import WorkingCopy
-from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
+from secondnature.records import OPEN_STATES, ErrorInfo, Export, Lesson, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
 from secondnature.wire import (
     CheckpointReply,
+    ExportList,
+    ExportRequest,
     JobStatus,
     PassedOver,
     PruneReply,
@@ -96,6 +99,7 @@ class Runner:
         self.weights = ServedWeights(arena, clock, log)
         self._working_copy = WorkingCopy(settings, log, self.weights)
         self._pruning = Pruning(log)
+        self._exports = Exports(log, self.weights)
         self._clock = clock
         self.trainer = trainer
         self._prober = prober
@@ -249,6 +253,23 @@ class Runner:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds."""
         return self._working_copy.state()
+
+    def export(self, request: ExportRequest) -> Export:
+        """See `Exports.write`; commands are served meanwhile. Raises Unreachable: the server ended in between."""
+
+        def check_in() -> None:
+            if self._stop.is_set():
+                raise Unreachable(
+                    "the server ended while it was exporting; nothing is left of it", "repeat it"
+                )
+            self._serve_commands()
+
+        return self._do(lambda: self._exports.write(request, check_in))
+
+    def exported(self, lesson_id: str | None = None) -> ExportList:
+        """What left the home; of one lesson, what holds it. Raises NotFound, DamagedFile."""
+        found = self._exports.all() if lesson_id is None else self._exports.holding(self.log.get(lesson_id))
+        return ExportList(exports=found, progress=self._exports.progress)
 
     def prune(self, request: PruneRequest) -> PruneReply:
         """See `Pruning.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
@@ -510,7 +531,11 @@ class Runner:
         lesson = self.log.create(
             "train",
             behaviour or "lesson",
-            files={"corrections.jsonl": to_jsonl(plan.corrections)} if plan.corrections else None,
+            files={
+                name: to_jsonl(found)
+                for name, found in (("corrections.jsonl", plan.corrections), (PROBES_FILE, request.probes))
+                if found
+            },
             behaviour=behaviour,
             note=request.lesson.note,
             idempotency_key=request.idempotency_key,

@@ -78,7 +78,7 @@ class ServedWeights:
         epoch = self._epoch()
         before = self._counted(self._log.durable_weights(), on_tensor)
         path = self._log.directory(lesson) / DELTA_FILE
-        with self._being_read():
+        with self.being_read():
             written = delta.write(path, before, self.arena.tensors, like=lesson.parent)
         if written.base != lesson.parent:
             raise BadDelta(
@@ -105,7 +105,7 @@ class ServedWeights:
         try:
             self.arena.close_torn_write()
             if not self._are(wanted):
-                with self._being_read():
+                with self.being_read():
                     self._write(self._log.durable_weights(), wanted, on_tensor)
             self.clock.settle(wanted, self._epoch(), trial=False)
         except BaseException as e:
@@ -119,12 +119,13 @@ class ServedWeights:
             raise Busy("the weights on disk are being read; nothing was done", "try again in a moment")
 
     @contextlib.contextmanager
-    def _being_read(self) -> Generator[None]:
-        self._reading = True
+    def being_read(self) -> Generator[None]:
+        """While the block runs, no file goes that the weights on disk, or those of earlier entries, lie in."""
+        was, self._reading = self._reading, True
         try:
             yield
         finally:
-            self._reading = False
+            self._reading = was
 
     def _are(self, version: str) -> bool:
         """Nobody has written since the weights were named so, and nobody does now."""

@@ -50,6 +50,7 @@ from secondnature.records.evidence import (
     Taught,
     Verdict,
 )
+from secondnature.records.exports import Export, ExportForm
 from secondnature.records.jsonl import (
     MAX_FILE_BYTES,
     MAX_LINE_BYTES,
@@ -108,6 +109,8 @@ __all__ = [
     "ErrorInfo",
     "Evidence",
     "Example",
+    "Export",
+    "ExportForm",
     "FieldTwice",
     "Flip",
     "GateSettings",

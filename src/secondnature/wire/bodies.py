@@ -12,6 +12,8 @@ from secondnature.records import (
     ErrorInfo,
     Evidence,
     Example,
+    Export,
+    ExportForm,
     GateSettings,
     GuardPack,
     KlSet,
@@ -389,6 +391,24 @@ class CheckpointReply(Body):
     saved_at: datetime | None = None
     progress: PhaseProgress | None = None
     """Of the new working copy, while it is being written."""
+
+
+class ExportRequest(Body):
+    """`POST /v1/exports`: weights, or what changes them, for whoever else serves the model."""
+
+    form: ExportForm
+    path: Annotated[Unicode, Field(min_length=1, max_length=4096)]
+    """Absolute, on the server's machine; nothing may be there yet, and the folder has to be."""
+    lesson: Annotated[str, Field(max_length=100)] | None = None
+    """For a `lesson` file: which. For an adapter: which, or all that are kept."""
+
+
+class ExportList(Body):
+    """`GET /v1/exports`: oldest first."""
+
+    exports: list[Export]
+    progress: PhaseProgress | None = None
+    """Of the one that is being written now."""
 
 
 class PruneRequest(Body):

@@ -11,11 +11,13 @@ import httpx2
 from pydantic import BaseModel
 
 from secondnature import errors
-from secondnature.records import Correction, Lesson
+from secondnature.records import Correction, Export, Lesson
 from secondnature.wire.bodies import (
     CheckpointReply,
     CorrectionsReply,
     DeleteReply,
+    ExportList,
+    ExportRequest,
     FeedbackReply,
     FeedbackRequest,
     Health,
@@ -261,3 +263,12 @@ class Client:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds, and how far a new one is."""
         return CheckpointReply.model_validate(self.request("GET", "/v1/checkpoint"))
+
+    def export(self, body: ExportRequest) -> Export:
+        """Write weights, or what changes them, to a path of the server's machine; it is there when this returns."""
+        return Export.model_validate(self.request("POST", "/v1/exports", body=body, timeout_s=LONG_S))
+
+    def exports(self, lesson: str | None = None) -> ExportList:
+        """Every export, and how far the present one is; `lesson`: those that hold it."""
+        asked = "" if lesson is None else f"?lesson={quote(lesson, safe='')}"
+        return ExportList.model_validate(self.request("GET", "/v1/exports" + asked))
