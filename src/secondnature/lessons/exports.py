@@ -8,19 +8,24 @@ that is not there, and never one that nobody knows of. A lesson that is taken ba
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from secondnature import storage
-from secondnature.errors import BadInput, Busy, NotDurable, StorageError
+from torch import Tensor
+
+from secondnature import __version__, storage
+from secondnature.errors import BadInput, Busy, NotDurable, StorageError, WrongState
+from secondnature.lessons import lesson_file
+from secondnature.lessons.identity import identity_of, model_directory
 from secondnature.lessons.job import Phase
-from secondnature.lessons.log import Log
+from secondnature.lessons.log import DELTA_FILE, PROBES_FILE, Log
 from secondnature.lessons.weights import ServedWeights, checked
-from secondnature.records import Export, Lesson, utc_now
-from secondnature.weights import checkpoint
+from secondnature.records import Export, Lesson, LessonManifest, PartName, to_jsonl, utc_now
+from secondnature.weights import checkpoint, difference, gguf, lora
 from secondnature.weights.content import Named
 from secondnature.wire import ExportRequest, PhaseProgress
 
@@ -42,7 +47,9 @@ class Written:
 class Exports:
     """Of one home. `write` is used by the runner's thread; the rest from any."""
 
-    def __init__(self, log: Log, weights: ServedWeights) -> None:
+    def __init__(self, log: Log, weights: ServedWeights, model_name: str = "") -> None:
+        """`model_name`: what people call the model, for whoever gets a file."""
+        self._model_name = model_name or log.base_dir.name
         self._log = log
         self._weights = weights
         self._writing: Phase | None = None
@@ -84,7 +91,7 @@ class Exports:
         try:
             with storage.storage_errors(path), self._weights.being_read():
                 storage.clean(path.parent, path.name)
-                written = self._checkpoint(temporary, check_in)
+                written = self._write_form(request, temporary, check_in)
                 export = Export(
                     form=request.form,
                     path=str(path),
@@ -111,6 +118,128 @@ class Exports:
 
     # ------------------------------------------------------------------------------------------------
 
+    def _write_form(self, request: ExportRequest, target: Path, check_in: CheckIn) -> Written:
+        if request.form == "lesson":
+            return self._lesson(self._kept(request.lesson), target, check_in)
+        if request.form == "lora":
+            return self._adapter(request, target, check_in)
+        if request.form == "gguf":
+            return self._gguf(request, target, check_in)
+        return self._checkpoint(target, check_in)
+
+    def _kept(self, lesson_id: str | None) -> Lesson:
+        """The lesson that is exported. Raises BadInput, NotFound, WrongState: none is named, or it has no
+        change."""
+        if lesson_id is None:
+            raise BadInput("a lesson file holds one lesson, and none is named", "name one").about("lesson")
+        lesson = self._log.get(lesson_id)
+        if lesson.state != "kept" or lesson.kind == "revert":
+            what = "a revert" if lesson.kind == "revert" else lesson.state.replace("_", " ")
+            raise WrongState(
+                f"lesson {lesson.id} is {what}; expected a kept lesson", "export one that is kept"
+            )
+        if not (self._log.directory(lesson) / DELTA_FILE).is_file():
+            raise WrongState(
+                f"the difference that lesson {lesson.id} made was pruned", "bring it back from a backup"
+            )
+        return lesson
+
+    def _lesson(self, lesson: Lesson, target: Path, check_in: CheckIn) -> Written:
+        """One lesson as one file; with its arithmetic difference, where it did not start from the model's
+        weights."""
+        log, directory = self._log, self._log.directory(lesson)
+        log.open_delta(lesson)  # its checksum
+        model = identity_of(log, self._weights.arena.tensors)
+        parts: dict[PartName, Path | bytes] = {
+            name: directory / name
+            for name in get_args(PartName)
+            if name != "manifest.json" and (directory / name).is_file()
+        }
+        beside = storage.temporary_name(directory / "difference.safetensors")
+        try:
+            if lesson.parent != log.base_version:
+                sizes = {name: t.numel() for name, t in self._weights.arena.tensors.items()}
+                difference.write(beside, self._pairs(lesson, check_in), sizes)
+                parts["difference.safetensors"] = beside
+            storage.check_room(
+                target.parent, sum(p.stat().st_size for p in parts.values() if isinstance(p, Path))
+            )
+            manifest = LessonManifest(
+                lesson=lesson,
+                model=model,
+                model_name=self._model_name,
+                parts={},
+                written_by=__version__,
+                exported_at=utc_now(),
+            )
+            lesson_file.write(target, manifest, parts)
+        finally:
+            beside.unlink(missing_ok=True)
+        return Written([lesson.id], str(lesson.version), {"parts": sorted(parts)})
+
+    def _gguf(self, request: ExportRequest, target: Path, check_in: CheckIn) -> Written:
+        """The kept weights as a GGUF file."""
+        log = self._log
+        lessons, version = log.in_weights(), log.kept_version()
+        note = {"version": version, "base_version": log.base_version, "lessons": lessons}
+        weights = checked(self._counted(log.durable_weights(), check_in), version)
+        counts = gguf.write(target, weights, model_directory(log), request.dtype, note)
+        return Written(lessons, version, {"dtype": request.dtype, "tensors": counts})
+
+    def _adapter(self, request: ExportRequest, target: Path, check_in: CheckIn) -> Written:
+        """One lesson, or all that are kept, as an adapter; with the probes that one was judged by."""
+        log = self._log
+        lesson = self._kept(request.lesson) if request.lesson is not None else None
+        lessons = [lesson.id] if lesson is not None else log.in_weights()
+        version = str(lesson.version) if lesson is not None else log.kept_version()
+        self._writing = Phase("writing", "tensors")
+
+        def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+            return self._pairs(lesson, check_in) if lesson is not None else self._all_pairs(version, check_in)
+
+        source = model_directory(log)
+        made = lora.write(target, pairs, source, request.rank, str(log.base_dir))
+        note = {
+            "schema_version": 1,
+            "version": version,
+            "base_version": log.base_version,
+            "base": str(log.base_dir),
+            "lessons": lessons,
+            "of": "the difference of the bytes",
+            **made.told(),
+            "exported_at": utc_now().isoformat(),
+        }
+        storage.write_text(target / checkpoint.STATE_FILE, json.dumps(note, indent=2) + "\n")
+        if lesson is not None and (probes := log.probes(lesson)):
+            storage.write_text(target / PROBES_FILE, to_jsonl(probes))
+        details = {
+            "rank": made.rank,
+            "relative_error": made.error,
+            "tensors": len(made.carried),
+            "left_out": len(made.left_out),
+        }
+        return Written(lessons, version, details)
+
+    def _all_pairs(self, version: str, check_in: CheckIn) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, the model's own, as it is kept) of every tensor."""
+        own = checkpoint.stream(self._log.base_dir, self._log.dtypes)
+        kept = checked(self._counted(self._log.durable_weights(), check_in), version)
+        for (name, was), (_, now) in zip(own, kept, strict=True):
+            yield name, was, now
+            del was, now
+
+    def _pairs(self, lesson: Lesson, check_in: CheckIn) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, before, after) of each tensor that a lesson changed."""
+        stored = self._log.open_delta(lesson)
+        before = checked(self._log.weights_before(lesson), str(lesson.parent))
+        for name, was in self._counted(before, check_in):
+            if name in stored.sizes:
+                now = was.clone()
+                stored.apply_(name, now)
+                yield name, was, now
+                del now
+            del was
+
     def _checkpoint(self, target: Path, check_in: CheckIn) -> Written:
         """The kept weights as a Hugging Face directory, with all that lies beside the model's own."""
         log = self._log
@@ -123,13 +252,8 @@ class Exports:
             "exported_at": utc_now().isoformat(),
         }
         weights = checked(self._counted(log.durable_weights(), check_in), version)
-        checkpoint.export(target, self._model_dir(), weights, note, log.dtypes)
+        checkpoint.export(target, model_directory(log), weights, note, log.dtypes)
         return Written(lessons, version, {})
-
-    def _model_dir(self) -> Path:
-        """The model's own directory; where that is gone, the working copy."""
-        base = self._log.base_dir
-        return base if (base / "config.json").is_file() else self._log.checkpoint_state()[0]
 
     def _counted(self, weights: Iterable[Named], check_in: CheckIn) -> Iterator[Named]:
         total = len(self._weights.arena.tensors)

@@ -346,7 +346,7 @@ class _Reader:
 
     def _read_delta(self, lesson: Lesson, path: Path, count: Callable[[int], None]) -> None:
         if not path.is_file():
-            if lesson.kind == "train" and lesson.state == "kept" and not lesson.delta_pruned:
+            if lesson.kind != "revert" and lesson.state == "kept" and not lesson.delta_pruned:
                 self._wrong(path, "missing, and nobody pruned it: the lesson cannot be taken back")
             return
         try:

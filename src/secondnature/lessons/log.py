@@ -44,6 +44,7 @@ from secondnature.records import (
     Correction,
     Evidence,
     Lesson,
+    LessonKind,
     Moved,
     Probe,
     describe,
@@ -55,13 +56,14 @@ from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import Named
 from secondnature.wire import LessonDetail
 
-__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "PROBES_FILE", "Log"]
+__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "PROBES_FILE", "UPDATE_FILE", "Log"]
 
 LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
 PROBES_FILE = "probes.jsonl"
+UPDATE_FILE = "update.safetensors"
 _WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
@@ -165,7 +167,7 @@ class Log:
         raise NotFound(f"no lesson {lesson_id!r}", "`secondnature lessons log` lists them")
 
     def create(
-        self, kind: str, name: str, *, files: Mapping[str, str] | None = None, **fields: Any
+        self, kind: LessonKind, name: str, *, files: Mapping[str, str] | None = None, **fields: Any
     ) -> Lesson:
         """A new entry with its files, in a directory of its own: there as a whole, and durable, or not at all.
 
@@ -177,7 +179,7 @@ class Log:
             id=f"{number:04d}-{name}",
             number=number,
             job="job-" + secrets.token_hex(6),
-            kind="revert" if kind == "revert" else "train",
+            kind=kind,
             created_at=utc_now(),
             **fields,
         )
@@ -329,7 +331,7 @@ class Log:
         found: list[Correction] = []
         unreadable: list[str] = []
         for lesson in self.all():
-            if lesson.state == "kept" and lesson.kind == "train" and lesson.reverted_by is None:
+            if lesson.state == "kept" and lesson.kind != "revert" and lesson.reverted_by is None:
                 try:
                     found += self.corrections(lesson)
                 except SecondnatureError as e:

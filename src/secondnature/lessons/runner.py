@@ -16,11 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from secondnature.config import Settings
 from secondnature.engines.stamps import Clock
 from secondnature.errors import (
+    BadInput,
     Busy,
     Cancelled,
     Conflict,
@@ -33,10 +37,15 @@ from secondnature.errors import (
     WrongState,
 )
 from secondnature.evidence.reach import reaches
+from secondnature.lessons import lesson_file
+from secondnature.lessons.change import Judged
 from secondnature.lessons.exports import Exports
 from secondnature.lessons.guards import Guarded, guarded
+from secondnature.lessons.identity import check_same, identity_of
+from secondnature.lessons.imported import ImportedChange, check_sizes
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.ledger import Ledger
+from secondnature.lessons.lesson_file import LessonFile
 from secondnature.lessons.life import Life
 from secondnature.lessons.log import PROBES_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
@@ -49,12 +58,23 @@ from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.lessons.working_copy import WorkingCopy
-from secondnature.records import OPEN_STATES, ErrorInfo, Export, Lesson, digest, to_jsonl, utc_now
+from secondnature.records import (
+    OPEN_STATES,
+    ErrorInfo,
+    Export,
+    Lesson,
+    Probe,
+    describe,
+    digest,
+    to_jsonl,
+    utc_now,
+)
 from secondnature.weights.arena import Arena
 from secondnature.wire import (
     CheckpointReply,
     ExportList,
     ExportRequest,
+    ImportLessonRequest,
     JobStatus,
     PassedOver,
     PruneReply,
@@ -99,7 +119,7 @@ class Runner:
         self.weights = ServedWeights(arena, clock, log)
         self._working_copy = WorkingCopy(settings, log, self.weights)
         self._pruning = Pruning(log)
-        self._exports = Exports(log, self.weights)
+        self._exports = Exports(log, self.weights, Path(settings.model).name)
         self._clock = clock
         self.trainer = trainer
         self._prober = prober
@@ -181,13 +201,83 @@ class Runner:
         could_show = None if reached is None else reached.model_dump(mode="json")
         return {**self._planner.show(plan), "guards": found.told, "could_show": could_show}
 
+    def import_lesson(self, body: ImportLessonRequest) -> TrainReply:
+        """Check a lesson file, write its entry, queue it: it is applied and judged like any lesson.
+
+        Raises:
+            BadInput, BadRecord, TooLarge, TooNew: the file is none, damaged, or of a newer version; or a probe is
+            no
+                evidence.
+            Conflict: it is of another model, or was taught already.
+            Busy, StorageError: as `submit`.
+        """
+        source = lesson_file.open_(Path(body.path))
+        mine = identity_of(self.log, self.weights.arena.tensors, like=source.manifest.model.base_version)
+        check_same(source.manifest.model, mine, source.manifest.model_name)
+        check_sizes(source)
+        source.check()
+        if not body.again:
+            self._refuse_known(source)
+        source.evidence()  # it can be read
+        corrections = source.corrections()
+        probes = [] if body.keep else [*source.probes(), *body.probes]
+        request = self._judged_by(
+            body, source.manifest.lesson.behaviour, list({p.digest(): p for p in probes}.values())
+        )
+        self._prober.check(request.probes)
+        request = guarded(request, corrections, self._prober).request
+        plan = self._planner.untrained(
+            corrections, request.probes, source.manifest.lesson.cause.examples, body.seed
+        )
+        return self._do(lambda: self._accept(request, plan, None, source))
+
+    def _judged_by(
+        self, body: ImportLessonRequest, behaviour: str | None, probes: list[Probe]
+    ) -> TrainRequest:
+        """How a lesson is judged that nothing is trained in; its corrections do not come from here."""
+        given = {
+            "ledger": True,
+            "probes": probes,
+            "guards": body.guards,
+            "gate": body.gate,
+            "keep": body.keep,
+            "prompting": False,
+            "seed": body.seed,
+            "lesson": {"behaviour": behaviour, "note": body.note},
+        }
+        try:
+            return TrainRequest.model_validate(given)
+        except ValidationError as e:
+            raise BadInput(describe(e), "see POST /v1/lessons/import") from None
+
+    def _refuse_known(self, source: LessonFile) -> None:
+        """Raises Conflict: a lesson that is in force taught the same."""
+        theirs = source.manifest.lesson
+        delta_sha256 = source.manifest.parts["delta.safetensors"].sha256
+        for lesson in self.log.all():
+            if lesson.id not in self.log.in_weights():
+                continue
+            same = lesson.delta_sha256 == delta_sha256 or (
+                lesson.imported is not None and lesson.imported.delta_sha256 == delta_sha256
+            )
+            for mine, other in (
+                (lesson.cause.corrections, theirs.cause.corrections),
+                (lesson.cause.examples, theirs.cause.examples),
+            ):
+                same = same or (bool(mine) and set(mine) == set(other))
+            if same:
+                raise Conflict(
+                    f"lesson {lesson.id} taught the same already; nothing was written",
+                    "give --again (`again` in the body) to add it once more",
+                )
+
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""
         live = self._jobs.get(job)
         if live is not None:
             return live.status(self._clock.read().version, after)
         for lesson in self.log.all():
-            if lesson.job == job and lesson.kind == "train":
+            if lesson.job == job and lesson.kind != "revert":
                 return self._ended(lesson, whole=True)
         raise NotFound(f"no job {job!r}", "`GET /v1/train/status` lists them")
 
@@ -196,7 +286,7 @@ class Runner:
         version = self._clock.read().version
         found: list[JobStatus] = []
         for lesson in self.log.all():
-            if lesson.kind == "train":
+            if lesson.kind != "revert":
                 live = self._jobs.get(lesson.job)
                 found.append(live.status(version, None) if live else self._ended(lesson, whole=False))
         return found
@@ -408,10 +498,13 @@ class Runner:
             if job.cancel.is_set():
                 raise Cancelled("cancelled")
 
-        parts = {"log": self.log, "prober": self._prober}
-        change = Trained(
-            job, planner=self._planner, own_answers=self._own_answers, trainer=self.trainer, **parts
-        )
+        parts: dict[str, Any] = {"log": self.log, "prober": self._prober}
+        if job.source is not None:
+            change: Judged = ImportedChange(job, weights=self.weights, **parts)
+        else:
+            change = Trained(
+                job, planner=self._planner, own_answers=self._own_answers, trainer=self.trainer, **parts
+            )
         self._life = Life(
             job,
             change,
@@ -517,7 +610,9 @@ class Runner:
             )
         return TrainReply(job=known.job, lesson=known.id, state=known.state)
 
-    def _accept(self, request: TrainRequest, plan: Plan, asked: str | None) -> TrainReply:
+    def _accept(
+        self, request: TrainRequest, plan: Plan, asked: str | None, source: LessonFile | None = None
+    ) -> TrainReply:
         known = self._known(request, asked)  # again: two may come at once
         if known is not None:
             return known
@@ -529,7 +624,7 @@ class Runner:
             (c.behaviour for c in plan.corrections if c.behaviour), None
         )
         lesson = self.log.create(
-            "train",
+            "train" if source is None else "import",
             behaviour or "lesson",
             files={
                 name: to_jsonl(found)
@@ -542,8 +637,9 @@ class Runner:
             request_digest=asked,
             cause=plan.cause(0),
             settings=plan.settings(),
+            imported=None if source is None else source.origin(),
         )
-        job = Job(lesson, plan, request)
+        job = Job(lesson, plan, request, source=source)
         self._jobs[lesson.job] = job
         self._waiting.append(job)
         return TrainReply(job=lesson.job, lesson=lesson.id, state="queued", plan=plan.summary())

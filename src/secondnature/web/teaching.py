@@ -119,6 +119,11 @@ def router(runner: Runner, feedback: Feedback, clock: Clock) -> APIRouter:
         """Remove old optimizer states, and deltas where that is asked for; what an undo in reach needs stays."""
         return runner.prune(body)
 
+    @routes.post("/v1/lessons/import", status_code=202, response_model_exclude_none=True)
+    def import_lesson(body: wire.ImportLessonRequest) -> wire.TrainReply:  # pyright: ignore[reportUnusedFunction]
+        """Add a lesson that was taught on another server of the same base, from its file; judged like any other."""
+        return runner.import_lesson(body)
+
     @routes.get("/v1/lessons/{lesson_id}", response_model_exclude_none=True)
     def lesson(lesson_id: str) -> wire.LessonDetail:  # pyright: ignore[reportUnusedFunction]
         """One lesson with its evidence, corrections and metrics."""

@@ -24,11 +24,12 @@ from safetensors import SafetensorError
 from secondnature import storage
 from secondnature.errors import BadCheckpoint
 from secondnature.model.chat import end_ids_of
+from secondnature.model.gguf import SOURCE_FILE
 from secondnature.model.load import TensorSpec, bystanders, plan
 from secondnature.weights.content import Named, Weights, blocks, named
 from secondnature.weights.tensor_file import DTYPES, Place, header, layout, read_into, read_places, spans
 
-__all__ = ["clean", "current", "export", "nbytes", "read", "save", "specs", "state", "stream"]
+__all__ = ["STATE_FILE", "clean", "current", "export", "nbytes", "read", "save", "specs", "state", "stream"]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -247,7 +248,7 @@ def _copy_side_files(source: Path, target: Path) -> None:
             name = path.name
             known = path.suffix in _SIDE_SUFFIXES or name.split(".")[0] in _SIDE_NAMES
             ours = (
-                name in (STATE_FILE, "config.json", "adapter_config.json")
+                name in (STATE_FILE, "config.json", "adapter_config.json", SOURCE_FILE)
                 or name.endswith(".index.json")
                 or name.startswith(".")
             )

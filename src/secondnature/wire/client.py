@@ -21,6 +21,7 @@ from secondnature.wire.bodies import (
     FeedbackReply,
     FeedbackRequest,
     Health,
+    ImportLessonRequest,
     ImportRequest,
     JobStatus,
     LessonDetail,
@@ -263,6 +264,11 @@ class Client:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds, and how far a new one is."""
         return CheckpointReply.model_validate(self.request("GET", "/v1/checkpoint"))
+
+    def import_lesson(self, body: ImportLessonRequest) -> TrainReply:
+        """Add a lesson that was taught elsewhere: it is applied and judged like any other."""
+        reply = self.request("POST", "/v1/lessons/import", body=body, timeout_s=LONG_S)
+        return TrainReply.model_validate(reply)
 
     def export(self, body: ExportRequest) -> Export:
         """Write weights, or what changes them, to a path of the server's machine; it is there when this returns."""
