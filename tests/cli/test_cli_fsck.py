@@ -118,6 +118,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "optimizer.safetensors",
         "checksum",
     ),
+    "an update": (lambda h: flip(newest(h, "update.safetensors"), 0.9), "update.safetensors", "checksum"),
+    "an update that is gone": (
+        lambda h: newest(h, "update.safetensors").unlink(),
+        "update.safetensors",
+        "nobody pruned",
+    ),
     "the working copy": (
         lambda h: flip((h / "model" / "current").resolve() / "model.safetensors", 0.9),
         "model/w2-",

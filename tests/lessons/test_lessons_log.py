@@ -10,15 +10,17 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 from failing_disk import disk
 from served_home import Served, serve
 from tiny_models import dense_config, save_tiny
 
 from secondnature import storage
 from secondnature.errors import NotDurable, StorageError
-from secondnature.lessons.log import OPTIMIZER_FILE, Log
+from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
 from secondnature.lessons.pruning import Pruning
 from secondnature.records import Correction, Lesson
+from secondnature.weights.updates import UPDATE_FILE, write_update
 
 
 @pytest.fixture(scope="session")
@@ -268,3 +270,21 @@ def test_reverts_of_reverts_work_where_states_were_pruned(served: Served) -> Non
         take_back(lesson)
     assert served.found == served.clock.version == base
     assert served.log.chain() == []
+
+
+FILES = (DELTA_FILE, UPDATE_FILE)
+
+
+def test_an_update_goes_with_its_delta(served: Served) -> None:
+    kept = [served.kept(0.1 * (i + 1)) for i in range(3)]
+    for lesson in kept:
+        write_update(served.log.directory(lesson) / UPDATE_FILE, {"w": torch.ones(3)})
+    served.weights.fold()
+    assert Pruning(served.log).prune(0).files == 0
+    assert Pruning(served.log).prune(0, 1).removed == [f"{x.id}/{f}" for f in FILES for x in kept[:2]]
+    assert [served.log.get(x.id).delta_pruned for x in kept] == [True, True, False]
+    assert [(served.log.directory(x) / UPDATE_FILE).is_file() for x in kept] == [False, False, True]
+    undone = served.on_trial(0.9)
+    write_update(served.log.directory(undone) / UPDATE_FILE, {"w": torch.ones(3)})
+    served.log.drop_files(undone.model_copy(update={"state": "undone"}))
+    assert not (served.log.directory(undone) / UPDATE_FILE).exists()

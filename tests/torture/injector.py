@@ -246,7 +246,7 @@ def _product_points(injector: Injector) -> Generator[tuple[Any, str, Any]]:
     yield torch, "empty", injector.wrap("memory.empty", torch.empty)
     for owner, names in (
         (content.ContentHasher, ("add", "id")),
-        (codec, ("pack", "unpack", "xor_split_")),
+        (codec, ("pack", "apply_")),
         (delta, ("open_", "write")),
         (checkpoint, ("read_into", "read_places", "header")),
         (log, ("_text", "digest", "secrets")),

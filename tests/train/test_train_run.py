@@ -22,6 +22,7 @@ from secondnature.train.phases import Phases
 from secondnature.train.run import TrainingRun
 from secondnature.weights.arena import Arena
 from secondnature.weights.content import content_id
+from secondnature.weights.updates import UPDATE_FILE, read_update
 
 Made = tuple[Arena, nn.Module]
 
@@ -48,7 +49,8 @@ def work(seed: int, **fields: Any) -> wire.TokenExample:
 def job(tmp_path: Path, **fields: Any) -> wire.Train:
     """Three pairs with replay of both kinds, looks and KL: every phase but the teacher."""
     looks = [
-        wire.MarginProbe(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right") for i in range(4)
+        wire.DevelopmentProbe(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right")
+        for i in range(4)
     ]
     given: dict[str, Any] = {
         "job": "j1",
@@ -94,6 +96,7 @@ PHASES = [
     "looking at development probes",
     "training",
     "measuring the KL",
+    "saving the update",
     "saving the optimizer's state",
 ]
 
@@ -122,6 +125,11 @@ def test_every_phase_tells_how_far_it_is(made: Made, tmp_path: Path) -> None:
     data = (tmp_path / "optimizer.safetensors").read_bytes()
     assert done.optimizer_sha256 == hashlib.sha256(data).hexdigest()
     assert (done.stopped_by, done.steps) == ("max_steps", 3)
+    assert phase["saving the update"][-1] == (len(done.moved) - 1, len(done.moved))
+    data = (tmp_path / UPDATE_FILE).read_bytes()
+    assert done.update_sha256 == hashlib.sha256(data).hexdigest()
+    norms = {name: float(update.norm()) for name, update in read_update(tmp_path)}
+    assert norms == {m["name"]: pytest.approx(m["intended"], rel=0.01) for m in done.moved if m["intended"]}
 
 
 @pytest.mark.usefixtures("often")
@@ -193,7 +201,8 @@ def test_why_it_stopped_has_a_sentence(
 ) -> None:
     """What is taught is looked at."""
     taught = [
-        wire.MarginProbe(w.context, w.continuation, w.rejected or [], "right") for w in job(tmp_path).examples
+        wire.DevelopmentProbe(w.context, w.continuation, w.rejected or [], "right")
+        for w in job(tmp_path).examples
     ]
     strong = {"lr": 3e-3, "rank": 4}
     done, _ = run(made, job(tmp_path, development=taught, steps=60, optimizer=strong, **fields))
@@ -208,7 +217,7 @@ def test_the_other_side_gives_way(made: Made, tmp_path: Path) -> None:
     for look in job(tmp_path).development:
         ahead = look_at(made[1], [look])[0].margin > 0
         pair = (look.wanted, look.unwanted) if ahead else (look.unwanted, look.wanted)
-        looks.append(wire.MarginProbe(look.context, *pair, "other"))
+        looks.append(wire.DevelopmentProbe(look.context, *pair, "other"))
     against = [wire.TokenExample(x.context, x.unwanted) for x in looks]
     strong = {"lr": 3e-3, "rank": 4}
     message = job(

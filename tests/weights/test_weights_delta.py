@@ -1,4 +1,4 @@
-"""Deltas: the lesson and its undo to the bit, written and read in a stream; files of the first homes; damage."""
+"""Deltas: the lesson and its undo to the bit, written and read in a stream; files of the formats before; damage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 import zstandard
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
+from test_weights_xor import packed_xor
 
 from secondnature.errors import BadDelta, StorageError, WeightsError
 from secondnature.weights import delta
 from secondnature.weights.arena import Arena
-from secondnature.weights.content import BLOCK_BYTES, content_id
+from secondnature.weights.content import BLOCK_BYTES, blocks, content_id, root_id, tensor_digest
 
 Tensors = dict[str, torch.Tensor]
 ELEMENTS = BLOCK_BYTES // 2
@@ -59,9 +60,9 @@ def lesson_on(weights: Tensors, seed: int) -> Tensors:
     return after
 
 
-def applied(stored: delta.StoredDelta, weights: Tensors) -> Tensors:
+def applied(stored: delta.StoredDelta, weights: Tensors, *, back: bool = False) -> Tensors:
     stored.check(weights)
-    return {n: t for n, t in copies(weights).items() if stored.apply_(n, t) in (True, False)}
+    return {n: t for n, t in copies(weights).items() if stored.apply_(n, t, back=back) in (True, False)}
 
 
 def write_as_the_first_homes(path: Path, before: Tensors, after: Tensors) -> tuple[str, str, str]:
@@ -87,6 +88,30 @@ def write_as_the_first_homes(path: Path, before: Tensors, after: Tensors) -> tup
     return base, result, hashlib.sha256(data).hexdigest()
 
 
+def write_as_format_2(path: Path, before: Tensors, after: Tensors) -> tuple[str, str, str]:
+    """What version 0.2 wrote: XOR, blocks, tree ids."""
+    packed: dict[str, np.ndarray] = {}
+    for name, old in before.items():
+        if not torch.equal(old.view(torch.uint8), after[name].view(torch.uint8)):
+            pairs = zip(blocks(old), blocks(after[name]), strict=True)
+            parts = [packed_xor(was, is_) for was, is_ in pairs]
+            data = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+            packed[name] = np.frombuffer(data, np.uint8)
+    base, result = content_id(before), content_id(after)
+    sizes = {f"bytes:{name}": str(before[name].nbytes) for name in packed}
+    metadata = {"format": "secondnature-delta/2", "base": base, "result": result, **sizes}
+    data = to_safetensors(packed, metadata=metadata)
+    path.write_bytes(data)
+    return base, result, hashlib.sha256(data).hexdigest()
+
+
+def written(path: Path, kind: int, before: Tensors, after: Tensors) -> tuple[str, str, str]:
+    """A file of this format."""
+    if kind == 3:
+        return delta.write(path, ordered(before), after)
+    return (write_as_the_first_homes if kind == 1 else write_as_format_2)(path, before, after)
+
+
 def test_a_delta_is_the_lesson_and_its_undo(tmp_path: Path) -> None:
     before = some_weights()
     after = lesson_on(before, 1)
@@ -97,7 +122,7 @@ def test_a_delta_is_the_lesson_and_its_undo(tmp_path: Path) -> None:
     assert (stored.base, stored.result) == (written.base, written.result)
     assert set(stored.sizes) == {"a.weight", "c", "wide"}
     assert content_id(applied(stored, before)) == written.result
-    assert content_id(applied(stored, after)) == written.base
+    assert content_id(applied(stored, after, back=True)) == written.base
     assert set(load_file(path)) == set(stored.sizes)  # any reader of the format can list it
     assert path.stat().st_size < sum(t.nbytes for t in before.values()) / 4
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -121,15 +146,61 @@ def test_an_empty_delta_is_a_delta(tmp_path: Path) -> None:
     assert delta.open_(tmp_path / "old").sizes == {}
 
 
-def test_the_deltas_of_the_first_homes_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [1, 2])
+def test_the_deltas_of_the_formats_before_are_read(tmp_path: Path, kind: int) -> None:
     before = some_weights()
     after = lesson_on(before, 1)
-    base, result, sha256 = write_as_the_first_homes(tmp_path / "old", before, after)
+    base, result, sha256 = written(tmp_path / "old", kind, before, after)
     stored = delta.open_(tmp_path / "old", sha256)
     assert (stored.base, stored.result) == (base, result)
     found = applied(stored, before)
     assert content_id(found, like=base) == result
     assert content_id(found) == content_id(after)
+    assert content_id(applied(stored, found, back=True)) == content_id(before)
+
+
+def test_weights_that_a_delta_is_not_of_are_refused_by_the_name_of_the_tensor(tmp_path: Path) -> None:
+    """Before a byte is written: alone, in the wrong direction, and in a chain."""
+    weights, (one, two) = a_chain(tmp_path)
+    other = copies(weights)
+    other["wide"][0, 5] = 3.0
+    was = content_id(other)
+    with pytest.raises(BadDelta, match=r"tensor wide has the content [0-9a-f]{16}; expected") as refused:
+        one.delta.apply_("wide", other["wide"])
+    assert "nothing was written" in refused.value.hint
+    with pytest.raises(BadDelta, match="tensor wide has the content"):
+        one.delta.apply_("wide", other["wide"], back=True)
+    assert content_id(other) == was
+    with pytest.raises(BadDelta, match="tensor wide has the content"):
+        replay(other, one, two)
+    for back in (False, True):
+        with pytest.raises(BadDelta, match="tensor wide has the content"):
+            two.delta.apply_("wide", weights["wide"].clone(), back=back)
+
+
+def test_each_part_of_a_delta_says_what_it_leads_from_and_to(tmp_path: Path) -> None:
+    """So that a tensor can be sent, and checked, alone; together they are the versions."""
+    weights, (one, _) = a_chain(tmp_path)
+    after = lesson_on(weights, 1)
+    assert set(one.delta.heads) == {"a.weight", "c", "wide"}
+    same = {name: tensor_digest(name, t) for name, t in weights.items()}
+    for name, head in one.delta.heads.items():
+        assert (head.base, head.result) == (
+            tensor_digest(name, weights[name]),
+            tensor_digest(name, after[name]),
+        )
+        assert (head.nbytes, head.dtype) == (weights[name].nbytes, str(weights[name].dtype)[6:])
+    assert root_id(same | {n: h.result for n, h in one.delta.heads.items()}) == one.after
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    monkeypatch.setattr(delta, "MAX_THREADS", num_threads)
+    before = {"w": torch.randn(5 * ELEMENTS + 7).to(torch.bfloat16)}
+    after = {"w": (before["w"].float() * (1 + 1e-3)).to(torch.bfloat16)}
+    stored = delta.open_(tmp_path / "d", delta.write(tmp_path / "d", ordered(before), after).sha256)
+    assert content_id(applied(stored, before)) == stored.result
+    assert content_id(applied(stored, after, back=True)) == stored.base
 
 
 def test_a_home_of_the_first_kind_goes_on_with_new_ids(tmp_path: Path) -> None:
@@ -216,7 +287,9 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
         with pytest.raises(BadDelta, match="tensor c does not fit"):
             one.delta.check(wrong)
     short = torch.zeros(10)
-    with pytest.raises(BadDelta, match="tensor c does not fit these weights: 44 bytes; expected 40"):
+    with pytest.raises(
+        BadDelta, match="tensor c does not fit these weights: 44 bytes of float32; expected 40 of"
+    ):
         one.delta.apply_("c", short)
     assert not short.any()
     assert not one.delta.apply_("b.weight", weights["b.weight"])
@@ -252,15 +325,12 @@ def _rewritten(path: Path, change: Callable[[dict[str, dict[str, object]]], obje
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_damage_anywhere_is_refused_by_the_checksum(tmp_path: Path, first: bool) -> None:
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_damage_anywhere_is_refused_by_the_checksum(tmp_path: Path, kind: int) -> None:
     before = some_weights()
     after = lesson_on(before, 1)
     path = tmp_path / "d"
-    if first:
-        sha256 = write_as_the_first_homes(path, before, after)[2]
-    else:
-        sha256 = delta.write(path, ordered(before), after).sha256
+    sha256 = written(path, kind, before, after)[2]
     data = path.read_bytes()
     for i in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:i] + bytes([data[i] ^ 0x10]) + data[i + 1 :])
@@ -275,16 +345,13 @@ def test_damage_anywhere_is_refused_by_the_checksum(tmp_path: Path, first: bool)
         delta.open_(path, sha256)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_damage_is_refused_without_a_checksum_too(tmp_path: Path, first: bool) -> None:
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_damage_is_refused_without_a_checksum_too(tmp_path: Path, kind: int) -> None:
     """What somebody else made: each part of the file is what it has to be, or nothing else is read."""
     before = some_weights()
     after = lesson_on(before, 1)
     path = tmp_path / "d"
-    if first:
-        write_as_the_first_homes(path, before, after)
-    else:
-        delta.write(path, ordered(before), after)
+    written(path, kind, before, after)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     refused = 0
@@ -299,12 +366,13 @@ def test_damage_is_refused_without_a_checksum_too(tmp_path: Path, first: bool) -
     assert refused > 6
     path.write_bytes(data)
     changes: list[Callable[[dict[str, dict[str, object]]], object]] = [
-        lambda about: about["__metadata__"].update({"bytes:c": "45"}),
-        lambda about: about["__metadata__"].update({"bytes:c": "-4"}),
         lambda about: about["__metadata__"].update({"format": "secondnature-delta/9"}),
         lambda about: about["__metadata__"].pop("base"),
         lambda about: about["c"].update({"dtype": "I8"}),
     ]
+    if kind < 3:
+        for size in ("45", "-4"):
+            changes.append(lambda about, size=size: about["__metadata__"].update({"bytes:c": size}))
     for change in changes:
         _rewritten(path, change)
         with pytest.raises(BadDelta):

@@ -39,10 +39,10 @@ def test_an_update_of_that_rank_is_held_whole(config: PretrainedConfig, tmp_path
     own = {n: t.float() for n, t in checkpoint.read(model).items()}
     after = changed(own, 3)
 
-    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
-        return ((n, own[n], after[n]) for n in own)
+    def changes() -> Iterator[tuple[str, Tensor]]:
+        return ((n, after[n] - own[n]) for n in own)
 
-    made = lora.write(tmp_path / "adapter", pairs, model, 3, "base")
+    made = lora.write(tmp_path / "adapter", changes, model, 3, "base")
     assert made.carried
     assert all(c.error < 1e-5 for c in made.carried.values())
     assert set(made.carried) | set(made.left_out) == set(own)
@@ -79,7 +79,9 @@ def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     moved = ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight")
     for name in moved:
         after[name] += 0.25
-    made = lora.write(tmp_path / "adapter", lambda: ((n, own[n], after[n]) for n in own), model, 4, "base")
+    made = lora.write(
+        tmp_path / "adapter", lambda: ((n, after[n].float() - own[n].float()) for n in own), model, 4, "base"
+    )
     assert set(made.carried) == {moved[0]}
     assert set(made.left_out) == set(moved[1:])
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
@@ -97,7 +99,13 @@ def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     for n in moved[:1]:
         after[n] = own[n]
     with pytest.raises(BadInput, match=r"no linear layer changed \(2 other tensors did\)"):
-        lora.write(tmp_path / "other", lambda: ((n, own[n], after[n]) for n in own), model, 4, "base")
+        lora.write(
+            tmp_path / "other",
+            lambda: ((n, after[n].float() - own[n].float()) for n in own),
+            model,
+            4,
+            "base",
+        )
     assert not (tmp_path / "other").exists()
 
 

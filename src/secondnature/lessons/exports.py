@@ -27,11 +27,15 @@ from secondnature.lessons.weights import ServedWeights, checked
 from secondnature.records import Export, Lesson, LessonManifest, PartName, to_jsonl, utc_now
 from secondnature.weights import checkpoint, difference, gguf, lora
 from secondnature.weights.content import Named
+from secondnature.weights.updates import UPDATE_FILE, read_update
 from secondnature.wire import ExportRequest, PhaseProgress
 
 __all__ = ["EXPORTS_FILE", "Exports"]
 
 EXPORTS_FILE = "exports.jsonl"
+INTENDED = "what the lesson meant to change, before rounding"
+WRITTEN = "the difference of the bytes"
+"""What an adapter is the approximation of."""
 CheckIn = Callable[[], None]
 
 
@@ -194,18 +198,22 @@ class Exports:
         version = str(lesson.version) if lesson is not None else log.kept_version()
         self._writing = Phase("writing", "tensors")
 
-        def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
-            return self._pairs(lesson, check_in) if lesson is not None else self._all_pairs(version, check_in)
+        intended = lesson is not None and (log.directory(lesson) / UPDATE_FILE).is_file()
 
-        source = model_directory(log)
-        made = lora.write(target, pairs, source, request.rank, str(log.base_dir))
+        def changes() -> Iterator[Named]:
+            if lesson is not None and intended:
+                return self._counted(read_update(log.directory(lesson)), check_in)
+            pairs = self._pairs(lesson, check_in) if lesson else self._all_pairs(version, check_in)
+            return ((name, difference.between(before, after)) for name, before, after in pairs)
+
+        made = lora.write(target, changes, model_directory(log), request.rank, str(log.base_dir))
         note = {
             "schema_version": 1,
             "version": version,
             "base_version": log.base_version,
             "base": str(log.base_dir),
             "lessons": lessons,
-            "of": "the difference of the bytes",
+            "of": INTENDED if intended else WRITTEN,
             **made.told(),
             "exported_at": utc_now().isoformat(),
         }
@@ -214,6 +222,7 @@ class Exports:
             storage.write_text(target / PROBES_FILE, to_jsonl(probes))
         details = {
             "rank": made.rank,
+            "of": INTENDED if intended else WRITTEN,
             "relative_error": made.error,
             "tensors": len(made.carried),
             "left_out": len(made.left_out),

@@ -40,6 +40,7 @@ from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import BLOCK_BYTES, Named, content_id
 from secondnature.weights.tensor_file import DTYPES, read_places
+from secondnature.weights.updates import UPDATE_FILE, read_update
 from secondnature.wire import PhaseProgress
 
 __all__ = ["Found", "OnProgress", "Wrong", "read_home"]
@@ -101,6 +102,7 @@ class _Reader:
         self._check_order()
         self._read_heavy("reading deltas", DELTA_FILE, self._read_delta)
         self._read_heavy("reading optimizer states", OPTIMIZER_FILE, self._read_state)
+        self._read_heavy("reading updates", UPDATE_FILE, self._read_update)
         self._read_weights()
         return self._found
 
@@ -365,16 +367,28 @@ class _Reader:
             if kept and kept[-1].optimizer_after == lesson.id:
                 self._wrong(path, "missing: the next lesson has to start from this optimizer state")
             return
+        self._compare_file(path, lesson.optimizer_sha256, count, lambda: read_places(path))
+
+    def _read_update(self, lesson: Lesson, path: Path, count: Callable[[int], None]) -> None:
+        if path.is_file():
+            read = lambda: [name for name, _ in read_update(path.parent)]  # noqa: E731
+            self._compare_file(path, lesson.update_sha256, count, read)
+        elif lesson.update_sha256 and lesson.state == "kept" and not lesson.delta_pruned:
+            self._wrong(path, "missing, and nobody pruned it: the lesson cannot be merged or scaled")
+
+    def _compare_file(
+        self, path: Path, wanted: str | None, count: Callable[[int], None], read: Callable[[], object]
+    ) -> None:
+        """Its checksum, and what `read` finds."""
         hasher = hashlib.sha256()
         try:
             with path.open("rb") as file:
                 while block := file.read(BLOCK_BYTES):
                     hasher.update(block)
                     count(len(block))
-            if lesson.optimizer_sha256 not in (None, hasher.hexdigest()):
-                wanted = str(lesson.optimizer_sha256)[:12]
-                self._wrong(path, f"checksum {hasher.hexdigest()[:12]}; expected {wanted}")
-            read_places(path)
+            if wanted not in (None, hasher.hexdigest()):
+                self._wrong(path, f"checksum {hasher.hexdigest()[:12]}; expected {str(wanted)[:12]}")
+            read()
         except Exception as e:  # noqa: BLE001  (the library of the format has exceptions of its own)
             self._wrong(path, e)
 

@@ -18,13 +18,14 @@ from secondnature.errors import BadDelta, BadInput, WrongState
 from secondnature.lessons.change import CheckIn
 from secondnature.lessons.job import Job
 from secondnature.lessons.lesson_file import LessonFile, open_
-from secondnature.lessons.log import UPDATE_FILE, Log
+from secondnature.lessons.log import Log
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.weights import ServedWeights
 from secondnature.records import Lesson, PartName
-from secondnature.weights import checkpoint, codec, delta, difference
+from secondnature.weights import checkpoint, delta, difference, xor
 from secondnature.weights.content import ContentHasher, Named, content_id
 from secondnature.weights.tensor_file import spans
+from secondnature.weights.updates import UPDATE_FILE, stored_update
 
 __all__ = ["ImportedChange", "check_sizes"]
 
@@ -81,13 +82,12 @@ class ImportedChange:
                     f"{parent} to {version}",
                     "get the file again",
                 )
+            update_sha256 = self._take_update()
             exact = content_id(tensors, like=parent) == parent
             if exact:
                 self._write_exactly(stored, version, check_in)
             else:
                 self._add(stored, parent, version, check_in)
-        if self._source.has("update.safetensors"):
-            self._source.copy("update.safetensors", self._log.directory(lesson) / UPDATE_FILE)
         assert lesson.imported is not None, "an import says where it is from"
         how = (
             "the same bytes"
@@ -98,20 +98,37 @@ class ImportedChange:
             update={
                 "imported": lesson.imported.model_copy(update={"exact": exact}),
                 "optimizer_after": lesson.optimizer_before,
+                "update_sha256": update_sha256,
                 "reason": f"imported from {manifest.model_name}, lesson {manifest.lesson.id}: {how}",
             }
         )
 
+    def _take_update(self) -> str | None:
+        """What the lesson meant to change, into its directory; the checksum. Raises BadDelta: it is of another
+        model."""
+        if not self._source.has("update.safetensors"):
+            return None
+        directory, tensors = self._log.directory(self._job.lesson), self._weights.arena.tensors
+        with self._copied("update.safetensors") as path:
+            path.replace(directory / UPDATE_FILE)
+        for name, part in stored_update(directory).parts.items():
+            if name not in tensors or tuple(tensors[name].shape) != part.shape:
+                raise BadDelta(
+                    f"{self._source.path}: its update of tensor {name[:120]} does not fit these weights",
+                    "get the file again",
+                )
+        return self._source.manifest.parts["update.safetensors"].sha256
+
     def _write_exactly(self, stored: delta.StoredDelta, version: str, check_in: CheckIn) -> None:
         """The delta, whose result was seen to be the version that it had there."""
-        after = self._weights.differing(stored)
+        after = self._weights.differing(stored, back=False)
         found = content_id(self._counted("checking the difference", after, check_in), like=version)
         if found != version:
             raise BadDelta(
                 f"{self._source.path}: the lesson would give {found}; expected {version}",
                 "get the file again",
             )
-        changed = (pair for pair in self._weights.differing(stored) if pair[0] in stored.sizes)
+        changed = (pair for pair in self._weights.differing(stored, back=False) if pair[0] in stored.sizes)
         self._weights.arena.write(self._counted("writing the lesson", changed, check_in))
 
     def _add(self, stored: delta.StoredDelta, parent: str, version: str, check_in: CheckIn) -> None:
@@ -198,10 +215,8 @@ def check_sizes(source: LessonFile) -> None:
         count = 1
         for length in shape:
             count *= length
-        numbers += sum(codec.max_packed_bytes(n) + 4 for _, n in spans(4 * count))
-        packed += sum(
-            codec.max_packed_bytes(n) + 4 for _, n in spans((4 if dtype == "float32" else 2) * count)
-        )
+        numbers += sum(xor.max_packed_bytes(n) + 4 for _, n in spans(4 * count))
+        packed += sum(xor.max_packed_bytes(n) + 4 for _, n in spans((4 if dtype == "float32" else 2) * count))
     head = _header_limit(len(source.manifest.model.tensors))
     limits: dict[PartName, int] = {
         "delta.safetensors": packed + head,

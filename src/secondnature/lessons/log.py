@@ -54,16 +54,16 @@ from secondnature.records import (
 from secondnature.records.migrations import migrate
 from secondnature.weights import checkpoint, delta
 from secondnature.weights.content import Named
+from secondnature.weights.updates import UPDATE_FILE
 from secondnature.wire import LessonDetail
 
-__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "PROBES_FILE", "UPDATE_FILE", "Log"]
+__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "PROBES_FILE", "Log"]
 
 LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
 PROBES_FILE = "probes.jsonl"
-UPDATE_FILE = "update.safetensors"
 _WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
@@ -255,7 +255,7 @@ class Log:
     def drop_files(self, lesson: Lesson) -> None:
         """Remove what only a kept entry needs. Raises StorageError."""
         if lesson.state in ("undone", "failed", "cancelled"):
-            for name in (DELTA_FILE, OPTIMIZER_FILE):
+            for name in (DELTA_FILE, OPTIMIZER_FILE, UPDATE_FILE):
                 path = self.directory(lesson) / name
                 with storage.storage_errors(path):
                     path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """How far back an undo reaches, and the removal of what no undo within reach needs (server).
 
-An undo needs the delta of its lesson and, to go on as before, the optimizer's state of then. A removal is said in
-the entry first: what is missing unsaid is damage.
+An undo needs the delta of its lesson and, to go on as before, the optimizer's state of then; the update goes with
+the delta. A removal is said in the entry first: what is missing unsaid is damage.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from secondnature import storage
 from secondnature.lessons.log import DELTA_FILE, OPTIMIZER_FILE, Log
 from secondnature.records import OPEN_STATES, Lesson
+from secondnature.weights.updates import UPDATE_FILE
 
 __all__ = ["Pruned", "Pruning"]
 
@@ -56,7 +57,7 @@ class Pruning:
         return lessons, with_state
 
     def prune(self, keep_states: int, keep_deltas: int | None = None, *, dry_run: bool = False) -> Pruned:
-        """Remove what no undo within reach needs: optimizer states, and deltas only where that is asked for.
+        """Remove what no undo within reach needs: optimizer states; deltas and updates only where asked for.
 
         Args:
             keep_states: so many of the newest kept entries can be taken back with their optimizer's state.
@@ -74,7 +75,8 @@ class Pruning:
         if keep_deltas is not None:
             chain = {self._log.owner(x).id for x in self._log.chain()}
             reachable = {self._log.owner(x).id for x in self._newest(keep_deltas)}
-            removed = self._remove(DELTA_FILE, chain | reachable, removed, dry_run)
+            for name in (DELTA_FILE, UPDATE_FILE):  # what cannot be undone is neither merged nor scaled
+                removed = self._remove(name, chain | reachable, removed, dry_run)
         return removed
 
     def _newest(self, number: int) -> list[Lesson]:
@@ -91,7 +93,7 @@ class Pruning:
                 try:
                     size = path.stat().st_size
                     if not dry_run:
-                        if name == DELTA_FILE:  # said before it is so: what is missing unsaid is damage
+                        if name != OPTIMIZER_FILE:  # said before it is so: what is missing unsaid is damage
                             self._note_pruned(lesson)
                         path.unlink()
                 except FileNotFoundError:
@@ -102,5 +104,6 @@ class Pruning:
     def _note_pruned(self, owner: Lesson) -> None:
         """Write down, in the entry of a delta and in those that go through it, that it is gone."""
         for lesson in self._log.all():
-            if lesson.state == "kept" and self._log.owner(lesson).id == owner.id:
+            is_its = lesson.state == "kept" and self._log.owner(lesson).id == owner.id
+            if is_its and not lesson.delta_pruned:
                 self._log.save(lesson.model_copy(update={"delta_pruned": True}))

@@ -153,14 +153,15 @@ class ServedWeights:
             )
         stored = self._log.open_delta(lesson)
         stored.check(self.arena.tensors)
-        found = content_id(self._counted(self.differing(stored), on_tensor), like=lesson.parent)
+        back = lesson.parent == stored.base
+        found = content_id(self._counted(self.differing(stored, back), on_tensor), like=lesson.parent)
         if found != lesson.parent:
             raise BadDelta(
                 f"undoing {lesson.id} would give {found}; expected {lesson.parent}", "restore from a backup"
             )
         try:
             entry = commit()
-            self._write(self.differing(stored), lesson.parent, on_tensor)
+            self._write(self.differing(stored, back), lesson.parent, on_tensor)
             self.clock.settle(lesson.parent, self._epoch(), trial=False)
         except BaseException as e:
             if not self._are(self._log.kept_version()):  # also where `commit` raised after its rename
@@ -213,12 +214,12 @@ class ServedWeights:
             self.clock.give_up(was)
             raise
 
-    def differing(self, stored: delta.StoredDelta) -> Iterator[Named]:
-        """The arena's weights with a difference applied, one by one; what differs is a copy on the host."""
+    def differing(self, stored: delta.StoredDelta, back: bool) -> Iterator[Named]:
+        """The arena's weights with a difference applied, or taken back; what differs is a copy on the host."""
         for name, tensor in sorted(self.arena.tensors.items()):
             if name in stored.sizes:
                 mine = tensor.to("cpu", copy=True)
-                stored.apply_(name, mine)
+                stored.apply_(name, mine, back=back, check=False)
                 yield name, mine
                 del mine  # before the next one is made
             else:

@@ -1,23 +1,28 @@
 """Deltas: the lossless difference of the weights before and after a lesson (engine).
 
-The XOR of the two bit patterns: applied once it is the lesson, applied again it is the undo, and no rounding can
-come between. A file holds it per changed tensor, block by block (`codec`), and names the versions before and
-after; its checksum stands in the lesson. Files are written and read in a stream: at most one tensor is in memory,
-beside blocks, and a chain of deltas is applied tensor by tensor.
+How far each value moved in steps between floats (`codec`): forwards it is the lesson, backwards the undo, and no
+rounding can come between. A file holds it per changed tensor, block by block, and names the versions before and
+after; its checksum stands in the lesson. Each tensor has the digests of its content before and after, so that a
+part can be checked, or sent, alone, and weights that a delta is not of are refused by the name of the tensor. Files
+are written and read in a stream, blocks on several threads: at most one tensor is in memory, beside blocks, and a
+chain of deltas is applied tensor by tensor.
 
-On disk a delta is a safetensors file of bytes. Format 2, per tensor: of each block of 4 MiB the number of packed
-bytes (4 bytes, little-endian; 0: nothing changed), then these. Format 1, of the first homes, is read too: one
-packed frame per tensor.
+On disk a delta is a safetensors file of bytes. Format 3, per tensor: a head (`_HEAD`), then of each MiB the
+number of packed bytes (4 bytes, little-endian; 0: nothing changed) and these. Format 2 has no heads and packs
+XORs of 4 MiB (`xor`); format 1, of the first homes, one frame per tensor. Both are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import torch
 import zstandard
@@ -25,18 +30,24 @@ from safetensors import SafetensorError
 
 from secondnature import storage
 from secondnature.errors import BadDelta
-from secondnature.weights import codec
-from secondnature.weights.content import BLOCK_BYTES, ContentHasher, Named
+from secondnature.weights import codec, xor
+from secondnature.weights.arena import dtype_name
+from secondnature.weights.content import BLOCK_BYTES, MAX_THREADS, ContentHasher, Named, tensor_digest
 from secondnature.weights.tensor_file import Place, header, read_places, spans
 
 __all__ = ["Link", "StoredDelta", "Written", "open_", "replayed", "write"]
 
-FORMAT = "secondnature-delta/2"
-_FORMAT_1 = "secondnature-delta/1"
+FORMAT = "secondnature-delta/3"
+_FORMAT_1, _FORMAT_2 = "secondnature-delta/1", "secondnature-delta/2"
 _HINT = "restore the lesson's directory from a backup"
 _LENGTH_BYTES = 4
 _MAX_WINDOW_BYTES = 1 << 23
-"""Of zstd: four times what packing uses."""
+"""Of zstd: four times what packing used."""
+_HEAD = struct.Struct("<BQ32s32s")
+"""Of a tensor: its dtype (place in `codec.DTYPES`), its bytes, its digest before and after (`tensor_digest`; zeros
+where the version before was named in the first kind, which has no parts)."""
+_UNKNOWN = bytes(32)
+T = TypeVar("T")
 
 
 class Written(NamedTuple):
@@ -69,8 +80,6 @@ def write(
     room = _room(names, after)
     old, new = ContentHasher(like), ContentHasher()
     places: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    sizes: dict[str, str] = {}
-    packer = codec.Packer()
     with storage.writing(path) as file:
         file.write(bytes(room))
         expected = iter(names)
@@ -82,10 +91,15 @@ def write(
                     f"the weights before have tensor {name} where those after have {wanted or 'no more'}",
                     "are they of the same model, in the order of names?",
                 )
-            start = file.tell()
-            if _write_blocks(file, packer, old.passing(name, tensor), new.passing(name, now)):
-                places[name] = ("U8", (file.tell() - start,), file.tell() - start)
-                sizes[f"bytes:{name}"] = str(now.nbytes)
+            start, dtype = file.tell(), dtype_name(name, now.dtype)
+            file.write(bytes(_HEAD.size))
+            if _write_blocks(file, dtype, old.passing(name, tensor), new.passing(name, now)):
+                end = file.tell()
+                file.seek(start)
+                number = list(codec.DTYPES).index(dtype)
+                file.write(_HEAD.pack(number, now.nbytes, old.digests[name] or _UNKNOWN, new.digests[name]))
+                file.seek(end)
+                places[name] = ("U8", (end - start,), end - start)
             else:
                 file.seek(start)
             del tensor  # before the next one is made
@@ -95,34 +109,53 @@ def write(
         base, result = old.id(), new.id()
         file.truncate()
         file.seek(0)
-        metadata = {"format": FORMAT, "base": base, "result": result, **sizes}
-        file.write(header(places, metadata, room))
+        file.write(header(places, {"format": FORMAT, "base": base, "result": result}, room))
         sha256 = _sha256(file)
     return Written(base, result, sha256)
 
 
 def _write_blocks(
-    file: BinaryIO, packer: codec.Packer, before: Iterator[codec.Bytes], after: Iterator[codec.Bytes]
+    file: BinaryIO, dtype: str, before: Iterator[codec.Bytes], after: Iterator[codec.Bytes]
 ) -> bool:
     """One tensor's blocks; whether any has changed."""
     changed = False
-    for was, is_ in zip(before, after, strict=True):
-        packed = packer.difference(was, is_)
+    pairs = (
+        (codec.pack, was[start : start + count], is_[start : start + count], dtype)
+        for was, is_ in zip(before, after, strict=True)
+        for start, count in spans(was.size, codec.PACKED_BYTES)
+    )
+    for packed in _in_threads(pairs):
         changed = changed or bool(packed)
         file.write(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
     return changed
+
+
+def _in_threads(calls: Iterable[tuple[Callable[..., T], *tuple[object, ...]]]) -> Iterator[T]:
+    """What (function, arguments) give, in order; no more of them are held than there are threads."""
+    if MAX_THREADS == 1:
+        for function, *arguments in calls:
+            yield function(*arguments)
+        return
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        ahead: deque[Future[T]] = deque()
+        for function, *arguments in calls:
+            ahead.append(pool.submit(function, *arguments))
+            if len(ahead) > MAX_THREADS:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
 
 
 def _room(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes that the header can have at most: as if everything had changed, and nothing could be packed."""
     worst: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name in names:
-        nbytes = sum(
-            _LENGTH_BYTES + codec.max_packed_bytes(count) for _, count in spans(tensors[name].nbytes)
+        nbytes = _HEAD.size + sum(
+            _LENGTH_BYTES + codec.max_packed_bytes(count)
+            for _, count in spans(tensors[name].nbytes, codec.PACKED_BYTES)
         )
         worst[name] = ("U8", (nbytes,), nbytes)
-    sizes = {f"bytes:{name}": str(tensors[name].nbytes) for name in names}
-    return len(header(worst, {"format": FORMAT, "base": "x" * 32, "result": "x" * 32, **sizes}))
+    return len(header(worst, {"format": FORMAT, "base": "x" * 32, "result": "x" * 32}))
 
 
 def _unlike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -151,18 +184,19 @@ def open_(path: Path, sha256: str | None = None) -> StoredDelta:
                 found = _sha256(file)
                 if found != sha256:
                     raise BadDelta(f"{path}: checksum {found[:12]}; expected {sha256[:12]}", _HINT)
-        places, metadata = read_places(path)
+            places, metadata = read_places(path)
+            heads = _heads(file, places) if metadata.get("format") == FORMAT else {}
     except OSError as e:
         raise BadDelta(f"{path}: {e.strerror or e}", _HINT) from None
     except (SafetensorError, ValueError) as e:
         raise BadDelta(f"{path}: {e}", _HINT) from None
-    if metadata.get("format") not in (FORMAT, _FORMAT_1):
+    if metadata.get("format") not in (FORMAT, _FORMAT_1, _FORMAT_2):
         raise BadDelta(
             f"{path}: format {metadata.get('format')}; expected {FORMAT}",
             "upgrade secondnature, or restore the lesson's directory from a backup",
         )
-    sizes: dict[str, int] = {}
-    for name, place in places.items():
+    sizes = {name: head.nbytes for name, head in heads.items()}
+    for name, place in places.items() if not heads else ():
         size = metadata.get(f"bytes:{name}", "0")
         if place.dtype != "U8" or not size.isascii() or not size.isdigit():
             raise BadDelta(f"{path}: tensor {name} is {place.dtype} of {size!r} bytes; expected U8", _HINT)
@@ -171,8 +205,32 @@ def open_(path: Path, sha256: str | None = None) -> StoredDelta:
     if "base" not in metadata or "result" not in metadata:
         raise BadDelta(f"{path}: does not say what it is the difference of", _HINT)
     return StoredDelta(
-        path, metadata["format"], metadata["base"], metadata["result"], sizes, places, identity
+        path, metadata["format"], metadata["base"], metadata["result"], sizes, heads, places, identity
     )
+
+
+class Head(NamedTuple):
+    """What a delta says of one of its tensors."""
+
+    dtype: str
+    nbytes: int
+    base: bytes
+    """Digest before; empty: not known."""
+    result: bytes
+    """And after."""
+
+
+def _heads(file: BinaryIO, places: Mapping[str, Place]) -> dict[str, Head]:
+    found: dict[str, Head] = {}
+    kinds = list(codec.DTYPES)
+    for name, place in places.items():
+        file.seek(place.start)
+        raw = file.read(_HEAD.size) if place.nbytes >= _HEAD.size else b""
+        number, nbytes, base, result = _HEAD.unpack(raw) if raw else (len(kinds), 0, b"", b"")
+        if place.dtype != "U8" or number >= len(kinds) or not nbytes:
+            raise ValueError(f"tensor {name} has no head")
+        found[name] = Head(kinds[number], nbytes, b"" if base == _UNKNOWN else base, result)
+    return found
 
 
 def _identity(file: BinaryIO) -> tuple[int, ...]:
@@ -182,7 +240,7 @@ def _identity(file: BinaryIO) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """A delta on disk, checked and not yet read: `base` XOR `result`."""
+    """A delta on disk, checked and not yet read: between `base` and `result`."""
 
     path: Path
     format: str
@@ -192,6 +250,8 @@ class StoredDelta:
     """Content id of those after."""
     sizes: Mapping[str, int]
     """Of each changed tensor: its bytes."""
+    heads: Mapping[str, Head]
+    """Of each; empty in the formats before."""
     _places: Mapping[str, Place]
     _identity: tuple[int, ...]
 
@@ -209,50 +269,85 @@ class StoredDelta:
             self._check(name, tensors[name])
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.nbytes != self.sizes[name]:
+        head = self.heads.get(name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.nbytes != self.sizes[name] or (head is not None and head.dtype != dtype):
             raise BadDelta(
-                f"the delta's tensor {name} does not fit these weights: {self.sizes[name]:,} bytes; expected "
-                f"{tensor.nbytes:,}",
+                f"the delta's tensor {name} does not fit these weights: {self.sizes[name]:,} bytes"
+                f"{f' of {head.dtype}' if head else ''}; expected {tensor.nbytes:,} of {dtype}",
                 "is it of another model?",
             )
 
-    @torch.no_grad()
-    def apply_(self, name: str, tensor: torch.Tensor) -> bool:
-        """XOR into this tensor (contiguous, in host memory), in place; whether the delta changes it.
-
-        Once it is the lesson, twice it is the undo. Of a file without a checksum, damage may be met after some
-        blocks were done: use it on a copy, as `replayed` does.
+    def check_digest(self, name: str, digest: bytes, *, after: bool) -> None:
+        """Is this the content of the tensor (`tensor_digest`) that the delta leads from, or (`after`) to?
 
         Raises:
-            BadDelta: the tensor is of another size (nothing was written), or the file was damaged or changed since.
+            BadDelta: it is another.
+        """
+        head = self.heads.get(name)
+        wanted = b"" if head is None else head.result if after else head.base
+        if wanted and digest and digest != wanted:
+            raise BadDelta(
+                f"{self.path}: tensor {name} has the content {digest.hex()[:16]}; expected {wanted.hex()[:16]}",
+                "is it of other weights? nothing was written" if not after else _HINT,
+            )
+
+    @torch.no_grad()
+    def apply_(self, name: str, tensor: torch.Tensor, *, back: bool = False, check: bool = True) -> bool:
+        """Bring this tensor (contiguous, in host memory) from `base` to `result`, in place.
+
+        Where a file has no checksum, damage may be met after some blocks were done: use it on a copy, as
+        `replayed` does.
+
+        Args:
+            name: the tensor's.
+            tensor: its content.
+            back: from `result` to `base`: the undo.
+            check: compare the content with what the delta says it is, before and after.
+
+        Returns:
+            Whether the delta changes it.
+
+        Raises:
+            BadDelta: it is not the tensor that the delta is of (nothing was written), or the file was damaged or
+                changed since.
         """
         if name not in self.sizes:
             return False
         self._check(name, tensor)
+        if check:
+            self.check_digest(name, tensor_digest(name, tensor), after=back)
         target = tensor.detach().view(-1).view(torch.uint8).numpy()
         try:
             with self.path.open("rb") as file:
                 if _identity(file) != self._identity:
                     raise BadDelta(f"{self.path}: was changed since it was checked", _HINT)
-                if self.format == FORMAT:
-                    self._apply_blocks(file, name, target)
-                else:
+                if self.format == _FORMAT_1:
                     self._apply_frame(file, name, target)
+                else:
+                    self._apply_blocks(file, name, target, back)
         except OSError as e:
             raise BadDelta(f"{self.path}: {e.strerror or e}", _HINT) from None
+        if check:
+            self.check_digest(name, tensor_digest(name, tensor), after=not back)
         return True
 
-    def _apply_blocks(self, file: BinaryIO, name: str, target: codec.Bytes) -> None:
-        place = self._places[name]
+    def _apply_blocks(self, file: BinaryIO, name: str, target: codec.Bytes, back: bool) -> None:
+        place, head = self._places[name], self.heads.get(name)
         end = place.start + place.nbytes
-        file.seek(place.start)
-        for start, count in spans(target.size):
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if length > codec.max_packed_bytes(count) or file.tell() + length > end:
-                raise BadDelta(f"{self.path}: tensor {name}: a block of {length:,} bytes", _HINT)
-            if length:
-                split = codec.unpack(file.read(length), count)
-                codec.xor_split_(target[start : start + count], split)
+        file.seek(place.start + (_HEAD.size if head else 0))
+
+        def parts() -> Iterator[tuple[Callable[..., None], *tuple[object, ...]]]:
+            for start, count in spans(target.size, codec.PACKED_BYTES if head else BLOCK_BYTES):
+                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+                most = codec.max_packed_bytes(count) if head else xor.max_packed_bytes(count)
+                if length > most or file.tell() + length > end:
+                    raise BadDelta(f"{self.path}: tensor {name}: a block of {length:,} bytes", _HINT)
+                if length:
+                    yield _apply_block, file.read(length), target[start : start + count], head, back
+
+        for _ in _in_threads(parts()):
+            pass
         if file.tell() != end:
             raise BadDelta(f"{self.path}: tensor {name} has bytes after its last block", _HINT)
 
@@ -272,12 +367,19 @@ class StoredDelta:
                 while part := reader.read(BLOCK_BYTES):
                     if done + len(part) > target.size:
                         break
-                    codec.xor_split_(target, codec.as_bytes(part), done)
+                    xor.xor_split_(target, xor.as_bytes(part), done)
                     done += len(part)
         except zstandard.ZstdError as e:
             raise BadDelta(f"{self.path}: tensor {name}: {e}", _HINT) from None
         if done != target.size:
             raise BadDelta(f"{self.path}: tensor {name} has {done:,} bytes; expected {target.size:,}", _HINT)
+
+
+def _apply_block(packed: bytes, target: codec.Bytes, head: Head | None, back: bool) -> None:
+    if head is None:
+        xor.xor_split_(target, xor.unpack(packed, target.size))
+    else:
+        codec.apply_(packed, target, head.dtype, back=back)
 
 
 @dataclass(frozen=True)
@@ -291,6 +393,11 @@ class Link:
     """And of those that result; a revert has the delta's `result` before and its `base` after."""
     name: str = ""
     """For errors: whose delta it is."""
+
+    @property
+    def is_back(self) -> bool:
+        """Whether it is gone from the delta's `result` to its `base`."""
+        return self.before != self.delta.base
 
     def __str__(self) -> str:
         return self.name or str(self.delta.path)
@@ -344,7 +451,10 @@ def _replayed(
         unseen.pop(name, None)
         digest = _add(hashers[0], name, tensor, None)
         for link, hasher in zip(links, hashers[1:], strict=True):
-            digest = _add(hasher, name, tensor, None if link.delta.apply_(name, tensor) else digest)
+            if digest and name in link.delta.sizes:
+                link.delta.check_digest(name, digest, after=link.is_back)
+            changed = link.delta.apply_(name, tensor, back=link.is_back, check=False)
+            digest = _add(hasher, name, tensor, None if changed else digest)
         yield name, tensor
         del tensor  # whoever has taken it, has it: the next one needs the room
     for name, link in unseen.items():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secondnature import storage
 from secondnature.errors import BadDelta, NonFinite
-from secondnature.weights import codec
+from secondnature.weights import xor
 from secondnature.weights.tensor_file import Place, header, read_places, spans
 
 __all__ = ["StoredDifference", "between", "open_", "plus", "write"]
@@ -64,7 +64,7 @@ def write(path: Path, pairs: Iterable[tuple[str, Tensor, Tensor]], sizes: Mappin
         StorageError: the disk refused; there is no file.
     """
     worst = {
-        name: sum(_LENGTH_BYTES + codec.max_packed_bytes(n) for _, n in spans(4 * size))
+        name: sum(_LENGTH_BYTES + xor.max_packed_bytes(n) for _, n in spans(4 * size))
         for name, size in sizes.items()
     }
     counts = {f"elements:{name}": str(size) for name, size in sizes.items()}
@@ -150,11 +150,11 @@ class StoredDifference:
                 file.seek(place.start)
                 for start, count in spans(found.size):
                     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-                    if length > codec.max_packed_bytes(count) or file.tell() + length > end:
+                    if length > xor.max_packed_bytes(count) or file.tell() + length > end:
                         raise BadDelta(f"{self.path}: tensor {name}: a block of {length:,} bytes", _HINT)
                     part = found[start : start + count]
                     if length:
-                        part.reshape(-1, 4)[:] = codec.unpack(file.read(length), count).reshape(4, -1).T
+                        part.reshape(-1, 4)[:] = xor.unpack(file.read(length), count).reshape(4, -1).T
                     else:
                         part[:] = 0
                 if file.tell() != end:

@@ -24,8 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from secondnature import storage
 from secondnature.errors import BadInput, UnsupportedModel
 from secondnature.model.load import skeleton
-from secondnature.weights.content import blocks
-from secondnature.weights.difference import between
+from secondnature.weights.content import Named, blocks
 from secondnature.weights.tensor_file import header, layout
 
 __all__ = ["ADAPTER_FILE", "CONFIG_FILE", "Adapter", "Carried", "applied", "factors", "write"]
@@ -37,8 +36,6 @@ _PREFIX = "base_model.model."
 MAX_EXACT = 2048
 """Matrices whose shorter side is longer are factored by random projections (Halko et al. 2011, algorithm 4.4)."""
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
-Pairs = Iterable[tuple[str, Tensor, Tensor]]
-"""(name, before, after), one at a time."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,14 @@ def factors(change_AB: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def write(directory: Path, pairs: Callable[[], Pairs], source: Path, rank: int, base: str) -> Adapter:
+def write(
+    directory: Path, changes: Callable[[], Iterable[Named]], source: Path, rank: int, base: str
+) -> Adapter:
     """Write an adapter for the model of `source`; what it holds.
 
     Args:
         directory: made here; where this raises, what was written so far is the caller's to remove.
-        pairs: called twice; tensors that did not change may be left out.
+        changes: (name, difference (fp32)), one at a time; called twice. What did not change may be left out.
         rank: of each matrix.
         base: what `adapter_config.json` calls the model.
 
@@ -125,7 +124,7 @@ def write(directory: Path, pairs: Callable[[], Pairs], source: Path, rank: int, 
             "export the checkpoint instead",
         )
     linear = _linear_layers(model)
-    changed = [name for name, before, after in pairs() if not torch.equal(before, after)]
+    changed = [name for name, change in changes() if bool(change.any())]
     mine = [name for name in changed if name in linear]
     if not mine:
         raise BadInput(
@@ -148,21 +147,20 @@ def write(directory: Path, pairs: Callable[[], Pairs], source: Path, rank: int, 
             starts[key] = end
             end += entries[key][2]
         file.write(head)
-        for name, before, after in pairs():
-            change = between(before, after)
+        for name, change in changes():
             norm = float(torch.linalg.vector_norm(change))
             if name not in mine:
                 if norm:
                     adapter.left_out[name] = norm
                 continue
-            change = change.T if linear[name].transposed else change
-            left, right = factors(change, rank)
-            error = float(torch.linalg.vector_norm(change - left @ right)) / norm
+            change_AB = change.T if linear[name].transposed else change
+            left, right = factors(change_AB, rank)
+            error = float(torch.linalg.vector_norm(change_AB - left @ right)) / norm
             adapter.carried[name] = Carried(norm, error)
             for letter, factor in (("A", right), ("B", left)):
                 file.seek(starts[_key(name, letter)])
                 file.writelines(block.data for block in blocks(factor.contiguous()))
-            del before, after, change  # before the next ones are made
+            del change, change_AB, left, right  # before the next ones are made
     config = _config(mine, rank, base, transposed=any(linear[name].transposed for name in mine))
     storage.write_text(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return adapter
