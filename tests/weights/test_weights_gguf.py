@@ -74,7 +74,7 @@ def test_what_a_file_said_of_the_model_is_carried_over(tmp_path: Path) -> None:
 def test_transformers_reads_the_same_model(
     config: PretrainedConfig, dtype: gguf.GgufDtype, tmp_path: Path
 ) -> None:
-    """To the bit (bf16, and fp16 as far as it holds bf16), or within half a step of eight bits."""
+    """To the bit (bf16, and fp16 as far as it holds bf16), or within half a step of eight bits, itself in fp16."""
     model = save_tiny(config, tmp_path / "model")
     save_tokenizer(model)
     weights = checkpoint.read(model)
@@ -82,7 +82,10 @@ def test_transformers_reads_the_same_model(
     gguf.write(out, weights.items(), model, dtype, {})
     assert out.stat().st_size >= gguf.nbytes(model, dtype)
     theirs: Any = AutoConfig.from_pretrained(tmp_path, gguf_file="out.gguf")
-    for key in (*SIZES, "rms_norm_eps", "head_dim"):
+    read = (
+        [] if config.model_type == "qwen3" else ["head_dim"]
+    )  # transformers takes 128, whatever the file says
+    for key in (*SIZES, "rms_norm_eps", *read):
         assert getattr(theirs, key, None) == pytest.approx(getattr(config, key, None)), key
     loaded = load_gguf_checkpoint(str(out), return_tensors=True, model_to_load=skeleton(model))["tensors"]
     for name, tensor in weights.items():
@@ -91,7 +94,8 @@ def test_transformers_reads_the_same_model(
             blocks = wanted.reshape(-1, 32)
             step = blocks.abs().amax(1, keepdim=True) / 127
             off = (found.reshape(-1, 32) - blocks).abs()
-            assert bool((off <= step * 0.505 + 1e-7).all()), name
+            least = 127 * 2.0**-24  # the step itself is stored in fp16: 11 bits, none below 2^-24
+            assert bool((off <= step * (0.5 + 127 / 2048) + least).all()), name
             assert float(off.max()) > 0
         elif dtype == "bf16" or tensor.ndim == 1:
             assert torch.equal(found, wanted), name

@@ -48,8 +48,8 @@ def export(request: ExportRequest, where: Where, out: Output, *, check: bool = F
     if found.form == "lora":
         told = found.details
         out.say(
-            f"rank {told['rank']}, {told['tensors']} linear layers; it lacks {told['relative_error']:.1%} (norm) of "
-            f"{told['of']}; {told['left_out']} other tensors that changed are not in it"
+            f"rank {told['rank']}, {told['tensors']} linear layers; it lacks {told['relative_error']:.1%} (norm) "
+            f"of {told['of']}; {told['left_out']} other tensors that changed are not in it"
         )
     checked = _checked(found, evidence, out) if check else None
     out.result({**found.model_dump(mode="json"), **({} if checked is None else {"check": checked})})

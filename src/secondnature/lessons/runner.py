@@ -254,9 +254,8 @@ class Runner:
         """Raises Conflict: a lesson that is in force taught the same."""
         theirs = source.manifest.lesson
         delta_sha256 = source.manifest.parts["delta.safetensors"].sha256
-        for lesson in self.log.all():
-            if lesson.id not in self.log.in_weights():
-                continue
+        in_force = [self.log.get(lesson_id) for lesson_id in self.log.in_weights()]
+        for lesson in in_force:
             same = lesson.delta_sha256 == delta_sha256 or (
                 lesson.imported is not None and lesson.imported.delta_sha256 == delta_sha256
             )

@@ -1,11 +1,11 @@
 """What changed, as a LoRA adapter that the `peft` library loads onto the model's own weights (engine).
 
-The difference of each linear layer's weights is cut to its largest singular values (Eckart and Young 1936: no
-other matrix of that rank is nearer), B [out, R] times A [R, in]. Of a lesson written by stochastic rounding most
-of the difference is noise of that rounding, which no low rank holds, so the relative error is large where the
-lesson itself is not lost: it is stated, per tensor and in all, and what the adapter does is asked of probes, not
-of norms. Embeddings, norms, convolutions and heads that are tied to an embedding cannot be carried: they are
-named. One tensor is in memory at a time.
+The change of each linear layer's weights is cut to its largest singular values (Eckart and Young 1936: no other
+matrix of that rank is nearer), B [out, R] times A [R, in]. Of a difference of bytes most is noise of stochastic
+rounding, which no low rank holds: what a lesson meant to change (`updates`) is given where it is stored. The
+relative error is stated, per tensor and in all, and what the adapter does is asked of probes, not of norms.
+Embeddings, norms, convolutions and heads that are tied to an embedding cannot be carried: they are named. One tensor
+is in memory at a time.
 """
 
 from __future__ import annotations
