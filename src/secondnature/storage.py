@@ -28,12 +28,14 @@ __all__ = [
     "Skipped",
     "append_line",
     "append_lines",
+    "check_room",
     "clean",
     "make_dir",
     "read_durable",
     "read_lines",
     "storage_errors",
     "sync_dir",
+    "sync_name",
     "temporary_name",
     "write_bytes",
     "write_text",
@@ -114,7 +116,7 @@ def writing(path: Path) -> Generator[BinaryIO]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-    _sync_entry(path)
+    sync_name(path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -128,16 +130,29 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def clean(directory: Path) -> int:
+def check_room(directory: Path, nbytes: int) -> None:
+    """Is there room for so many bytes more? Raises StorageError: there is not, or the disk does not say."""
+    with storage_errors(directory):
+        free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise StorageError(
+            f"{directory}: {nbytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; nothing was written",
+            "free some space, or choose another place",
+        )
+
+
+def clean(directory: Path, name: str | None = None) -> int:
     """Remove the temporary files, links and folders in `directory` whose process no longer lives; how many.
 
     Only names that this module and the checkpoints give (`.NAME.PID.tmp`) are touched, nothing below them is looked
-    at, and what cannot be removed stays.
+    at, and what cannot be removed stays. `name`: only what was to become this; None: all.
     """
     num_removed = 0
     for path in list(directory.iterdir()) if directory.is_dir() else []:
         found = _TEMPORARY.fullmatch(path.name)
         if found is None or _is_being_written(path, int(found[1])):
+            continue
+        if name is not None and path.name != f".{name}.{found[1]}.tmp":
             continue
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -160,7 +175,7 @@ def _is_being_written(path: Path, pid: int) -> bool:
     return True
 
 
-def _sync_entry(path: Path) -> None:
+def sync_name(path: Path) -> None:
     """Make a name that was just given durable. Raises NotDurable."""
     try:
         sync_dir(path.parent)

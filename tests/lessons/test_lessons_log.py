@@ -41,7 +41,7 @@ def correction(word: str) -> Correction:
 
 def again(served: Served) -> Log:
     """The same home, as the next server reads it."""
-    return Log(served.home, served.log._base_dir, served.log.base_version)  # pyright: ignore[reportPrivateUsage]
+    return Log(served.home, served.log.base_dir, served.log.base_version)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])

@@ -17,7 +17,7 @@ FOUND: tuple[tuple[str, str, str, bool], ...] = (
     # a file that had its new content already was taken for refused
     (
         "kept at once",
-        r"^storage\.fsync < storage\.sync_dir\S* < storage\._sync_entry.*log\.save.*life\.keep:",
+        r"^storage\.fsync < storage\.sync_dir\S* < storage\.sync_name.*log\.save.*life\.keep:",
         "memory",
         False,
     ),

@@ -46,6 +46,23 @@ class Turns(StrEnum):
     all = "all"
 
 
+class Form(StrEnum):
+    """What an export is."""
+
+    checkpoint = "checkpoint"
+    lesson = "lesson"
+    lora = "lora"
+    gguf = "gguf"
+
+
+class GgufDtype(StrEnum):
+    """How a GGUF file stores matrices."""
+
+    bf16 = "bf16"
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
 class Engine(StrEnum):
     """What generates the answers."""
 
@@ -330,6 +347,79 @@ def checkpoint(home: HomeOption = None, url: UrlOption = None, as_json: JsonOpti
     from secondnature.cli.output import Output
 
     return lessons.checkpoint(Where(home, url), Output(as_json=as_json))
+
+
+@app.command()
+@command
+def export(
+    lesson: Annotated[
+        str | None, typer.Argument(metavar="[LESSON]", help="Of `lessons log`. Without: the weights as kept.")
+    ] = None,
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="DIR, FILE.lesson or FILE.gguf; nothing may be there yet.")
+    ] = ...,  # pyright: ignore[reportArgumentType]
+    form: Annotated[
+        Form | None, typer.Option("--as", help="What is written. Default: by how the path ends.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, max=4096, help="Of an adapter. Default 16.")
+    ] = None,
+    dtype: Annotated[
+        GgufDtype | None, typer.Option("--dtype", help="Of a GGUF file's matrices. Default bf16.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask an adapter the probes of its lesson, on a copy of the model.")
+    ] = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write the weights, or one lesson, for whoever else serves the model."""
+    from secondnature.cli import exporting
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    request = exporting.request(
+        lesson, out_path, form.value if form else None, rank, dtype.value if dtype else None
+    )
+    return exporting.export(request, Where(home, url), Output(as_json=as_json), check=check)
+
+
+@app.command("import-lesson")
+@command
+def import_lesson(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A lesson file, of `secondnature export`.")],
+    probes: ProbesOption = None,
+    guards: Annotated[
+        str | None,
+        typer.Option(
+            "--guards", metavar="PACKS", help="Of facts,arithmetic,instructions,code,refusal; or none."
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep it unjudged: no probes.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also where it was taught already.")] = False,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a report there.")] = None,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Add a lesson that was taught on another server of the same base; judged like any other."""
+    from secondnature.cli import exporting
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+    from secondnature.cli.sources import parse_guards
+    from secondnature.records import Probe, read_jsonl
+    from secondnature.wire import ImportLessonRequest
+
+    body = ImportLessonRequest(
+        path=str(file.expanduser().absolute()),
+        probes=read_jsonl(probes, Probe) if probes is not None else [],
+        guards=parse_guards(guards) or [],
+        keep=keep,
+        again=again,
+    )
+    return exporting.import_lesson(body, report, Where(home, url, model), Output(as_json=as_json))
 
 
 @app.command()

@@ -68,6 +68,19 @@ def revert(
 
 @lessons_app.command()
 @command
+def recall(
+    lesson: LessonArgument, home: HomeOption = None, url: UrlOption = None, as_json: JsonOption = False
+) -> int:
+    """List the exports that hold a lesson; 1 where it was taken back and one of them is still there."""
+    from secondnature.cli import exporting
+    from secondnature.cli.connect import Where
+    from secondnature.cli.output import Output
+
+    return exporting.recall(lesson, Where(home, url), Output(as_json=as_json))
+
+
+@lessons_app.command()
+@command
 def prune(
     keep_states: Annotated[
         int | None,

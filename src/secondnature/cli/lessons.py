@@ -15,7 +15,7 @@ from secondnature.cli.learn import interrupted, teach
 from secondnature.cli.output import Output
 from secondnature.cli.progress import waiting
 from secondnature.errors import BadRecord, SecondnatureError
-from secondnature.records import describe, parse_json
+from secondnature.records import Lesson, describe, parse_json
 from secondnature.wire import Client, PhaseProgress, PruneRequest, TrainRequest
 
 
@@ -53,6 +53,7 @@ def show(lesson_id: str, where: Where, out: Output) -> int:
         "steps": f"{lesson.steps}" + (f", last loss {lesson.loss:.4g}" if lesson.loss is not None else ""),
         "stopped": why_stopped(lesson.stopped_by),
         "weights": f"{lesson.parent or '-'} -> {lesson.version or '-'}",
+        "from": _origin(lesson),
         "reverts": lesson.reverts,
         "reverted by": lesson.reverted_by,
         "settings": json.dumps(lesson.settings, ensure_ascii=False) if lesson.settings else None,
@@ -67,6 +68,14 @@ def show(lesson_id: str, where: Where, out: Output) -> int:
         out.say(before_after_table(detail.evidence))
     out.result(detail)
     return 0
+
+
+def _origin(lesson: Lesson) -> str | None:
+    """Where a lesson was taught; None: here."""
+    if lesson.imported is None:
+        return None
+    words = {True: ": its very bytes", False: ": its difference, added to other weights", None: ""}
+    return f"{lesson.imported.model_name}, lesson {lesson.imported.lesson}{words[lesson.imported.exact]}"
 
 
 def keep(lesson_id: str, where: Where, out: Output) -> int:

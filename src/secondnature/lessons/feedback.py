@@ -112,7 +112,7 @@ class Feedback:
         """Digest of a correction -> the lessons in force that taught it."""
         found: dict[str, list[str]] = {}
         for lesson in self._log.all():
-            if lesson.state == "kept" and lesson.kind == "train" and lesson.reverted_by is None:
+            if lesson.state == "kept" and lesson.kind != "revert" and lesson.reverted_by is None:
                 for digest in lesson.cause.corrections:
                     found.setdefault(digest, []).append(lesson.id)
         return found

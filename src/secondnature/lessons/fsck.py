@@ -20,15 +20,18 @@ from secondnature import storage
 from secondnature.config import MIN_KEY_CHARACTERS
 from secondnature.errors import SecondnatureError
 from secondnature.evidence.certificate import verify
+from secondnature.lessons.exports import EXPORTS_FILE
 from secondnature.lessons.job import Phase
 from secondnature.lessons.ledger import read_line
-from secondnature.lessons.log import DELTA_FILE, MOVED_FILE, OPTIMIZER_FILE
+from secondnature.lessons.log import DELTA_FILE, MOVED_FILE, OPTIMIZER_FILE, PROBES_FILE
 from secondnature.records import (
     OPEN_STATES,
     Correction,
     Evidence,
+    Export,
     Lesson,
     Moved,
+    Probe,
     SampleAnswer,
     describe,
     read_jsonl,
@@ -88,7 +91,8 @@ class _Reader:
 
     def read(self) -> Found:
         self._each(
-            "reading the home", [self._read_home, self._read_keys, self._read_settings, self._read_ledger]
+            "reading the home",
+            [self._read_home, self._read_keys, self._read_settings, self._read_ledger, self._read_exports],
         )
         lessons = self._home / "lessons"
         directories = sorted(p for p in lessons.iterdir() if p.is_dir()) if lessons.is_dir() else []
@@ -192,6 +196,20 @@ class _Reader:
             except SecondnatureError as e:
                 self._wrong(path, f"line {number}: {e.message}", e.hint)
 
+    def _read_exports(self) -> None:
+        path = self._home / EXPORTS_FILE
+        if not path.is_file():
+            return
+        self._found.num_files += 1
+        try:
+            lines = storage.read_durable(path)
+            for line in lines.skipped:
+                text = f"line {line.number}: torn by a crash; what it was to note has no name yet"
+                self._wrong(path, text, "nothing: it is cut off before the next export", note=True)
+            self._records(path, lines.values, Export)
+        except PROBLEMS as e:
+            self._wrong(path, e)
+
     # ------------------------------------------------------------------------------------------ lessons
 
     def _read_lesson(self, directory: Path) -> None:
@@ -215,6 +233,7 @@ class _Reader:
                 state = lesson.state.replace("_", " ")
                 self._wrong(path, f"still {state}", "nothing: the next start undoes it", note=True)
         self._read_evidence(directory, lesson)
+        self._read_probes(directory)
         self._read_corrections(directory, lesson)
         self._read_rest(directory)
 
@@ -254,6 +273,15 @@ class _Reader:
         if wanted and found != wanted:
             self._wrong(path, "not the corrections whose digests the entry has")
 
+    def _read_probes(self, directory: Path) -> None:
+        path = directory / PROBES_FILE
+        if path.is_file():
+            self._found.num_files += 1
+            try:
+                read_jsonl(path, Probe, own=True)
+            except PROBLEMS as e:
+                self._wrong(path, e)
+
     def _read_rest(self, directory: Path) -> None:
         path = directory / MOVED_FILE
         moved = self._json(path)
@@ -275,7 +303,7 @@ class _Reader:
                 self._wrong(path, text, "nothing: they are left out of curves", note=True)
 
     def _records(
-        self, path: Path, values: Iterable[tuple[int, Any]], kind: type[Moved | SampleAnswer]
+        self, path: Path, values: Iterable[tuple[int, Any]], kind: type[Export | Moved | SampleAnswer]
     ) -> None:
         for number, raw in values:
             try:
@@ -320,7 +348,7 @@ class _Reader:
 
     def _read_delta(self, lesson: Lesson, path: Path, count: Callable[[int], None]) -> None:
         if not path.is_file():
-            if lesson.kind == "train" and lesson.state == "kept" and not lesson.delta_pruned:
+            if lesson.kind != "revert" and lesson.state == "kept" and not lesson.delta_pruned:
                 self._wrong(path, "missing, and nobody pruned it: the lesson cannot be taken back")
             return
         try:

@@ -6,6 +6,7 @@
       correction_key   the key that may only talk and correct (owner-only)
       settings.json    what was in force when the server started, keys masked
       ledger.jsonl     corrections
+      exports.jsonl    what left the home
       lessons/         one directory per lesson: the log
       model/current    the working copy (after the first checkpoint)
       lock, server.json   who is serving now

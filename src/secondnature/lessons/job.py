@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from secondnature.lessons.lesson_file import LessonFile
 from secondnature.lessons.plan import MAX_NAMED, Plan
 from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState, LookMetric
 from secondnature.wire import DevelopmentLook, JobStatus, PhaseProgress, TrainRequest
@@ -58,11 +59,14 @@ class Phase:
 
 @dataclass
 class Job:
-    """One lesson of kind `train`, from its acceptance to its end."""
+    """One lesson that is judged, from its acceptance to its end."""
 
     lesson: Lesson
     plan: Plan
     request: TrainRequest
+    """Of a lesson that nothing is trained in: how it is judged."""
+    source: LessonFile | None = None
+    """The file that is imported."""
     now: Phase = field(default_factory=lambda: Phase("waiting"))
     step: int = 0
     losses: list[float] = field(default_factory=list[float])

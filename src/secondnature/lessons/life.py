@@ -17,12 +17,11 @@ from secondnature.engines.generation import GenerationResult
 from secondnature.errors import Cancelled, NotDurable
 from secondnature.evidence.gate import judge_lesson
 from secondnature.evidence.taught import as_wanted
-from secondnature.lessons.change import CheckIn
+from secondnature.lessons.change import CheckIn, Judged
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.log import Log
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.prompting import compared, prompted
-from secondnature.lessons.trained import Trained
 from secondnature.lessons.weights import ServedWeights
 from secondnature.records import (
     Lesson,
@@ -47,7 +46,7 @@ class Life:
     def __init__(
         self,
         job: Job,
-        change: Trained,
+        change: Judged,
         *,
         settings: Settings,
         log: Log,

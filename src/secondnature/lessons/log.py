@@ -44,7 +44,9 @@ from secondnature.records import (
     Correction,
     Evidence,
     Lesson,
+    LessonKind,
     Moved,
+    Probe,
     describe,
     read_jsonl,
     utc_now,
@@ -55,12 +57,13 @@ from secondnature.weights.content import Named
 from secondnature.weights.updates import UPDATE_FILE
 from secondnature.wire import LessonDetail
 
-__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "Log"]
+__all__ = ["DELTA_FILE", "MOVED_FILE", "OPTIMIZER_FILE", "PROBES_FILE", "Log"]
 
 LOG = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOVED_FILE = "moved.json"
+PROBES_FILE = "probes.jsonl"
 _WRITERS = 16
 _STATE_WORDS = {"queued": "waiting", "running": "running", "on_trial": "on trial"}
 
@@ -77,8 +80,9 @@ class Log:
     ) -> None:
         """`dtypes`: of the arena's tensors that are not bf16 (see `checkpoint.stream`)."""
         self._home = home
-        self._base_dir = model_dir
-        self._dtypes = dtypes
+        self.base_dir = model_dir
+        """The model's own directory."""
+        self.dtypes = dtypes
         self.base_version = base_version
         """Version of the model's own weights, before any lesson."""
         self.unsynced: set[Path] = set()
@@ -163,7 +167,7 @@ class Log:
         raise NotFound(f"no lesson {lesson_id!r}", "`secondnature lessons log` lists them")
 
     def create(
-        self, kind: str, name: str, *, files: Mapping[str, str] | None = None, **fields: Any
+        self, kind: LessonKind, name: str, *, files: Mapping[str, str] | None = None, **fields: Any
     ) -> Lesson:
         """A new entry with its files, in a directory of its own: there as a whole, and durable, or not at all.
 
@@ -175,7 +179,7 @@ class Log:
             id=f"{number:04d}-{name}",
             number=number,
             job="job-" + secrets.token_hex(6),
-            kind="revert" if kind == "revert" else "train",
+            kind=kind,
             created_at=utc_now(),
             **fields,
         )
@@ -259,6 +263,11 @@ class Log:
     def _put(self, lesson: Lesson) -> None:
         self._lessons = {**self._lessons, lesson.id: lesson}
 
+    @property
+    def home(self) -> Path:
+        """The home's directory."""
+        return self._home.path
+
     def directory(self, lesson: Lesson) -> Path:
         """Where an entry's files lie."""
         return self._home.lessons / lesson.id
@@ -322,7 +331,7 @@ class Log:
         found: list[Correction] = []
         unreadable: list[str] = []
         for lesson in self.all():
-            if lesson.state == "kept" and lesson.kind == "train" and lesson.reverted_by is None:
+            if lesson.state == "kept" and lesson.kind != "revert" and lesson.reverted_by is None:
                 try:
                     found += self.corrections(lesson)
                 except SecondnatureError as e:
@@ -348,13 +357,28 @@ class Log:
         """The entry that a request with this key made."""
         return next((x for x in self.all() if x.idempotency_key == key), None)
 
+    def probes(self, lesson: Lesson) -> list[Probe]:
+        """What an entry was judged by, as it was asked; empty of entries of older versions, and of unjudged ones.
+
+        Raises:
+            BadRecord: the file is damaged.
+        """
+        path = self.directory(lesson) / PROBES_FILE
+        return read_jsonl(path, Probe, own=True) if path.is_file() else []
+
+    def in_weights(self) -> list[str]:
+        """Ids of the lessons that the kept weights hold, oldest first: those kept and not taken back."""
+        return [
+            x.id for x in self.all() if x.state == "kept" and x.kind != "revert" and x.reverted_by is None
+        ]
+
     # ------------------------------------------------------------------------------------------ weights
 
     def _source(self) -> tuple[Path, int, str]:
         """The checkpoint in force, the number of the last entry that it holds, and its version."""
         current = checkpoint.current(self._home.model_root)
         if current is None:
-            return self._base_dir, 0, self.base_version
+            return self.base_dir, 0, self.base_version
         state = checkpoint.state(current)
         return current, int(state.get("lesson", 0)), str(state.get("version"))
 
@@ -389,8 +413,41 @@ class Log:
             delta.Link(self.open_delta(x), before=str(x.parent), after=str(x.version), name=f"lesson {x.id}")
             for x in self.chain()
         ]
-        source = checkpoint.stream(directory, self._dtypes)
+        source = checkpoint.stream(directory, self.dtypes)
         return delta.replayed(source, links, source_id=version, check=False)
+
+    def weights_before(self, lesson: Lesson) -> Iterator[Named]:
+        """The weights that a kept entry started from, tensor by tensor in the order of names.
+
+        From the checkpoint in force along the entries between the two, forwards or backwards, for a delta is its
+        own undo; else from the model's own weights. Whether they are `lesson.parent` follows from their content id.
+
+        Raises:
+            WrongState: it is not kept, or a delta on both ways was pruned.
+            BadCheckpoint, BadDelta: as `durable_weights`.
+        """
+        kept = [x for x in self.all() if x.state == "kept"]
+        wanted = next((i for i, x in enumerate(kept) if x.id == lesson.id), None)
+        if wanted is None:
+            raise WrongState(
+                f"lesson {lesson.id} is {lesson.state}, not kept", "only kept lessons have weights"
+            )
+        directory, held, version = self._source()
+        at = sum(x.number <= held for x in kept)
+        for source, start, its_version in ((directory, at, version), (self.base_dir, 0, self.base_version)):
+            between = kept[start:wanted] if start <= wanted else kept[wanted:start][::-1]
+            if all((self.directory(self.owner(x)) / DELTA_FILE).is_file() for x in between):
+                links: list[delta.Link] = []
+                for x in between:
+                    ends = (str(x.parent), str(x.version))
+                    before, after = ends if start <= wanted else ends[::-1]
+                    links.append(delta.Link(self.open_delta(x), before, after, f"lesson {x.id}"))
+                weights = checkpoint.stream(source, self.dtypes)
+                return delta.replayed(weights, links, source_id=its_version, check=False)
+        raise WrongState(
+            f"the weights before lesson {lesson.id} cannot be had: a difference on the way to them was pruned",
+            "bring it back from a backup",
+        )
 
     def open_delta(self, lesson: Lesson) -> delta.StoredDelta:
         """What an entry did to the weights; of a revert, what its lesson had done. Raises BadDelta."""
@@ -506,7 +563,7 @@ class Log:
     def checkpoint_state(self) -> tuple[Path, str | None, int]:
         """(directory, version, last entry held) of the checkpoint in force; version None: the untouched base."""
         directory, held, version = self._source()
-        return directory, None if directory == self._base_dir else version, held
+        return directory, None if directory == self.base_dir else version, held
 
     def save_checkpoint(self, weights: Iterable[Named]) -> Path:
         """Make the working copy hold the present kept weights, which are given, in any order.
@@ -525,7 +582,7 @@ class Log:
             "lesson": held,
             "saved_at": utc_now().isoformat(),
         }
-        return checkpoint.save(self._home.model_root, directory, weights, note, self._dtypes)
+        return checkpoint.save(self._home.model_root, directory, weights, note, self.dtypes)
 
 
 def _text(lesson: Lesson) -> str:

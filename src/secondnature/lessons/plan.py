@@ -83,6 +83,45 @@ class Plan:
     left_out: dict[str, int]
     """What is not replayed, and why: `asked by a probe`, `too long`."""
 
+    @classmethod
+    def without_training(
+        cls,
+        *,
+        corrections: list[Correction],
+        samples: list[Sample],
+        digests: list[str],
+        seed: int,
+    ) -> Plan:
+        """Of a change that comes from elsewhere than the trainer: only what is asked before and after."""
+        return cls(
+            objective="",
+            steps=0,
+            batch_size=0,
+            seed=seed,
+            examples=[],
+            replay=[],
+            distilled=[],
+            sdft=wire.SdftSettings(),
+            own=[],
+            own_temperature=0.0,
+            hold_own=False,
+            replay_share=0.0,
+            replay_match="answer",
+            replay_weight=0.0,
+            learned_loss=0.0,
+            optimizer=OptimizerSettings(),
+            development=[],
+            until_margin=None,
+            until_passed=None,
+            look_every=1,
+            corrections=corrections,
+            samples=samples,
+            skipped=0,
+            passed_over=[],
+            digests=digests,
+            left_out={},
+        )
+
     @property
     def num_examples(self) -> int:
         """Examples of the lesson, sampled ones included."""
@@ -102,7 +141,9 @@ class Plan:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The resolved settings, as they are written into the lesson."""
+        """The resolved settings, as they are written into the lesson; empty where nothing is trained."""
+        if not self.steps:
+            return {}
         return {
             "objective": self.objective,
             **({"sdft": self.sdft.model_dump(mode="json")} if self.distilled else {}),
@@ -142,6 +183,7 @@ class Plan:
             "num_continuation_tokens": sum(len(e.continuation) for e in self.examples),
             "longest_example_tokens": max(
                 [len(e.context) + len(e.continuation) for e in self.examples]
-                + [len(d.context) for d in self.distilled]
+                + [len(d.context) for d in self.distilled],
+                default=0,
             ),
         }

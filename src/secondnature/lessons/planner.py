@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from secondnature import wire
@@ -21,7 +22,7 @@ from secondnature.lessons.plan import Plan, Replay, Sample
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import encode_chat
-from secondnature.records import Correction, Prompt, digest, nothing_asked
+from secondnature.records import Correction, Probe, Prompt, digest, nothing_asked
 from secondnature.train.batches import num_replayed
 
 __all__ = ["Planner"]
@@ -168,6 +169,27 @@ class Planner:
             left_out=replay.left_out,
         )
 
+    def untrained(
+        self, corrections: list[Correction], probes: Sequence[Probe], digests: list[str], seed: int
+    ) -> Plan:
+        """The plan of a change that the trainer has no part in: what is asked before and after.
+
+        Args:
+            corrections: what it taught, where that is known.
+            probes: what it is judged by.
+            digests: of the examples that it was taught with.
+
+        Raises:
+            BadInput: a probe asks what was taught; it is no evidence.
+        """
+        asked = [self._encoder.context(p.prompt, f"probe {i}") for i, p in enumerate(probes)]
+        fitting = [c for c in corrections if self._why_not(c, distil=c.chosen is None) is None]
+        taught = self._taught(fitting, [], len(fitting))
+        _refuse_read(asked, {"example": [s.context for s in taught] + self._encoder.asked_otherwise(fitting)})
+        return Plan.without_training(
+            corrections=corrections, samples=taught[:MAX_KL_PROMPTS], digests=digests, seed=seed
+        )
+
     def _replay(
         self,
         settings: wire.ReplaySettings,
@@ -225,8 +247,10 @@ class Planner:
                 found.own.append(Own(work.context, label))
         return found
 
-    def _taught(self, corrections: list[Correction], examples: list[wire.TokenExample]) -> list[Sample]:
-        """Some of the prompts taught, in order."""
+    def _taught(
+        self, corrections: list[Correction], examples: list[wire.TokenExample], most: int = MAX_KL_PROMPTS
+    ) -> list[Sample]:
+        """Prompts that are taught, in order: so many at most."""
         new = [
             Sample(
                 "new",
@@ -236,9 +260,9 @@ class Planner:
                 c.prompt,
                 c.chosen[0].content if c.chosen else None,
             )
-            for c in corrections[:MAX_KL_PROMPTS]
+            for c in corrections[:most]
         ]
-        return new or [Sample("new", e.context) for e in examples[:MAX_KL_PROMPTS]]
+        return new or [Sample("new", e.context) for e in examples[:most]]
 
     def _corrections(
         self, request: wire.TrainRequest, ledger: list[Correction]

@@ -16,11 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from secondnature.config import Settings
 from secondnature.engines.stamps import Clock
 from secondnature.errors import (
+    BadInput,
     Busy,
     Cancelled,
     Conflict,
@@ -33,11 +37,17 @@ from secondnature.errors import (
     WrongState,
 )
 from secondnature.evidence.reach import reaches
+from secondnature.lessons import lesson_file
+from secondnature.lessons.change import Judged
+from secondnature.lessons.exports import Exports
 from secondnature.lessons.guards import Guarded, guarded
+from secondnature.lessons.identity import check_same, identity_of
+from secondnature.lessons.imported import ImportedChange, check_sizes
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.ledger import Ledger
+from secondnature.lessons.lesson_file import LessonFile
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import Log
+from secondnature.lessons.log import PROBES_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.plan import Plan
 from secondnature.lessons.planner import Planner
@@ -48,10 +58,23 @@ from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.lessons.working_copy import WorkingCopy
-from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
+from secondnature.records import (
+    OPEN_STATES,
+    ErrorInfo,
+    Export,
+    Lesson,
+    Probe,
+    describe,
+    digest,
+    to_jsonl,
+    utc_now,
+)
 from secondnature.weights.arena import Arena
 from secondnature.wire import (
     CheckpointReply,
+    ExportList,
+    ExportRequest,
+    ImportLessonRequest,
     JobStatus,
     PassedOver,
     PruneReply,
@@ -96,6 +119,7 @@ class Runner:
         self.weights = ServedWeights(arena, clock, log)
         self._working_copy = WorkingCopy(settings, log, self.weights)
         self._pruning = Pruning(log)
+        self._exports = Exports(log, self.weights, Path(settings.model).name)
         self._clock = clock
         self.trainer = trainer
         self._prober = prober
@@ -180,13 +204,82 @@ class Runner:
         lint = [vars(f) for f in self._planner.own_form(plan, self._prober)]
         return {**self._planner.show(plan), "lint": lint, "guards": found.told, "could_show": could_show}
 
+    def import_lesson(self, body: ImportLessonRequest) -> TrainReply:
+        """Check a lesson file, write its entry, queue it: it is applied and judged like any lesson.
+
+        Raises:
+            BadInput, BadRecord, TooLarge, TooNew: the file is none, damaged, or of a newer version; or a probe is
+            no
+                evidence.
+            Conflict: it is of another model, or was taught already.
+            Busy, StorageError: as `submit`.
+        """
+        source = lesson_file.open_(Path(body.path))
+        mine = identity_of(self.log, self.weights.arena.tensors, like=source.manifest.model.base_version)
+        check_same(source.manifest.model, mine, source.manifest.model_name)
+        check_sizes(source)
+        source.check()
+        if not body.again:
+            self._refuse_known(source)
+        source.evidence()  # it can be read
+        corrections = source.corrections()
+        probes = [] if body.keep else [*source.probes(), *body.probes]
+        request = self._judged_by(
+            body, source.manifest.lesson.behaviour, list({p.digest(): p for p in probes}.values())
+        )
+        self._prober.check(request.probes)
+        request = guarded(request, corrections, self._prober).request
+        plan = self._planner.untrained(
+            corrections, request.probes, source.manifest.lesson.cause.examples, body.seed
+        )
+        return self._do(lambda: self._accept(request, plan, None, source))
+
+    def _judged_by(
+        self, body: ImportLessonRequest, behaviour: str | None, probes: list[Probe]
+    ) -> TrainRequest:
+        """How a lesson is judged that nothing is trained in; its corrections do not come from here."""
+        given = {
+            "ledger": True,
+            "probes": probes,
+            "guards": body.guards,
+            "gate": body.gate,
+            "keep": body.keep,
+            "prompting": False,
+            "seed": body.seed,
+            "lesson": {"behaviour": behaviour, "note": body.note},
+        }
+        try:
+            return TrainRequest.model_validate(given)
+        except ValidationError as e:
+            raise BadInput(describe(e), "see POST /v1/lessons/import") from None
+
+    def _refuse_known(self, source: LessonFile) -> None:
+        """Raises Conflict: a lesson that is in force taught the same."""
+        theirs = source.manifest.lesson
+        delta_sha256 = source.manifest.parts["delta.safetensors"].sha256
+        in_force = [self.log.get(lesson_id) for lesson_id in self.log.in_weights()]
+        for lesson in in_force:
+            same = lesson.delta_sha256 == delta_sha256 or (
+                lesson.imported is not None and lesson.imported.delta_sha256 == delta_sha256
+            )
+            for mine, other in (
+                (lesson.cause.corrections, theirs.cause.corrections),
+                (lesson.cause.examples, theirs.cause.examples),
+            ):
+                same = same or (bool(mine) and set(mine) == set(other))
+            if same:
+                raise Conflict(
+                    f"lesson {lesson.id} taught the same already; nothing was written",
+                    "give --again (`again` in the body) to add it once more",
+                )
+
     def status(self, job: str, after: int | None = None) -> JobStatus:
         """One job; `after`: with the losses of the steps after this one. Raises NotFound."""
         live = self._jobs.get(job)
         if live is not None:
             return live.status(self._clock.read().version, after)
         for lesson in self.log.all():
-            if lesson.job == job and lesson.kind == "train":
+            if lesson.job == job and lesson.kind != "revert":
                 return self._ended(lesson, whole=True)
         raise NotFound(f"no job {job!r}", "`GET /v1/train/status` lists them")
 
@@ -195,7 +288,7 @@ class Runner:
         version = self._clock.read().version
         found: list[JobStatus] = []
         for lesson in self.log.all():
-            if lesson.kind == "train":
+            if lesson.kind != "revert":
                 live = self._jobs.get(lesson.job)
                 found.append(live.status(version, None) if live else self._ended(lesson, whole=False))
         return found
@@ -252,6 +345,23 @@ class Runner:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds."""
         return self._working_copy.state()
+
+    def export(self, request: ExportRequest) -> Export:
+        """See `Exports.write`; commands are served meanwhile. Raises Unreachable: the server ended in between."""
+
+        def check_in() -> None:
+            if self._stop.is_set():
+                raise Unreachable(
+                    "the server ended while it was exporting; nothing is left of it", "repeat it"
+                )
+            self._serve_commands()
+
+        return self._do(lambda: self._exports.write(request, check_in))
+
+    def exported(self, lesson_id: str | None = None) -> ExportList:
+        """What left the home; of one lesson, what holds it. Raises NotFound, DamagedFile."""
+        found = self._exports.all() if lesson_id is None else self._exports.holding(self.log.get(lesson_id))
+        return ExportList(exports=found, progress=self._exports.progress)
 
     def prune(self, request: PruneRequest) -> PruneReply:
         """See `Pruning.prune`; and what can be taken back afterwards. Raises Busy, StorageError."""
@@ -390,10 +500,13 @@ class Runner:
             if job.cancel.is_set():
                 raise Cancelled("cancelled")
 
-        parts = {"log": self.log, "prober": self._prober}
-        change = Trained(
-            job, planner=self._planner, own_answers=self._own_answers, trainer=self.trainer, **parts
-        )
+        parts: dict[str, Any] = {"log": self.log, "prober": self._prober}
+        if job.source is not None:
+            change: Judged = ImportedChange(job, weights=self.weights, **parts)
+        else:
+            change = Trained(
+                job, planner=self._planner, own_answers=self._own_answers, trainer=self.trainer, **parts
+            )
         self._life = Life(
             job,
             change,
@@ -499,7 +612,9 @@ class Runner:
             )
         return TrainReply(job=known.job, lesson=known.id, state=known.state)
 
-    def _accept(self, request: TrainRequest, plan: Plan, asked: str | None) -> TrainReply:
+    def _accept(
+        self, request: TrainRequest, plan: Plan, asked: str | None, source: LessonFile | None = None
+    ) -> TrainReply:
         known = self._known(request, asked)  # again: two may come at once
         if known is not None:
             return known
@@ -511,17 +626,22 @@ class Runner:
             (c.behaviour for c in plan.corrections if c.behaviour), None
         )
         lesson = self.log.create(
-            "train",
+            "train" if source is None else "import",
             behaviour or "lesson",
-            files={"corrections.jsonl": to_jsonl(plan.corrections)} if plan.corrections else None,
+            files={
+                name: to_jsonl(found)
+                for name, found in (("corrections.jsonl", plan.corrections), (PROBES_FILE, request.probes))
+                if found
+            },
             behaviour=behaviour,
             note=request.lesson.note,
             idempotency_key=request.idempotency_key,
             request_digest=asked,
             cause=plan.cause(0),
             settings=plan.settings(),
+            imported=None if source is None else source.origin(),
         )
-        job = Job(lesson, plan, request)
+        job = Job(lesson, plan, request, source=source)
         self._jobs[lesson.job] = job
         self._waiting.append(job)
         return TrainReply(job=lesson.job, lesson=lesson.id, state="queued", plan=plan.summary())

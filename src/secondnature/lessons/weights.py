@@ -78,7 +78,7 @@ class ServedWeights:
         epoch = self._epoch()
         before = self._counted(self._log.durable_weights(), on_tensor)
         path = self._log.directory(lesson) / DELTA_FILE
-        with self._being_read():
+        with self.being_read():
             written = delta.write(path, before, self.arena.tensors, like=lesson.parent)
         if written.base != lesson.parent:
             raise BadDelta(
@@ -105,7 +105,7 @@ class ServedWeights:
         try:
             self.arena.close_torn_write()
             if not self._are(wanted):
-                with self._being_read():
+                with self.being_read():
                     self._write(self._log.durable_weights(), wanted, on_tensor)
             self.clock.settle(wanted, self._epoch(), trial=False)
         except BaseException as e:
@@ -119,12 +119,13 @@ class ServedWeights:
             raise Busy("the weights on disk are being read; nothing was done", "try again in a moment")
 
     @contextlib.contextmanager
-    def _being_read(self) -> Generator[None]:
-        self._reading = True
+    def being_read(self) -> Generator[None]:
+        """While the block runs, no file goes that the weights on disk, or those of earlier entries, lie in."""
+        was, self._reading = self._reading, True
         try:
             yield
         finally:
-            self._reading = False
+            self._reading = was
 
     def _are(self, version: str) -> bool:
         """Nobody has written since the weights were named so, and nobody does now."""
@@ -153,14 +154,14 @@ class ServedWeights:
         stored = self._log.open_delta(lesson)
         stored.check(self.arena.tensors)
         back = lesson.parent == stored.base
-        found = content_id(self._counted(self._differing(stored, back), on_tensor), like=lesson.parent)
+        found = content_id(self._counted(self.differing(stored, back), on_tensor), like=lesson.parent)
         if found != lesson.parent:
             raise BadDelta(
                 f"undoing {lesson.id} would give {found}; expected {lesson.parent}", "restore from a backup"
             )
         try:
             entry = commit()
-            self._write(self._differing(stored, back), lesson.parent, on_tensor)
+            self._write(self.differing(stored, back), lesson.parent, on_tensor)
             self.clock.settle(lesson.parent, self._epoch(), trial=False)
         except BaseException as e:
             if not self._are(self._log.kept_version()):  # also where `commit` raised after its rename
@@ -213,7 +214,7 @@ class ServedWeights:
             self.clock.give_up(was)
             raise
 
-    def _differing(self, stored: delta.StoredDelta, back: bool) -> Iterator[Named]:
+    def differing(self, stored: delta.StoredDelta, back: bool) -> Iterator[Named]:
         """The arena's weights with a difference applied, or taken back; what differs is a copy on the host."""
         for name, tensor in sorted(self.arena.tensors.items()):
             if name in stored.sizes:

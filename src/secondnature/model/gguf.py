@@ -26,12 +26,13 @@ from secondnature import storage
 from secondnature.errors import BadCheckpoint, ConfigError, UnsupportedModel
 from secondnature.model.load import named_fault, skeleton
 
-__all__ = ["directory_of", "smollm2"]
+__all__ = ["SOURCE_FILE", "directory_of", "smollm2", "source_of"]
 
 _LOG = logging.getLogger(__name__)
 _MAGIC = b"GGUF"
 _FORM = 2
 """Of the directories made here: a newer form is made anew."""
+SOURCE_FILE = "gguf.json"
 _BLOCK_BYTES = 2**24
 _TELL_S = 5.0
 _SHARD_BYTES = 2**31
@@ -64,6 +65,7 @@ def directory_of(path: Path, cache: Path | None = None) -> Path:
     root = storage.make_dir((cache or user_cache_path("secondnature")) / "gguf")
     final = root / f"{path.stem}-{digest[:16]}-{_FORM}"
     if (final / "config.json").is_file():
+        _note_source(final, path, digest)
         return final
     temporary = storage.temporary_name(final)
     _LOG.info("%s: is dequantised to bf16, once, into %s", path, final)
@@ -72,6 +74,7 @@ def directory_of(path: Path, cache: Path | None = None) -> Path:
         try:
             storage.make_dir(temporary)
             _write(path, temporary)
+            _note_source(temporary, path, digest)
             storage.sync_dir(temporary)
             temporary.rename(final)
             storage.sync_dir(root)
@@ -79,6 +82,25 @@ def directory_of(path: Path, cache: Path | None = None) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return final
+
+
+def _note_source(directory: Path, path: Path, digest: str) -> None:
+    """Write down which file a directory was made of; it may have moved since."""
+    text = json.dumps({"path": str(path.absolute()), "sha256": digest}) + "\n"
+    noted = directory / SOURCE_FILE
+    if not noted.is_file() or noted.read_text() != text:
+        storage.write_text(noted, text)
+
+
+def source_of(directory: Path) -> Path | None:
+    """The .gguf file that a model directory was made of, where it is still the same; None: of none, or it is
+    gone."""
+    try:
+        noted: dict[str, str] = json.loads((directory / SOURCE_FILE).read_text())
+        path = Path(noted["path"])
+        return path if _digest(path) == noted["sha256"] else None
+    except (OSError, ValueError, LookupError, TypeError, BadCheckpoint):
+        return None
 
 
 def _digest(path: Path) -> str:

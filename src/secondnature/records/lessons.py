@@ -12,6 +12,8 @@ from secondnature.records.evidence import Verdict
 from secondnature.records.probes import Side
 
 LessonState = Literal["queued", "running", "on_trial", "kept", "undone", "failed", "cancelled"]
+LessonKind = Literal["train", "revert", "import"]
+"""How its change came about: trained here, an earlier one taken back, taught elsewhere."""
 KlSet = Literal["new", "replay"]
 OPEN_STATES: tuple[LessonState, ...] = ("queued", "running", "on_trial")
 """States in which a lesson still holds the weights, or waits for them."""
@@ -90,6 +92,25 @@ class Moved(Record):
     """Norm of the difference that was written: with bf16 rounding mostly noise at small learning rates."""
 
 
+class Imported(Record):
+    """Where a lesson comes from that was taught elsewhere."""
+
+    lesson: str
+    """Its id there."""
+    model_name: str
+    sha256: str
+    """Of the manifest of its file, and so of all in it."""
+    parent: str
+    """The version of the weights that it started from there."""
+    version: str
+    """And that it ended at."""
+    delta_sha256: str
+    exact: bool | None = None
+    """The weights here were those before it there, so its very bytes were written. False: its arithmetic difference
+    was added, and the sum rounded to nearest. None: it was not applied."""
+    exported_at: datetime
+
+
 class Lesson(Record):
     """One training job on the weights: parent, cause, settings, state. Like a commit."""
 
@@ -102,7 +123,7 @@ class Lesson(Record):
     """Of the request that made it: sent again, it gets the same answer, and no second lesson."""
     request_digest: str | None = None
     """Of that request, where it had such a key."""
-    kind: Literal["train", "revert"] = "train"
+    kind: LessonKind = "train"
     state: LessonState = "queued"
     behaviour: str | None = None
     note: str = ""
@@ -113,6 +134,8 @@ class Lesson(Record):
     reverts: str | None = None
     """For `kind: revert`: the lesson that it takes back."""
     reverted_by: str | None = None
+    imported: Imported | None = None
+    """For `kind: import`: where it was taught."""
     cause: Cause = Cause()
     settings: dict[str, Any] = {}
     """The resolved settings of the job: every default spelled out."""

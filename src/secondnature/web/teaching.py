@@ -15,7 +15,7 @@ from secondnature import wire
 from secondnature.engines.stamps import Clock
 from secondnature.lessons.feedback import Feedback, Scope
 from secondnature.lessons.runner import Runner
-from secondnature.records import Lesson
+from secondnature.records import Export, Lesson
 from secondnature.web.bodies import reading
 from secondnature.web.guards import KEY_SCOPE
 
@@ -119,6 +119,11 @@ def router(runner: Runner, feedback: Feedback, clock: Clock) -> APIRouter:
         """Remove old optimizer states, and deltas where that is asked for; what an undo in reach needs stays."""
         return runner.prune(body)
 
+    @routes.post("/v1/lessons/import", status_code=202, response_model_exclude_none=True)
+    def import_lesson(body: wire.ImportLessonRequest) -> wire.TrainReply:  # pyright: ignore[reportUnusedFunction]
+        """Add a lesson that was taught on another server of the same base, from its file; judged like any other."""
+        return runner.import_lesson(body)
+
     @routes.get("/v1/lessons/{lesson_id}", response_model_exclude_none=True)
     def lesson(lesson_id: str) -> wire.LessonDetail:  # pyright: ignore[reportUnusedFunction]
         """One lesson with its evidence, corrections and metrics."""
@@ -133,6 +138,16 @@ def router(runner: Runner, feedback: Feedback, clock: Clock) -> APIRouter:
     def revert(lesson_id: str) -> Lesson:  # pyright: ignore[reportUnusedFunction]
         """Undo a lesson, to the byte; answers the entry of the log that says so."""
         return runner.revert(lesson_id)
+
+    @routes.post("/v1/exports", response_model_exclude_none=True)
+    def export(body: wire.ExportRequest) -> Export:  # pyright: ignore[reportUnusedFunction]
+        """Write weights, or what changes them, to a new path of the server's machine; then it is there."""
+        return runner.export(body)
+
+    @routes.get("/v1/exports", response_model_exclude_none=True)
+    def exports(lesson: str | None = None) -> wire.ExportList:  # pyright: ignore[reportUnusedFunction]
+        """What left this home, oldest first; `lesson`: only what holds that one."""
+        return runner.exported(lesson)
 
     @routes.post("/checkpoint", include_in_schema=False, response_model_exclude_none=True)
     @routes.post("/v1/checkpoint", response_model_exclude_none=True)

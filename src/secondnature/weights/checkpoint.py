@@ -8,11 +8,12 @@ only what was made here is ever removed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,13 +24,15 @@ from safetensors import SafetensorError
 from secondnature import storage
 from secondnature.errors import BadCheckpoint
 from secondnature.model.chat import end_ids_of
+from secondnature.model.gguf import SOURCE_FILE
 from secondnature.model.load import TensorSpec, bystanders, plan
 from secondnature.weights.content import Named, Weights, blocks, named
 from secondnature.weights.tensor_file import DTYPES, Place, header, layout, read_into, read_places, spans
 
-__all__ = ["clean", "current", "read", "save", "specs", "state", "stream"]
+__all__ = ["STATE_FILE", "clean", "current", "export", "nbytes", "read", "save", "specs", "state", "stream"]
 
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 STATE_FILE = "secondnature.json"
 _SIDE_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".md"})
 _SIDE_NAMES = frozenset({"LICENSE", "NOTICE", "USE_POLICY"})
@@ -156,12 +159,7 @@ def save(
     with storage.storage_errors(final):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            storage.make_dir(temporary)
-            _copy_side_files(source, temporary)
-            _write_config(source, temporary, wanted)
-            _write_ends(source, temporary)
-            _write_weights(source, temporary / WEIGHTS_FILE, wanted, tensors)
-            storage.write_text(temporary / STATE_FILE, json.dumps(note, indent=2) + "\n")
+            _write_all(temporary, source, tensors, note, wanted, sharded=False)
             temporary.rename(final)
             _swap(root, final.name)
         except BaseException:
@@ -171,6 +169,54 @@ def save(
         if other != final and _is_ours(other):
             shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def export(
+    directory: Path,
+    source: Path,
+    tensors: Weights,
+    note: dict[str, Any],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Write a whole, loadable checkpoint for whoever else serves the model; in as many files as `source` has.
+
+    Args:
+        directory: made here; where this raises, what was written so far is the caller's to remove.
+        source, note, dtypes: as in `save`.
+        tensors: read once, in any order; at most one is in memory.
+
+    Raises:
+        StorageError: the disk refused, or has no room for it.
+        BadCheckpoint: the tensors are not those of `source`.
+    """
+    wanted = specs(source, dtypes)
+    storage.check_room(directory.parent, nbytes(source, dtypes))
+    _write_all(directory, source, tensors, note, wanted, sharded=True)
+
+
+def nbytes(source: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> int:
+    """Bytes of a checkpoint's tensors as `export` writes them. Raises: as `specs`."""
+    mine = sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in specs(source, dtypes).values())
+    return mine + sum(read_places(file)[0][key].nbytes for key, file in bystanders(source).items())
+
+
+def _write_all(
+    directory: Path,
+    source: Path,
+    tensors: Weights,
+    note: Mapping[str, Any],
+    wanted: Mapping[str, TensorSpec],
+    *,
+    sharded: bool,
+) -> None:
+    """A new directory with everything that a loader needs."""
+    with storage.storage_errors(directory):
+        storage.make_dir(directory)
+        _copy_side_files(source, directory)
+        _write_config(source, directory, wanted)
+        _write_ends(source, directory)
+        _write_weights(source, directory, wanted, tensors, sharded=sharded)
+        storage.write_text(directory / STATE_FILE, json.dumps(note, indent=2) + "\n")
 
 
 def clean(root: Path) -> int:
@@ -202,7 +248,7 @@ def _copy_side_files(source: Path, target: Path) -> None:
             name = path.name
             known = path.suffix in _SIDE_SUFFIXES or name.split(".")[0] in _SIDE_NAMES
             ours = (
-                name in (STATE_FILE, "config.json", "adapter_config.json")
+                name in (STATE_FILE, "config.json", "adapter_config.json", SOURCE_FILE)
                 or name.endswith(".index.json")
                 or name.startswith(".")
             )
@@ -252,29 +298,43 @@ def _write_ends(source: Path, target: Path) -> None:
         storage.write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], tensors: Weights) -> None:
-    """The weights under the keys that `source` has for them, and what `source` holds beside them."""
-    entries = {
-        piece.key: (DTYPES[spec.dtype], piece.shape, torch.Size(piece.shape).numel() * spec.dtype.itemsize)
-        for spec in wanted.values()
-        for piece in spec.pieces
-    }
-    beside: dict[str, tuple[Path, Place]] = {}
+def _write_weights(
+    source: Path, directory: Path, wanted: Mapping[str, TensorSpec], tensors: Weights, *, sharded: bool
+) -> None:
+    """The weights under the keys that `source` has for them, and what `source` holds beside them.
+
+    `sharded`: in as many files as there, each key where it was; else in one.
+    """
+    entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    where: dict[str, Path] = {}
+    beside: dict[str, Place] = {}
+    for spec in wanted.values():
+        for piece in spec.pieces:
+            count = torch.Size(piece.shape).numel()
+            entries[piece.key] = (DTYPES[spec.dtype], piece.shape, count * spec.dtype.itemsize)
+            where[piece.key] = piece.file
     for key, file in bystanders(source).items():
-        beside[key] = (file, read_places(file)[0][key])
-        entries[key] = (beside[key][1].dtype, beside[key][1].shape, beside[key][1].nbytes)
-    order = layout(entries)
-    head = header({key: entries[key] for key in order}, {"format": "pt"})
-    starts, end = {}, len(head)
-    for key in order:
-        starts[key] = end
-        end += entries[key][2]
+        place = beside[key] = read_places(file)[0][key]
+        entries[key] = (place.dtype, place.shape, place.nbytes)
+        where[key] = file
+    names = _file_names(set(where.values())) if sharded else dict.fromkeys(where.values(), WEIGHTS_FILE)
+    starts: dict[str, int] = {}
     missing = dict(wanted)
-    with storage.writing(path) as file:
-        file.write(head)
-        for key, (other, place) in beside.items():
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(storage.writing(directory / name)) for name in set(names.values())}
+        for name, file in files.items():
+            mine = {key: entry for key, entry in entries.items() if names[where[key]] == name}
+            order = layout(mine)
+            head = header({key: mine[key] for key in order}, {"format": "pt"})
+            file.write(head)
+            end = len(head)
+            for key in order:
+                starts[key] = end
+                end += mine[key][2]
+        for key, place in beside.items():
+            file = files[names[where[key]]]
             file.seek(starts[key])
-            _copy_range(other, place, file)
+            _copy_range(where[key], place, file)
         for name, tensor in named(tensors):
             spec = missing.pop(name, None)
             if spec is None or spec.shape != tuple(tensor.shape) or spec.dtype != tensor.dtype:
@@ -283,11 +343,26 @@ def _write_weights(source: Path, path: Path, wanted: Mapping[str, TensorSpec], t
                     "are these weights of another model?",
                 )
             for piece in spec.pieces:
+                file = files[names[piece.file]]
                 file.seek(starts[piece.key])
                 file.writelines(block.data for block in blocks(piece.of(tensor).contiguous()))
             del tensor  # before the next one is made
         if missing:
             raise BadCheckpoint(f"tensor {next(iter(missing))} was not given", "are the weights complete?")
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry[2] for entry in entries.values())},
+            "weight_map": {key: names[where[key]] for key in sorted(where)},
+        }
+        storage.write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def _file_names(files: Collection[Path]) -> dict[Path, str]:
+    """What the files of a checkpoint are called, as the hub has it."""
+    if len(files) == 1:
+        return dict.fromkeys(files, WEIGHTS_FILE)
+    numbered = enumerate(sorted(files), start=1)
+    return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in numbered}
 
 
 def _copy_range(path: Path, place: Place, target: BinaryIO) -> None:

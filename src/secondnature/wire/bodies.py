@@ -12,6 +12,8 @@ from secondnature.records import (
     ErrorInfo,
     Evidence,
     Example,
+    Export,
+    ExportForm,
     GateSettings,
     GuardPack,
     KlSet,
@@ -413,6 +415,52 @@ class CheckpointReply(Body):
     saved_at: datetime | None = None
     progress: PhaseProgress | None = None
     """Of the new working copy, while it is being written."""
+
+
+class ExportRequest(Body):
+    """`POST /v1/exports`: weights, or what changes them, for whoever else serves the model."""
+
+    form: ExportForm
+    path: Annotated[Unicode, Field(min_length=1, max_length=4096)]
+    """Absolute, on the server's machine; nothing may be there yet, and the folder has to be."""
+    lesson: Annotated[str, Field(max_length=100)] | None = None
+    """For a `lesson` file: which. For an adapter: which, or all that are kept."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Of an adapter's matrices."""
+    dtype: Literal["bf16", "f16", "q8_0"] = "bf16"
+    """Of a GGUF file's matrices; its vectors are fp32."""
+
+
+class ImportLessonRequest(Body):
+    """`POST /v1/lessons/import`: a lesson that was taught on another server of the same base."""
+
+    path: Annotated[Unicode, Field(min_length=1, max_length=4096)]
+    """Of the lesson file, absolute, on the server's machine."""
+    probes: Annotated[list[Probe], Field(max_length=20_000)] = []
+    """It is judged by these and by those in the file."""
+    guards: Annotated[list[NamedPack], Field(max_length=5)] = []
+    """Shipped packs of guards that are asked too."""
+    gate: GateSettings = GateSettings()
+    keep: bool = False
+    """Keep at once, unjudged: neither the probes in the file are asked nor others."""
+    again: bool = False
+    """Also where a lesson in force taught the same."""
+    note: Annotated[Unicode, Field(max_length=2000)] = ""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @model_validator(mode="after")
+    def _decides_in_one_way(self) -> Self:
+        if self.keep and (self.probes or self.guards):
+            raise ValueError("found `keep` and probes or guards; with these the gate decides")
+        return self
+
+
+class ExportList(Body):
+    """`GET /v1/exports`: oldest first."""
+
+    exports: list[Export]
+    progress: PhaseProgress | None = None
+    """Of the one that is being written now."""
 
 
 class PruneRequest(Body):

@@ -11,14 +11,17 @@ import httpx2
 from pydantic import BaseModel
 
 from secondnature import errors
-from secondnature.records import Correction, Lesson
+from secondnature.records import Correction, Export, Lesson
 from secondnature.wire.bodies import (
     CheckpointReply,
     CorrectionsReply,
     DeleteReply,
+    ExportList,
+    ExportRequest,
     FeedbackReply,
     FeedbackRequest,
     Health,
+    ImportLessonRequest,
     ImportRequest,
     JobStatus,
     LessonDetail,
@@ -261,3 +264,17 @@ class Client:
     def checkpoint_state(self) -> CheckpointReply:
         """What the working copy holds, and how far a new one is."""
         return CheckpointReply.model_validate(self.request("GET", "/v1/checkpoint"))
+
+    def import_lesson(self, body: ImportLessonRequest) -> TrainReply:
+        """Add a lesson that was taught elsewhere: it is applied and judged like any other."""
+        reply = self.request("POST", "/v1/lessons/import", body=body, timeout_s=LONG_S)
+        return TrainReply.model_validate(reply)
+
+    def export(self, body: ExportRequest) -> Export:
+        """Write weights, or what changes them, to a path of the server's machine; it is there when this returns."""
+        return Export.model_validate(self.request("POST", "/v1/exports", body=body, timeout_s=LONG_S))
+
+    def exports(self, lesson: str | None = None) -> ExportList:
+        """Every export, and how far the present one is; `lesson`: those that hold it."""
+        asked = "" if lesson is None else f"?lesson={quote(lesson, safe='')}"
+        return ExportList.model_validate(self.request("GET", "/v1/exports" + asked))
