@@ -41,11 +41,18 @@ def show(plan: dict[str, Any], out: Output) -> None:
     for pack in plan.get("guards", []):
         left = f", {pack['left_out']} left out (taught, or too long)" if pack["left_out"] else ""
         out.say(f"guarded by pack:{pack['pack']}: {pack['num']} probes of {pack['covers']}{left}")
+    again: dict[str, dict[str, int]] = plan.get("retention", {})
+    for name, number in again.get("sets", {}).items():
+        out.say(f"asked again: {number} probes of {name}")
+    for reason, number in again.get("left_out", {}).items():
+        out.say(f"not asked again: {number} ({reason})")
     if plan.get("could_show"):
         out.say("what these probes could show", style="bold")
         for line in reaches(Reaches.model_validate(plan["could_show"])):
             out.say(f"  {line}")
-    settings = {k: v for k, v in plan.items() if k not in ("shown", "notes", "guards", "could_show")}
+    settings = {
+        k: v for k, v in plan.items() if k not in ("shown", "notes", "guards", "retention", "could_show")
+    }
     out.say(json.dumps(settings, indent=2, ensure_ascii=False))
     out.say("nothing was trained")
 

@@ -22,13 +22,14 @@ from secondnature.errors import SecondnatureError
 from secondnature.evidence.certificate import verify
 from secondnature.lessons.job import Phase
 from secondnature.lessons.ledger import read_line
-from secondnature.lessons.log import DELTA_FILE, MOVED_FILE, OPTIMIZER_FILE
+from secondnature.lessons.log import DELTA_FILE, MOVED_FILE, OPTIMIZER_FILE, PROBES_FILE
 from secondnature.records import (
     OPEN_STATES,
     Correction,
     Evidence,
     Lesson,
     Moved,
+    Probe,
     SampleAnswer,
     describe,
     read_jsonl,
@@ -256,6 +257,13 @@ class _Reader:
         path = directory / MOVED_FILE
         moved = self._json(path)
         self._records(path, enumerate(cast("list[Any]", moved) if isinstance(moved, list) else []), Moved)
+        path = directory / PROBES_FILE
+        if path.is_file():
+            self._found.num_files += 1
+            try:
+                read_jsonl(path, Probe, own=True)
+            except PROBLEMS as e:
+                self._wrong(path, e)
         path = directory / "answers.jsonl"
         if path.is_file():
             self._found.num_files += 1

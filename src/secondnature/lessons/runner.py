@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
@@ -37,18 +37,19 @@ from secondnature.lessons.guards import Guarded, guarded
 from secondnature.lessons.job import Ending, Job
 from secondnature.lessons.ledger import Ledger
 from secondnature.lessons.life import Life
-from secondnature.lessons.log import Log
+from secondnature.lessons.log import PROBES_FILE, Log
 from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.plan import Plan
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.pruning import Pruning
+from secondnature.lessons.retention import left_behind
 from secondnature.lessons.reverted import Reverted
 from secondnature.lessons.trained import Trained
 from secondnature.lessons.trainer import Trainer
 from secondnature.lessons.weights import RESTORING, ServedWeights
 from secondnature.lessons.working_copy import WorkingCopy
-from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, digest, to_jsonl, utc_now
+from secondnature.records import OPEN_STATES, ErrorInfo, Lesson, Record, digest, to_jsonl, utc_now
 from secondnature.weights.arena import Arena
 from secondnature.wire import (
     CheckpointReply,
@@ -164,7 +165,7 @@ class Runner:
         self._prober.check(request.probes)
         ledger = self.ledger.confirmed()
         found = guarded(request, ledger, self._prober)
-        plan = self._planner.plan(found.request, ledger, self.log.earlier()[0])
+        plan = self._planner.plan(found.request, ledger, self.log.earlier()[0], self.log.retained()[0])
         if request.dry_run:
             return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._shown(found, plan))
         return self._do(lambda: self._accept(found.request, plan, asked))
@@ -173,7 +174,8 @@ class Runner:
         """What a dry run answers: the plan, the packs that guard it, and what all its probes could show."""
         request = found.request
         tries = self.log.num_tries(plan.digests, [c.digest() for c in plan.corrections])
-        reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries)
+        sets = plan.retention.sets
+        reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries, sets)
         could_show = None if reached is None else reached.model_dump(mode="json")
         return {**self._planner.show(plan), "guards": found.told, "could_show": could_show}
 
@@ -507,10 +509,14 @@ class Runner:
         behaviour = request.lesson.behaviour or next(
             (c.behaviour for c in plan.corrections if c.behaviour), None
         )
+        files: dict[str, Sequence[Record]] = {
+            "corrections.jsonl": plan.corrections,
+            PROBES_FILE: left_behind(request.probes, behaviour),
+        }
         lesson = self.log.create(
             "train",
             behaviour or "lesson",
-            files={"corrections.jsonl": to_jsonl(plan.corrections)} if plan.corrections else None,
+            files={name: to_jsonl(found) for name, found in files.items() if found},
             behaviour=behaviour,
             note=request.lesson.note,
             idempotency_key=request.idempotency_key,

@@ -68,10 +68,12 @@ class Trained:
         """The plan with what is kept now; the corrections stay those that were accepted. Raises as `plan`."""
         job = self._job
         earlier, unreadable = self._log.earlier()
-        plan = self._planner.plan(job.request, job.plan.corrections, earlier)
+        kept, unasked = self._log.retained()
+        plan = self._planner.plan(job.request, job.plan.corrections, earlier, kept)
+        retention = plan.retention.without(unasked)
         left_out = {**plan.left_out, **({"unreadable lessons": len(unreadable)} if unreadable else {})}
         known = {"skipped": job.plan.skipped, "passed_over": job.plan.passed_over}
-        job.plan = replace(plan, left_out=left_out, **known)
+        job.plan = replace(plan, left_out=left_out, retention=retention, **known)
 
     def prepare(self, check_in: CheckIn) -> None:
         """Ask the model for what only it can say: answers to compare, to distil, to replay."""

@@ -71,6 +71,10 @@ class Cause(Record):
     passed_over: dict[str, str] = {}
     """The first of them, by id, with the reason."""
     """Examples that were not replayed: a probe asks just that, or they do not fit the model."""
+    num_retained: int = 0
+    """Probes of earlier lessons that were asked again."""
+    retention_left_out: dict[str, int] = {}
+    """Those that were not, by the reason."""
     num_retries: int = 0
     """How often the same set of examples was judged before this lesson began: each halves the gate's alpha."""
 

@@ -199,10 +199,11 @@ def _tiles(comparisons: list[Comparison]) -> list[Tile]:
 
     tiles = [tile(c, c.name) for c in comparisons if c.role == "gain"]
     tiles += [tile(c, f"{c.name}: its other side") for c in comparisons if c.role == "other"]
-    guards = [c for c in comparisons if c.role == "guard" and c.n]
-    if guards:
-        worst = min(guards, key=words.difference)
-        tiles.append(tile(worst, f"guard {worst.name}" + (" (the worst)" if len(guards) > 1 else "")))
+    for role, label in (("guard", "guard "), ("retention", "")):
+        guards = [c for c in comparisons if c.role == role and c.n]
+        if guards:
+            worst = min(guards, key=words.difference)
+            tiles.append(tile(worst, f"{label}{worst.name}" + (" (the worst)" if len(guards) > 1 else "")))
     return tiles
 
 

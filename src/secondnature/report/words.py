@@ -11,12 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches, Style
+from secondnature.records import (
+    Comparison,
+    Decision,
+    Evidence,
+    KlSet,
+    Lesson,
+    ProbeRole,
+    Reach,
+    Reaches,
+    Style,
+)
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
 MARKS: dict[Tone, str] = {"good": "✓", "bad": "✕", "warn": "?", "info": "…", "quiet": "–"}
-ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
+ROLES = {"gain": "taught", "other": "its other side", "guard": "guard", "retention": "earlier lesson"}
 
 
 SHOWN_TAG_P = 0.05
@@ -61,7 +71,7 @@ def reach(r: Reach) -> str:
     """What one probe set could show: `rules out a fall of 3.7 points at best, 5.9 usually (5 asked for)`."""
     if r.role != "gain" and r.pinned == r.n:
         return "one that is lost undoes the lesson"
-    what = "shows a gain" if r.role == "gain" else "rules out a fall"
+    what = {"gain": "shows a gain", "retention": "shows a fall"}.get(r.role, "rules out a fall")
     if r.at_best is None:
         said = f"{what} of no size"
     else:
@@ -78,11 +88,13 @@ def reaches(found: Reaches) -> list[str]:
     """What the probes of a lesson could show, a line each, and what that means for the verdict."""
     lines: list[str] = []
     for r in found.sets:
-        name = r.name if r.role == "gain" else f"{r.name} ({ROLES[r.role]})"
+        name = set_name(r.name, r.role)
         scenarios = f" of {count(r.num_seeds, 'scenario')}" if r.num_seeds < r.n else ""
         lines.append(f"{name}, {count(r.n, 'probe')}{scenarios}: {reach(r)}")
     if all(r.role != "gain" for r in found.sets):
         lines.append("no probe asks for what is taught: no gain can be shown")
+    if any(r.role == "retention" for r in found.sets):
+        lines.append("what earlier lessons taught is asked again: a fall that is shown undoes the lesson")
     if found.chance is None:
         lines.append("no guard: nothing is known of what else the lesson changes")
     elif any(r.too_few for r in found.sets):
@@ -147,6 +159,11 @@ def _style(s: Style) -> str:
         return f"{said}; they open as before"
     moved = ", ".join(f"“{o.words or '(nothing)'}” {o.before:,} → {o.after:,}" for o in s.openings)
     return f"{said}; {percent(s.openings_moved)} open otherwise: {moved}"
+
+
+def set_name(name: str, role: ProbeRole) -> str:
+    """Of a probe set: `code (guard)`; that of an earlier lesson says so itself."""
+    return name if role in ("gain", "retention") else f"{name} ({ROLES[role]})"
 
 
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:

@@ -239,6 +239,9 @@ class TrainRequest(Body):
     guards: Annotated[list[NamedPack], Field(max_length=5)] = []
     """Shipped packs of guards that are asked too (`pack:facts`): who sends no probes gets a verdict by them alone,
     kept where what is taught is answered as wanted and the guards hold. What the lesson teaches is left out."""
+    retention: bool = True
+    """Ask what kept lessons taught again, at most 200 of their probes: a fall that is shown, or a pinned one lost,
+    undoes this lesson. With `probes` or `guards` only. Off: it may change what earlier ones taught."""
     prompting: bool = True
     """Ask the probes of what is taught once more, before the lesson, with the corrections in the question: what
     prompting alone would do, for the report."""
