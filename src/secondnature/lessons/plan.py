@@ -67,7 +67,7 @@ class Plan:
     replay_weight: float
     learned_loss: float
     optimizer: OptimizerSettings
-    development: list[wire.MarginProbe]
+    development: list[wire.DevelopmentProbe]
     until_margin: float | None
     until_passed: float | None
     look_every: int
@@ -141,6 +141,7 @@ class Plan:
             "replay_left_out": self.left_out,
             "retention": self.retention.summary(),
             "num_development": len(self.development),
+            "num_generated": sum(x.spoken for x in self.development),
             "num_skipped": self.skipped,
             "num_passed_over": len(self.passed_over),
             "passed_over": [x.model_dump() for x in self.passed_over[:MAX_NAMED]],
