@@ -164,7 +164,15 @@ class Sources:
         body: dict[str, Any] = settings.model_dump(
             exclude={"behaviour", "note", "replay", "optimizer", "gate", "guards"}, exclude_none=True
         )
-        for key in ("objective", "max_steps", "until_margin", "until_passed", "batch_size", "seed", "retention"):
+        for key in (
+            "objective",
+            "max_steps",
+            "until_margin",
+            "until_passed",
+            "batch_size",
+            "seed",
+            "retention",
+        ):
             if getattr(flags, key) is not None:
                 body[key] = getattr(flags, key)
         body["optimizer"] = settings.optimizer or OptimizerSettings()

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from secondnature.lessons.plan import MAX_NAMED, Plan
-from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState, LookMetric
+from secondnature.records import ErrorInfo, Evidence, KlSet, Lesson, LessonState, LookMetric
 from secondnature.wire import DevelopmentLook, JobStatus, PhaseProgress, TrainRequest
 
 __all__ = ["LAST_LOSSES", "Ending", "Job", "Phase"]
@@ -67,6 +67,8 @@ class Job:
     step: int = 0
     losses: list[float] = field(default_factory=list[float])
     tokens_per_s: float | None = None
+    kl: dict[KlSet, float] = field(default_factory=dict[KlSet, float])
+    """When it was last measured between two steps."""
     look: LookMetric | None = None
     """The last one at the development probes."""
     evidence: Evidence | None = None
@@ -113,7 +115,7 @@ class Job:
             look=None if self.look is None else DevelopmentLook.of(self.look),
             eta_s=progress.eta_s if progress is not None else None,
             stopped_by=self.lesson.stopped_by,
-            kl=self.lesson.kl,
+            kl=self.lesson.kl or self.kl,
             weights_version=weights_version,
             evidence=self.evidence,
             error=self.lesson.error,

@@ -20,7 +20,7 @@ from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trainer import Trainer
-from secondnature.records import STOPPED_BY, Lesson, LookAnswer, LookMetric, Moved, Outcome
+from secondnature.records import STOPPED_BY, Lesson, LookAnswer, LookMetric, Moved, Outcome, StepMetric
 
 __all__ = ["Trained"]
 
@@ -209,6 +209,7 @@ class Trained:
             job.losses.append(float(str(metric["loss"])))
             rate = metric.get("tokens_per_s")
             job.tokens_per_s = float(str(rate)) if rate is not None else None
+            job.kl = StepMetric.model_validate(metric).kl or job.kl
             self._enter("training", job.step, job.plan.steps)
 
     def _enter(self, phase: str, done: int, total: int) -> None:

@@ -159,6 +159,9 @@ class StepMetric(Record):
     grad_norm: float | None = None
     drift: float | None = None
     """With replay by distribution: mean KL(before the lesson || now) of the step's replay, nats per token."""
+    kl: dict[KlSet, float] = {}
+    """After steps 1, 2, 3, 4, 6, 8, 12, ...: mean KL(before || now) on four prompts of each set, nats per token,
+    by the likeliest tokens and the mass of the others. Harm shows on `new` before it shows on `replay`."""
 
 
 class LookAnswer(Record):

@@ -18,6 +18,7 @@ from secondnature.records import (
     Comparison,
     Correction,
     Flip,
+    KlSet,
     Lesson,
     Message,
     Moved,
@@ -283,6 +284,17 @@ def _curves(run: Run) -> list[Figure]:
         line = svg.Series("loss", losses)
         picture = svg.chart([line], key=f"{key}-loss", title="Loss over steps", text=text)
         figures.append(Figure("Loss", picture, f"Nats per token. {text}"))
+    moving: list[svg.Series] = []
+    names: tuple[tuple[KlSet, Side], ...] = (("new", "right"), ("replay", "other"))
+    for on, css in names:
+        points = [(float(s.step), s.kl[on]) for s in run.metrics.steps if on in s.kl]
+        if points:
+            moving.append(svg.Series(f"{on} prompts", [(0.0, 0.0), *points], css=css))
+    if moving:
+        title = "KL divergence from the answers before, over steps"
+        picture = svg.chart(moving, key=f"{key}-drift", title=title, text=_spoken(moving, "nats"), zero=True)
+        caption = "KL(before ‖ now) on a few prompts of each kind, nats per token. What is lost elsewhere follows that on new prompts; on replay prompts it is held down."  # noqa: E501
+        figures.append(Figure("How far the answers moved", picture, caption))
     smooth: list[svg.Series] = []
     jumps: list[svg.Series] = []
     for side, name in SIDES.items():

@@ -22,6 +22,7 @@ from secondnature.records import (
     Reach,
     Reaches,
     Side,
+    StepMetric,
     Style,
 )
 
@@ -34,6 +35,8 @@ ROLES = {"gain": "taught", "other": "its other side", "guard": "guard", "retenti
 SHOWN_TAG_P = 0.05
 """A tag is told where losses concentrate in it at this (adjusted) level, whether or not it undoes the lesson."""
 
+MAX_POINTS = 5
+"""Of a curve in words."""
 SHOWN_LOST = 3
 """Answers to development probes that were lost."""
 
@@ -235,6 +238,27 @@ def kl(means: Mapping[KlSet, float]) -> str:
     names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
     said = ", ".join(f"{number(means[on])} {name}" for on, name in names.items() if on in means)
     return f"KL(before ‖ after) {said}, nats per token"
+
+
+def drift(steps: Sequence[StepMetric]) -> str:
+    """How the answers moved while it learned: `KL(before ‖ now) on new prompts 0.01, 0.12, 0.31 after 1, 4, 12
+    steps; on replay prompts ...`, a few of the steps; nothing where it was not measured."""
+    found = [s for s in steps if s.kl]
+    found = (
+        [found[i * (len(found) - 1) // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
+        if len(found) > MAX_POINTS
+        else found
+    )
+    if not found:
+        return ""
+    names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
+    said = [
+        f"{name} {', '.join(number(s.kl[on]) for s in found if on in s.kl)}"
+        for on, name in names.items()
+        if any(on in s.kl for s in found)
+    ]
+    after = ", ".join(str(s.step) for s in found)
+    return f"KL(before ‖ now) {'; '.join(said)}; after {after} steps, nats per token"
 
 
 def looks(found: Sequence[LookMetric]) -> list[str]:

@@ -366,7 +366,8 @@ class JobStatus(Body):
     stopped_by: str = ""
     """Why training stopped."""
     kl: dict[KlSet, float] = {}
-    """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
+    """KL(before || after) on the new and on replayed prompts, nats per token; while training that of the last steps
+    at which it was measured, on a few of the prompts."""
     weights_version: str
     evidence: Evidence | None = None
     error: ErrorInfo | None = None
