@@ -159,6 +159,13 @@ def test_a_changed_row_is_refused(key: str, value: Any) -> None:
         verify(Evidence.model_validate(data))
 
 
+def test_a_certificate_of_format_3_is_whole_but_for_its_number() -> None:
+    old = judge().model_copy(update={"schema_version": 3})
+    verify(old)
+    with pytest.raises(BadRecord, match="sentence"):
+        verify(old.model_copy(update={"sentence": "Kept: all is well."}))
+
+
 def _lesson() -> Any:
     from datetime import UTC, datetime
 
@@ -211,7 +218,9 @@ def test_an_earlier_lesson_that_is_forgotten_is_found() -> None:
         pairs = [*zip(lost, gained, strict=True), (sum(lost), sum(gained))]
         share = shared_by([a + b for a, b in pairs], 0.025)
         found += any(mcnemar_mid_p(a, b) <= 0.025 / share for a, b in pairs)
-    assert found / 200 >= 0.65  # 141 of 200; without the sets in which nothing flipped the level is shared by 11
+    assert (
+        found / 200 >= 0.65
+    )  # 141 of 200; without the sets in which nothing flipped the level is shared by 11
 
 
 # --------------------------------------------------------------------------------------------- its reach

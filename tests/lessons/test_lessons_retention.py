@@ -146,6 +146,7 @@ def test_a_lesson_that_takes_back_what_was_kept_is_undone_unless_that_is_meant(
     without, told = judged(server, back(retention=False, corrections=back().corrections[:5]))  # no retry
     assert all(c.role != "retention" for c in told.comparisons)
     assert without.cause.num_retained == 0
+    assert without.cause.retention_left_out == {"retention is off": len(ASKED)}
     if without.state == "kept":
         server.client.revert(without.id)
     assert server.state() == state

@@ -113,9 +113,7 @@ class Planner:
             "own answer": [x.context for x in replay.own],
         }
         _refuse_read(asked, read)
-        retention = (
-            self._retention(kept, asked, read) if request.retention and asked and kept else Retention()
-        )
+        retention = self._retention(request, kept, asked, read)
         for work in examples:
             self._encoder.check(work)
             refuse_equal(work)
@@ -172,9 +170,18 @@ class Planner:
         )
 
     def _retention(
-        self, kept: Sequence[Kept], asked: list[list[int]], read: dict[ReadAs, list[list[int]]]
+        self,
+        request: wire.TrainRequest,
+        kept: Sequence[Kept],
+        asked: list[list[int]],
+        read: dict[ReadAs, list[list[int]]],
     ) -> Retention:
-        """What of earlier lessons is asked again beside these probes."""
+        """What of earlier lessons is asked again, where this one is judged."""
+        num = sum(len(k.probes) for k in kept)
+        if not num or not asked:
+            return Retention()
+        if not request.retention:
+            return Retention(left_out={"retention is off": num})
         return choose(
             kept,
             lambda probe: fitting(self._tokenizer, probe, "probe", limit=self._limit),

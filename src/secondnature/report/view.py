@@ -438,6 +438,14 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield f"{prefix}{name}", shorten(words.setting(value), 300)
 
 
+def _asked_again(lesson: Lesson) -> str:
+    """What of earlier lessons was asked again, and what was not."""
+    cause = lesson.cause
+    parts = [words.count(cause.num_retained, "probe") + " of earlier lessons"] if cause.num_retained else []
+    parts += [f"not {num:,}: {why}" for why, num in cause.retention_left_out.items()]
+    return "; ".join(parts)
+
+
 def _provenance(run: Run) -> list[tuple[str, str]]:
     lesson, cause = run.lesson, run.lesson.cause
     rows = [
@@ -445,6 +453,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         ("version after", lesson.version or "–"),
         ("job", lesson.job),
         ("taught", f"{words.count(cause.num_examples, 'example')}, with {cause.num_replay:,} of replay"),
+        ("asked again", _asked_again(lesson)),
         ("corrections", ", ".join(shorten(c, 16) for c in cause.corrections[:12]) or "–"),
         ("note", shorten(lesson.note, 400)),
         ("takes back", lesson.reverts or ""),
