@@ -355,8 +355,8 @@ def test_how_the_answers_moved_while_it_learned_is_a_curve_and_a_line() -> None:
     assert "KL divergence from the answers before, over steps" in page
     assert "New prompts: from 0 to 0.8 nats. Replay prompts: from 0 to 0.08 nats." in page
     assert words.drift(run.metrics.steps) == (
-        "KL(before ‖ now) on new prompts 0.1, 0.2, 0.3, 0.6, 0.8; on replay prompts 0.01, 0.02, 0.03, 0.06, 0.08; "
-        "after 1, 2, 3, 6, 8 steps, nats per token"
+        "KL(before ‖ now) on new prompts 0.1, 0.2, 0.3, 0.4, 0.8; on replay prompts 0.01, 0.02, 0.03, 0.04, 0.08; "
+        "after 1, 2, 3, 4, 8 steps, nats per token"
     )
     assert words.drift(run.metrics.steps[-1:]) == ""
     assert "over steps" not in render([Run(lesson=lesson)])
