@@ -189,6 +189,7 @@ class Fake:
             )
             if phase == "training"
             else None,
+            kl={"new": 0.31} if phase == "training" else {},
             stopped_by=lesson.stopped_by,
             weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
             error=lesson.error,

@@ -105,6 +105,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "evidence, a byte": (lambda h: flip(newest(h, "evidence.json")), "evidence.json", "not JSON"),
     "corrections": (lambda h: flip(newest(h, "corrections.jsonl"), 0.3, 1), "corrections.jsonl", ""),
+    "probes": (lambda h: flip(newest(h, "probes.jsonl"), 0.001, 1), "probes.jsonl", ""),
     "moved": (lambda h: flip(newest(h, "moved.json")), "moved.json", "not JSON"),
     "answers": (lambda h: flip(newest(h, "answers.jsonl")), "answers.jsonl", "not UTF-8"),
     "a delta": (lambda h: flip(newest(h, "delta.safetensors"), 0.9), "delta.safetensors", "checksum"),

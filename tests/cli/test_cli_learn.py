@@ -34,8 +34,8 @@ def test_learn_ends_with_the_code_of_the_verdict(
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
     assert (
-        "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25, development 1/4, other 2/3 (1 lost)"
-        in err
+        "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25, development 1/4, other 2/3 (1 lost), "
+        "KL 0.31 on new prompts" in err
     )
     passed = "looks:  development 3 of 4 (3 before) after "
     assert passed in out
@@ -81,6 +81,28 @@ def test_learn_sends_the_whole_directory_in_one_request(fake: Fake, home: Path, 
     assert (request.until_passed, request.development[1].max_tokens) == (0.8, 4)
     assert (request.optimizer.lr, request.optimizer.rank, request.batch_size, request.seed) == (3e-4, 4, 2, 7)
     assert (request.replay.share, request.gate.min_gain_probes, request.max_steps) == (0.5, 5, None)
+
+
+def test_what_earlier_lessons_taught_is_asked_again_unless_that_is_refused(
+    fake: Fake, home: Path, lesson_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a dry run says what is asked, what is not, and what that could show."""
+    reach = {"name": "use (lesson 0003)", "role": "retention", "n": 60, "num_seeds": 60, "at_best": 5 / 60}
+    reach |= {"flip_rate": 0.04, "too_few": False}
+    fake.plan = {
+        "retention": {"sets": {"use (lesson 0003)": 60}, "left_out": {"read in training": 2}},
+        "could_show": {"alpha": 0.025, "sets": [reach], "gate": {}},
+    }
+    command = ["learn", str(lesson_dir), "--home", str(home), "--dry-run"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "asked again: 60 probes of use (lesson 0003)" in out
+    assert "not asked again: 2 (read in training)" in out
+    assert "use (lesson 0003), 60 probes: shows a fall of 8.3 points at best" in out
+    assert main([*command, "--no-retention"]) == 0
+    (lesson_dir / "lesson.toml").write_text("retention = false")
+    assert main(command) == 0
+    assert [r.retention for r in fake.requests] == [True, False, False]
 
 
 def test_learn_json_is_one_document(

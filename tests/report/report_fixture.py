@@ -113,6 +113,8 @@ def metric_lines(steps: int, *, drilled: bool = False) -> list[dict[str, Any]]:
             lines.append(
                 {"kind": "step", "step": step, "loss": loss, "tokens_per_s": 240.0, "grad_norm": 2 * loss}
             )
+            if drilled and step in (1, 2, 3, 4, 6, 8, 12):
+                lines[-1]["kl"] = {"new": 0.05 * step, "replay": 0.001 * step}
         right = [-6 + 0.75 * speed * step + rng.gauss(0, 2.2) for _ in range(24)]
         other = [7 - 0.22 * speed * step * (3 if drilled else 1) + rng.gauss(0, 2.0) for _ in range(24)]
         shares = {"right": sum(m > 0 for m in right) / 24, "other": sum(m > 0 for m in other) / 24}

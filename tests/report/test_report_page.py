@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from secondnature.records import (
     Message,
     SampleAnswer,
     SharedWords,
+    StepMetric,
     TagTest,
     to_jsonl,
 )
-from secondnature.report import svg
+from secondnature.report import svg, words
 from secondnature.report.page import render
-from secondnature.report.run import Run, read_run
+from secondnature.report.run import Metrics, Run, read_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>"
@@ -340,3 +342,21 @@ def test_what_losses_share_and_how_answers_sound_is_on_the_page() -> None:
     assert "5 have “my money” (5 of 7 probes that have it" in text
     assert "How the answers sound" in text
     assert "3 → 1 words an answer (4 shorter, 0 longer" in text
+
+
+def test_how_the_answers_moved_while_it_learned_is_a_curve_and_a_line() -> None:
+    """A lesson of an older version has none; the line names a few steps of many."""
+    steps = [
+        StepMetric(step=s, loss=0.1, kl={"new": 0.1 * s, "replay": 0.01 * s}) for s in (1, 2, 3, 4, 6, 8)
+    ]
+    lesson = Lesson(id="0001-listening", number=1, job="j", created_at=datetime(2026, 1, 2, tzinfo=UTC))
+    run = Run(lesson=lesson, metrics=Metrics(steps=[*steps, StepMetric(step=9, loss=0.1)]))
+    page = render([run])
+    assert "KL divergence from the answers before, over steps" in page
+    assert "New prompts: from 0 to 0.8 nats. Replay prompts: from 0 to 0.08 nats." in page
+    assert words.drift(run.metrics.steps) == (
+        "KL(before ‖ now) on new prompts 0.1, 0.2, 0.3, 0.4, 0.8; on replay prompts 0.01, 0.02, 0.03, 0.04, 0.08; "
+        "after 1, 2, 3, 4, 8 steps, nats per token"
+    )
+    assert words.drift(run.metrics.steps[-1:]) == ""
+    assert "over steps" not in render([Run(lesson=lesson)])

@@ -270,3 +270,22 @@ def test_a_model_in_which_nothing_gets_a_gradient_is_told(made: Made, tmp_path: 
     assert [m["grad_norm"] for m in told if m["kind"] == "step"] == [0.0] * 3
     assert not any(m["written"] for m in done.moved)
     assert content_id(made[0].tensors) == before
+
+
+def test_the_kl_is_measured_between_steps_on_new_and_on_replayed_prompts(made: Made, tmp_path: Path) -> None:
+    """At ever fewer steps, on four prompts at most; after the last step it is what is measured at the end."""
+    kl = {"new": [work(13), work(14)], "replay": [work(20 + i) for i in range(6)]}
+    _, told = run(made, job(tmp_path, steps=8, objective="sft", development=[], kl=kl))
+    found = {m["step"]: m["kl"] for m in told if m["kind"] == "step" and "kl" in m}
+    assert list(found) == [1, 2, 3, 4, 6, 8]
+    ended = {m["on"]: m["per_prompt"] for m in told if m["kind"] == "kl"}
+    assert len(ended["replay"]) == 6
+    for on in ("new", "replay"):
+        first = ended[on][:4]
+        assert found[8][on] == pytest.approx(sum(first) / len(first), rel=1e-3)
+        assert 0 < found[1][on] < found[8][on]
+
+
+def test_where_no_prompt_is_known_no_kl_is_told(made: Made, tmp_path: Path) -> None:
+    _, told = run(made, job(tmp_path, steps=2, kl={"new": [], "replay": []}))
+    assert all("kl" not in m for m in told if m["kind"] == "step")

@@ -208,6 +208,9 @@ def learn(
             help="Of facts,arithmetic,instructions,code,refusal; or none.",
         ),
     ] = None,
+    no_retention: Annotated[
+        bool, typer.Option("--no-retention", help="Do not ask what kept lessons taught again.")
+    ] = False,
     report: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report.html"),
     home: HomeOption = None,
     url: UrlOption = None,
@@ -236,6 +239,7 @@ def learn(
         keep,
         dry_run,
         parse_guards(guards),
+        False if no_retention else None,
     )
     out = Output(as_json=as_json)
     return run(corrections, flags, Where(home, url, model), report, out, calibrate=calibrate)

@@ -144,6 +144,7 @@ class _Watch:
         elif phase == "training":
             extra = f", loss {status.loss:.4g}" if status.loss is not None else ""
             extra += f", {far(status.look)}" if status.look is not None else ""
+            extra += f", KL {status.kl['new']:.2g} on new prompts" if "new" in status.kl else ""
             self._steps = status.progress
         self._shown.show(phase, status.progress, extra)
         self.say_why(status)

@@ -15,7 +15,7 @@ from secondnature.cli.learn import interrupted, teach
 from secondnature.cli.output import Output
 from secondnature.cli.progress import waiting
 from secondnature.errors import BadRecord, SecondnatureError
-from secondnature.records import Lesson, describe, parse_json
+from secondnature.records import Lesson, StepMetric, describe, parse_json
 from secondnature.wire import Client, PhaseProgress, PruneRequest, TrainRequest
 
 
@@ -43,6 +43,9 @@ def show(lesson_id: str, where: Where, out: Output) -> int:
     with open_server(where, out, start="known") as server:
         detail = server.client.lesson(lesson_id)
     lesson = detail.lesson
+    from secondnature.report.words import drift
+
+    steps = [StepMetric.from_disk(m) for m in detail.metrics if m.get("kind") == "step" and m.get("kl")]
     rows = {
         "lesson": f"{lesson.id} ({lesson.kind})",
         "state": lesson.state.replace("_", " "),
@@ -52,6 +55,7 @@ def show(lesson_id: str, where: Where, out: Output) -> int:
         "corrections": str(len(detail.corrections)),
         "steps": f"{lesson.steps}" + (f", last loss {lesson.loss:.4g}" if lesson.loss is not None else ""),
         "stopped": why_stopped(lesson.stopped_by),
+        "moved": drift(steps),
         "weights": f"{lesson.parent or '-'} -> {lesson.version or '-'}",
         "from": _origin(lesson),
         "reverts": lesson.reverts,

@@ -15,7 +15,7 @@ from secondnature.report.words import reaches
 __all__ = ["show"]
 
 MAX_ON_TERMINAL = 3
-SAID = ("shown", "notes", "lint", "guards", "could_show")
+SAID = ("shown", "notes", "lint", "guards", "retention", "could_show")
 """Of a plan, what is said in words."""
 
 
@@ -46,6 +46,11 @@ def show(plan: dict[str, Any], out: Output) -> None:
     for pack in plan.get("guards", []):
         left = f", {pack['left_out']} left out (taught, or too long)" if pack["left_out"] else ""
         out.say(f"guarded by pack:{pack['pack']}: {pack['num']} probes of {pack['covers']}{left}")
+    again: dict[str, dict[str, int]] = plan.get("retention", {})
+    for name, number in again.get("sets", {}).items():
+        out.say(f"asked again: {number} probes of {name}")
+    for reason, number in again.get("left_out", {}).items():
+        out.say(f"not asked again: {number} ({reason})")
     if plan.get("could_show"):
         out.say("what these probes could show", style="bold")
         for line in reaches(Reaches.model_validate(plan["could_show"])):

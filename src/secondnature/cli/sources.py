@@ -73,6 +73,8 @@ class LessonFile(Record):
     gate: GateSettings | None = None
     guards: list[NamedPack] | None = None
     """Shipped packs (`pack:facts`). Default: facts, arithmetic, instructions, where probes.jsonl has no guards."""
+    retention: bool | None = None
+    """Ask what kept lessons taught again."""
 
 
 DEFAULT_GUARDS: tuple[GuardPack, ...] = ("facts", "arithmetic", "instructions")
@@ -112,6 +114,7 @@ class LearnFlags:
     keep: bool = False
     dry_run: bool = False
     guards: list[GuardPack] | None = None
+    retention: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,15 @@ class Sources:
         body: dict[str, Any] = settings.model_dump(
             exclude={"behaviour", "note", "replay", "optimizer", "gate", "guards"}, exclude_none=True
         )
-        for key in ("objective", "max_steps", "until_margin", "until_passed", "batch_size", "seed"):
+        for key in (
+            "objective",
+            "max_steps",
+            "until_margin",
+            "until_passed",
+            "batch_size",
+            "seed",
+            "retention",
+        ):
             if getattr(flags, key) is not None:
                 body[key] = getattr(flags, key)
         body["optimizer"] = settings.optimizer or OptimizerSettings()

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any
 
 from secondnature.errors import BadRecord
-from secondnature.evidence.decision import HOPELESS, compare, level
+from secondnature.evidence.decision import HOPELESS, TOGETHER, compare, level, num_flipped, shared_by
 from secondnature.evidence.lost import retest
 from secondnature.evidence.reach import reach
 from secondnature.evidence.statistics import d_prime, two_sided, upper_quantile, z_moments
@@ -26,6 +26,7 @@ from secondnature.records import (
     DEFAULT_GUARD_MARGIN,
     EVIDENCE_VERSION,
     Comparison,
+    Decision,
     Evidence,
     GateSettings,
     Losses,
@@ -35,6 +36,7 @@ from secondnature.records import (
     Verdict,
 )
 
+VETOES: tuple[Decision, ...] = ("harmed", "pin_lost", "tag_harmed")
 MOST_SAID = 1000
 """More probes than these are nobody's set: that so many would do is no help, and not said."""
 
@@ -80,7 +82,8 @@ def certify(
 
 def _with_reach(c: Comparison, gate: GateSettings, num_retries: int) -> Comparison:
     """What a set that said too little could have shown."""
-    if not _is_open(c):
+    said_little = c.role == "retention" and c.decision == "not_judged"
+    if not _is_open(c) and not said_little:
         return c
     found = reach(
         name=c.name,
@@ -91,13 +94,14 @@ def _with_reach(c: Comparison, gate: GateSettings, num_retries: int) -> Comparis
         num_retries=num_retries,
         flip_rate=(c.gains + c.losses) / c.n,
         pinned=c.pinned,
+        share=1 if c.harm_alpha is None else round(gate.alpha / c.harm_alpha),
     )
     return c.model_copy(update={"reach": found})
 
 
 def _discrimination(comparisons: Sequence[Comparison], alpha: float) -> dict[str, Any]:
     """d' before and after, its limits, and whether it passed; empty where a side was not probed."""
-    sides = {c.role: c for c in comparisons if c.role != "guard"}
+    sides = {c.role: c for c in comparisons if c.role in ("gain", "other")}
     if len(sides) < 2:
         return {}
     right, other = sides["gain"], sides["other"]
@@ -141,7 +145,7 @@ def _decide(
     comparisons: Sequence[Comparison], d: dict[str, Any], behaviour: str, taught: Taught | None
 ) -> tuple[Verdict, str]:
     gain = next((c for c in comparisons if c.role == "gain"), None)
-    guards = [c for c in comparisons if c.role != "gain"]
+    guards = [c for c in comparisons if c.role in ("other", "guard")]
     harmed = sorted(
         (c for c in comparisons if c.decision == "harmed"), key=lambda c: (c.after - c.before) / c.n
     )
@@ -149,7 +153,7 @@ def _decide(
     vetoes += [_pins_lost(c) for c in comparisons if c.pinned_losses]
     vetoes += [_concentrated(c, tag) for c in comparisons if c.lost for tag in c.lost.tags if tag.harmed]
     if vetoes:
-        return "undone", "Undone: " + "; ".join(vetoes) + "."
+        return "undone", "Undone: " + "; ".join([*vetoes, *_meant(comparisons)]) + "."
     if d and d["d_prime_change_high"] < 0:
         return "undone", (
             f"Undone: the model tells the two sides of {behaviour} apart less well than before "
@@ -173,9 +177,19 @@ def _decide(
         assert taught is not None, "else it is open"
         return "kept", (
             f"Kept: {_as_wanted(taught)} (no probe of {behaviour} was asked: nothing is known of other prompts); "
-            f"{_held(guards)}."
+            f"{_held(guards)}{_retained(comparisons)}."
         )
-    return "kept", f"Kept: {_rates(gain)} ({_p(gain)}); {_held(guards)}."
+    return "kept", f"Kept: {_rates(gain)} ({_p(gain)}); {_held(guards)}{_retained(comparisons)}."
+
+
+def _meant(comparisons: Sequence[Comparison]) -> list[str]:
+    """What to do where a lesson is to change what an earlier one taught."""
+    if all(c.role != "retention" or c.decision not in VETOES for c in comparisons):
+        return []
+    return [
+        "if it is meant to change what an earlier lesson taught, take that one back first, or teach with "
+        "`retention: false` (`--no-retention`)"
+    ]
 
 
 def _learned(taught: Taught) -> bool:
@@ -193,7 +207,7 @@ def _as_wanted(taught: Taught) -> str:
 
 
 def _is_open(c: Comparison) -> bool:
-    hopeless = c.role != "gain" and c.before < HOPELESS * c.n
+    hopeless = c.role == "retention" or (c.role != "gain" and c.before < HOPELESS * c.n)
     return c.decision in ("not_shown", "not_judged") and not hopeless
 
 
@@ -285,6 +299,19 @@ def _held(guards: Sequence[Comparison]) -> str:
     return "; ".join(parts)
 
 
+def _retained(comparisons: Sequence[Comparison]) -> str:
+    """What is known of what earlier lessons taught, of all of it at once where it was asked in several sets."""
+    again = [c for c in comparisons if c.role == "retention"]
+    if not again:
+        return ""
+    sets = [c for c in again if c.name != TOGETHER]
+    n, losses, gains = (sum(getattr(c, key) for c in sets) for key in ("n", "losses", "gains"))
+    of = sets[0].name if len(sets) == 1 else "earlier lessons"
+    held = again[-1].decision == "held" and again[-1].margin is not None
+    shown = f"a fall of {_points(again[-1].margin or 0)} points is ruled out" if held else "no harm is shown"
+    return f"; of {n} probes of {of} {losses} were lost and {gains} gained: {shown}"
+
+
 def recompute(evidence: Evidence) -> Evidence:
     """The same certificate, every figure and the verdict computed again from its counts.
 
@@ -292,8 +319,15 @@ def recompute(evidence: Evidence) -> Evidence:
         BadRecord: the counts contradict each other.
     """
     comparisons: list[Comparison] = []
+    flips = [
+        num_flipped(c.gains, c.losses, c.clusters)
+        for c in evidence.comparisons
+        if c.role == "retention" and c.pinned < c.n
+    ]
+    among_sets = shared_by(flips, evidence.gate.alpha)
     for c in evidence.comparisons:
         _check_counts(c)
+        share = among_sets if c.role == "retention" else 1
         fresh = compare(
             name=c.name,
             role=c.role,
@@ -306,7 +340,8 @@ def recompute(evidence: Evidence) -> Evidence:
             gate=evidence.gate,
             num_retries=evidence.num_retries,
             pins=(c.pinned, c.pinned_before, c.pinned_losses),
-            lost=_retested(c, evidence.gate),
+            lost=_retested(c, evidence.gate.alpha / share),
+            share=share,
         )
         kept = {k: getattr(c, k) for k in ("flips", "style", "mean_margin_before", "mean_margin_after")}
         comparisons.append(fresh.model_copy(update=kept))
@@ -352,10 +387,10 @@ def _recomputed(p: Prompted | None) -> Prompted | None:
     return p.model_copy(update={"p": two_sided(p.only_lesson, p.only_prompting)})
 
 
-def _retested(c: Comparison, gate: GateSettings) -> Losses | None:
+def _retested(c: Comparison, alpha: float) -> Losses | None:
     """Raises BadRecord."""
     try:
-        return None if c.lost is None else retest(c.lost, c.num_seeds, gate.alpha)
+        return None if c.lost is None else retest(c.lost, c.num_seeds, alpha)
     except ValueError as e:
         raise BadRecord(
             f"{c.name} ({c.role}): the counts of tags or words contradict each other: {e}",
@@ -403,10 +438,12 @@ def verify(evidence: Evidence) -> None:
     found, fresh = evidence.model_dump(), recompute(evidence).model_dump()
     if evidence.schema_version == 1:
         found = _of_format_1(found, fresh)
-    elif evidence.schema_version < EVIDENCE_VERSION:
+    elif evidence.schema_version == 2:
         found |= {key: fresh[key] for key in ("schema_version", "sentence")}
         for old, new in zip(found["comparisons"], fresh["comparisons"], strict=True):
             old["reach"] = new["reach"]
+    elif evidence.schema_version < EVIDENCE_VERSION:  # what was added since can be in none of them
+        found["schema_version"] = fresh["schema_version"]
     _same(found, fresh, "evidence")
 
 

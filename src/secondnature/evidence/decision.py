@@ -10,8 +10,8 @@ test says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from secondnature.evidence.power import EXACT_N, gain_n_needed, noninferiority_n_needed
 from secondnature.evidence.statistics import (
@@ -25,7 +25,7 @@ from secondnature.evidence.statistics import (
     score_p,
     shifted_sign_flip,
 )
-from secondnature.records import Comparison, Decision, GateSettings, Losses, TagTest
+from secondnature.records import Comparison, Decision, GateSettings, Losses, ProbeRole, TagTest
 
 HOPELESS = 0.20
 """A guard with a lower pass rate before the lesson guards nothing: it is shown, not judged."""
@@ -36,7 +36,9 @@ LEAST_LEVEL = 1e-300
 RESOLUTION = 5e-4
 """Of the limits: a twentieth of a point."""
 
-ProbeRole = Literal["gain", "other", "guard"]
+TOGETHER = "earlier lessons, together"
+"""Name of the set of all that was asked again of earlier lessons, where that is several sets: each may be too small
+to show a harm that all of them share."""
 Pins = tuple[int, int, int]
 """Of the pinned probes of a set: (how many, passed before, lost)."""
 Family = Callable[[float], float]
@@ -46,6 +48,27 @@ Family = Callable[[float], float]
 def level(gate: GateSettings, num_retries: int) -> float:
     """The level of the tests: halved for each earlier try with the same corrections."""
     return max(math.ldexp(gate.alpha, -num_retries), LEAST_LEVEL)
+
+
+def shared_by(flips: Iterable[int], alpha: float) -> int:
+    """Among how many sets of earlier lessons the level of harm is shared (Tarone 1990).
+
+    A set in which so few scenarios changed that even all of them lost would show nothing costs no level: how many
+    changed says nothing of the direction.
+
+    Args:
+        flips: per set, the scenarios with more gains than losses or the reverse.
+        alpha: of all sets together.
+    """
+    least, share = [0.5 ** (k + 1) for k in flips], 1
+    while sum(p <= alpha / share for p in least) > share:
+        share += 1
+    return share
+
+
+def num_flipped(gains: int, losses: int, clusters: Sequence[Cluster]) -> int:
+    """Scenarios of a set that have more gains than losses, or the reverse."""
+    return sum(up != down for _, up, down in clusters) if clusters else gains + losses
 
 
 def compare(
@@ -62,9 +85,17 @@ def compare(
     num_retries: int = 0,
     pins: Pins = (0, 0, 0),
     lost: Losses | None = None,
+    share: int = 1,
 ) -> Comparison:
-    """Judge one probe set by its counts. `clusters` is empty where each probe is a scenario of its own."""
-    decided = _of_tests(name, role, n, num_seeds, before, gains, losses, clusters, gate, num_retries, pins)
+    """Judge one probe set by its counts.
+
+    Args:
+        clusters: empty where each probe is a scenario of its own.
+        share: among so many sets the level of harm is shared (`shared_by`).
+    """
+    decided = _of_tests(
+        name, role, n, num_seeds, before, gains, losses, clusters, gate, num_retries, pins, gate.alpha / share
+    )
     vetoed = _vetoed(decided, pins, [] if lost is None else [t for t in lost.tags if t.harmed])
     return decided.model_copy(
         update={
@@ -90,7 +121,8 @@ def _vetoed(c: Comparison, pins: Pins, harmed: Sequence[TagTest]) -> dict[str, A
 
 def margin_of(gate: GateSettings, role: ProbeRole, name: str) -> float | None:
     """The non-inferiority margin of a probe set; None for the gain."""
-    return {"gain": None, "other": gate.other_margin, "guard": gate.margin_of(name)}[role]
+    margins = {"gain": None, "other": gate.other_margin}
+    return margins[role] if role in margins else gate.margin_of(name)
 
 
 def _of_tests(
@@ -105,6 +137,7 @@ def _of_tests(
     gate: GateSettings,
     num_retries: int,
     pins: Pins,
+    harm_alpha: float,
 ) -> Comparison:
     """What the tests of the whole set say, or its pins where it has no other probes."""
     alpha = level(gate, num_retries)
@@ -125,7 +158,7 @@ def _of_tests(
         "after_interval": clopper_pearson(after, n),
         "alpha": alpha,
         "harm_p": harm_p,
-        "harm_alpha": gate.alpha,
+        "harm_alpha": harm_alpha,
         "clusters": list(clusters),
     }
     if pins[0] == n and role != "gain":
@@ -137,21 +170,23 @@ def _of_tests(
     few, notes = too_few(role, n, num_seeds, gate)
     hopeless = role != "gain" and before < HOPELESS * n
     point, tested = (gains - losses) / n, 0.0 if margin is None else -margin
-    shown, harm = p <= alpha and point > tested, harm_p <= gate.alpha and point < 0
+    shown, harm = p <= alpha and point > tested, harm_p <= harm_alpha and point < 0
     decision = _decide(role, shown, harm, few or hopeless, hopeless, gains > losses)
-    if decision in ("not_shown", "not_judged", "no_gain") and not hopeless:
+    if role != "retention" and decision in ("not_shown", "not_judged", "no_gain") and not hopeless:
         needed = _n_needed(role, margin, n, num_seeds, gains, losses, clusters, alpha, gate)
     else:
         needed = None
     if hopeless:
         notes = [f"passed only {before} of {n} before the lesson: it guards nothing and is not judged"]
-    elif decision == "harmed":
+    elif role == "retention" and decision == "not_judged":
+        notes = [*notes, f"no harm is shown, nor a fall of {100 * (margin or 0):g} points ruled out"]
+    if decision == "harmed":
         notes = []
     return Comparison(
         **counted,
         difference_interval=(
             _lower_limit(n, gains, losses, clusters, margin, alpha, shown),
-            0.0 - _lower_limit(n, losses, gains, mirrored, None, gate.alpha, harm),  # and never -0.0
+            0.0 - _lower_limit(n, losses, gains, mirrored, None, harm_alpha, harm),  # and never -0.0
         ),
         margin=margin,
         method=method,
@@ -166,12 +201,14 @@ def _of_tests(
 
 def _decide(role: ProbeRole, shown: bool, harm: bool, unjudged: bool, hopeless: bool, more: bool) -> Decision:
     """`shown` and `harm` are what the two tests say, `more` whether there are more gains than losses."""
-    if harm and not shown and not hopeless:
+    if harm and not shown and (role == "retention" or not hopeless):
         return "harmed"
     if unjudged:
         return "not_judged"
     if shown:
         return "gained" if role == "gain" else "held"
+    if role == "retention":
+        return "not_judged"  # it is asked to find harm; a set too small for more keeps nobody from a verdict
     return "no_gain" if role == "gain" and not more else "not_shown"
 
 
@@ -204,7 +241,7 @@ def too_few(role: ProbeRole, n: int, num_seeds: int, gate: GateSettings) -> tupl
             f"{n} probes from {num_seeds} scenarios; at least {gate.min_gain_probes} from "
             f"{gate.min_gain_seeds} are asked for"
         ]
-    minimum = gate.min_other_probes if role == "other" else gate.min_guard_probes
+    minimum = {"other": gate.min_other_probes, "guard": gate.min_guard_probes}.get(role, 0)
     notes = [f"{n} probes of {num_seeds} scenarios count as {num_seeds}"] if num_seeds < n else []
     return n < minimum, notes + ([f"at least {minimum} probes are asked for"] if n < minimum else [])
 

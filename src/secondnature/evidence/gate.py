@@ -3,7 +3,7 @@
 A pure function of its arguments: it asks nothing, writes nothing, draws no random number. It pairs the outcomes by
 probe, counts, and leaves all figures and the verdict to `certificate`, which needs the counts alone. Probes of the
 lesson's behaviour measure the gain (`side: right`) and the restraint (`side: other`); probes of every other name
-are guards. The same prompt asked twice is one probe.
+are guards; what earlier lessons taught comes in sets of its own. The same prompt asked twice is one probe.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
 from secondnature.errors import BadInput
 from secondnature.evidence.certificate import certify
-from secondnature.evidence.decision import ProbeRole, compare
+from secondnature.evidence.decision import TOGETHER, compare, num_flipped, shared_by
 from secondnature.evidence.lost import Scenario, describe
 from secondnature.evidence.power import noninferiority_n_needed
 from secondnature.evidence.statistics import clopper_pearson
@@ -31,6 +31,7 @@ from secondnature.records import (
     GateSettings,
     Outcome,
     Probe,
+    ProbeRole,
     Prompted,
     Taught,
     digest,
@@ -48,6 +49,7 @@ class _Pair:
     probe: Probe
     before: Outcome
     after: Outcome
+    scenario: str
 
     @property
     def lost(self) -> bool:
@@ -68,22 +70,31 @@ def judge_lesson(
     created_at: datetime | None = None,
     taught: Taught | None = None,
     prompted: Prompted | None = None,
+    retained: Mapping[str, Sequence[Probe]] | None = None,
 ) -> Evidence:
     """The certificate of a lesson: its verdict, and all counts and figures that lead to it.
+
+    Args:
+        retained: probes of what earlier lessons taught, by the name of each set; none of them among `probes`.
 
     Raises:
         BadInput: a probe has no outcome before or after.
     """
     gate = gate or GateSettings()
-    pairs = _pair(probes, before, after)
+    again = [p for of in (retained or {}).values() for p in of]
+    pairs = _pair([*probes, *again], before, after)
+    own = {p.digest() for p in probes}
     sets: dict[tuple[int, str], list[_Pair]] = defaultdict(list)
     roles: tuple[ProbeRole, ...] = ("gain", "other", "guard")
-    for pair in pairs:
-        role = _role(pair.probe, behaviour)
-        sets[roles.index(role), pair.probe.behaviour].append(pair)
+    for digest_, pair in pairs.items():
+        if digest_ in own:
+            sets[roles.index(_role(pair.probe, behaviour)), pair.probe.behaviour].append(pair)
     comparisons = [
         _compare(name, roles[role], found, gate, num_retries) for (role, name), found in sorted(sets.items())
     ]
+    comparisons += _retained(
+        {name: [pairs[p.digest()] for p in of] for name, of in (retained or {}).items()}, gate, num_retries
+    )
     return certify(
         comparisons,
         behaviour=behaviour,
@@ -91,7 +102,7 @@ def judge_lesson(
         num_retries=num_retries,
         before_version=before_version,
         after_version=after_version,
-        probes_sha256=hash_probes([pair.probe for pair in pairs]),
+        probes_sha256=hash_probes([pair.probe for pair in pairs.values()]),
         seed=seed,
         created_at=created_at or utc_now(),
         taught=taught,
@@ -110,7 +121,8 @@ def _role(probe: Probe, behaviour: str) -> ProbeRole:
     return "gain" if probe.side == "right" else "other"
 
 
-def _pair(probes: Sequence[Probe], before: Iterable[Outcome], after: Iterable[Outcome]) -> list[_Pair]:
+def _pair(probes: Sequence[Probe], before: Iterable[Outcome], after: Iterable[Outcome]) -> dict[str, _Pair]:
+    """By the digest of each probe."""
     was = {o.probe: o for o in before}
     now = {o.probe: o for o in after}
     asked = {p.digest(): p for p in probes}
@@ -122,21 +134,53 @@ def _pair(probes: Sequence[Probe], before: Iterable[Outcome], after: Iterable[Ou
                 f"(the first: {missing[0]})",
                 "ask the same probes before and after",
             )
-    return [_Pair(p, was[d], now[d]) for d, p in asked.items()]
+    return {d: _Pair(p, was[d], now[d], p.cluster) for d, p in asked.items()}
+
+
+def _retained(sets: Mapping[str, list[_Pair]], gate: GateSettings, num_retries: int) -> list[Comparison]:
+    """What earlier lessons taught, set by set and together; the level of harm is shared among them."""
+    together = [replace(x, scenario=f"{name}/{x.scenario}") for name, of in sets.items() for x in of]
+    told = dict(sets)
+    if len(sets) > 1:
+        told[TOGETHER] = [replace(x, probe=x.probe.model_copy(update={"pin": False})) for x in together]
+    flips = [
+        num_flipped(sum(c[1] for c in found), sum(c[2] for c in found), found)
+        for name, of in told.items()
+        if not all(x.probe.pin for x in of)
+        for found in [_scenario_counts(of)]
+    ]
+    share = shared_by(flips, gate.alpha)
+    return [
+        _compare(name, "retention", of, gate, num_retries, share, described=name != TOGETHER)
+        for name, of in told.items()
+    ]
+
+
+def _scenario_counts(pairs: Iterable[_Pair]) -> list[tuple[int, int, int]]:
+    """(probes, gains, losses) of each scenario."""
+    counts: dict[str, list[int]] = {}
+    for pair in pairs:
+        of = counts.setdefault(pair.scenario, [0, 0, 0])
+        of[0] += 1
+        of[1] += pair.after.passed and not pair.before.passed
+        of[2] += pair.lost
+    return [(c[0], c[1], c[2]) for c in counts.values()]
 
 
 def _compare(
-    name: str, role: ProbeRole, pairs: Sequence[_Pair], gate: GateSettings, num_retries: int
+    name: str,
+    role: ProbeRole,
+    pairs: Sequence[_Pair],
+    gate: GateSettings,
+    num_retries: int,
+    share: int = 1,
+    *,
+    described: bool = True,
 ) -> Comparison:
-    per_seed: dict[str, list[int]] = {}
-    for pair in pairs:
-        counts = per_seed.setdefault(pair.probe.cluster, [0, 0, 0])
-        counts[0] += 1
-        counts[1] += pair.after.passed and not pair.before.passed
-        counts[2] += pair.lost
+    """One probe set. `described`: with its flips and what its losses share; else others have told of them."""
     pinned = [pair for pair in pairs if pair.probe.pin]
     whole = [pair for pair in pairs if pair.before.whole and pair.after.whole]
-    clusters = [(c[0], c[1], c[2]) for c in per_seed.values()]
+    clusters = _scenario_counts(pairs)
     comparison = compare(
         name=name,
         role=role,
@@ -149,12 +193,15 @@ def _compare(
         gate=gate,
         num_retries=num_retries,
         pins=(len(pinned), sum(p.before.passed for p in pinned), sum(p.lost for p in pinned)),
-        lost=describe(_scenarios(pairs), gate.alpha),
+        lost=describe(_scenarios(pairs), gate.alpha / share) if described else None,
+        share=share,
     )
     return comparison.model_copy(
         update={
-            "flips": _flips(pairs),
-            "style": style([p.before.answer for p in whole], [p.after.answer for p in whole]),
+            "flips": _flips(pairs) if described else [],
+            "style": None
+            if role == "retention"  # none of their answers is generated to its end for that
+            else style([p.before.answer for p in whole], [p.after.answer for p in whole]),
             "mean_margin_before": _mean_margin(pair.before for pair in pairs),
             "mean_margin_after": _mean_margin(pair.after for pair in pairs),
         }
@@ -164,7 +211,7 @@ def _compare(
 def _scenarios(pairs: Iterable[_Pair]) -> list[Scenario]:
     grouped: dict[str, list[_Pair]] = defaultdict(list)
     for pair in pairs:
-        grouped[pair.probe.cluster].append(pair)
+        grouped[pair.scenario].append(pair)
     return [
         Scenario(
             text="\n".join(p.probe.prompt[-1].content for p in of),

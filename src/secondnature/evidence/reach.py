@@ -9,12 +9,12 @@ All by the gate's own tests at its own level; a scenario counts once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod, sqrt
 
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from secondnature.evidence.decision import ProbeRole, level, margin_of, too_few
+from secondnature.evidence.decision import TOGETHER, level, margin_of, too_few
 from secondnature.evidence.power import EXACT_N, noninferiority_power
 from secondnature.evidence.statistics import (
     cluster_sign_flip,
@@ -22,7 +22,7 @@ from secondnature.evidence.statistics import (
     noninferiority_p,
     upper_quantile,
 )
-from secondnature.records import GateSettings, Probe, Reach, Reaches
+from secondnature.records import GateSettings, Probe, ProbeRole, Reach, Reaches
 
 __all__ = ["FLIP_RATE", "reach", "reaches"]
 
@@ -42,8 +42,9 @@ def reach(
     num_retries: int = 0,
     flip_rate: float = FLIP_RATE,
     pinned: int = 0,
+    share: int = 1,
 ) -> Reach:
-    """What n probes of so many scenarios could show under this gate."""
+    """What n probes of so many scenarios could show under this gate. `share`: as in `compare`."""
     alpha, margin = level(gate, num_retries), margin_of(gate, role, name)
     size = min(n, num_seeds)
     flips = round(size * flip_rate / 2)
@@ -51,6 +52,10 @@ def reach(
     if pinned == n and role != "gain":
         at_best = usual = margin = None
         few, chance = False, None
+    elif role == "retention":  # it must rule out nothing; what it shows is harm
+        levels = ((0, gate.alpha), (flips, gate.alpha / share))
+        at_best, usual = (_smallest_gain(size, k, a, several=num_seeds < n) for k, a in levels)
+        margin = chance = None
     elif margin is None:
         at_best, usual = (_smallest_gain(size, lost, alpha, several=num_seeds < n) for lost in (0, flips))
         chance = None
@@ -73,9 +78,16 @@ def reach(
 
 
 def reaches(
-    probes: Sequence[Probe], behaviour: str, gate: GateSettings, num_retries: int = 0
+    probes: Sequence[Probe],
+    behaviour: str,
+    gate: GateSettings,
+    num_retries: int = 0,
+    retained: Mapping[str, Sequence[Probe]] | None = None,
 ) -> Reaches | None:
-    """What the probes of a lesson could show, set by set; None where there are none."""
+    """What the probes of a lesson could show, set by set; None where there are none.
+
+    `retained`: what is asked again of earlier lessons, by the name of each set.
+    """
     sets: dict[tuple[int, str], list[Probe]] = defaultdict(list)
     roles: tuple[ProbeRole, ...] = ("gain", "other", "guard")
     for probe in {p.digest(): p for p in probes}.values():
@@ -93,12 +105,27 @@ def reaches(
         )
         for (role, name), of in sorted(sets.items())
     ]
+    found += _of_earlier(retained or {}, gate)
     if not found:
         return None
     chances = [r.chance for r in found if r.chance is not None]
     return Reaches(
         alpha=level(gate, num_retries), sets=found, chance=prod(chances) if chances else None, gate=gate
     )
+
+
+def _of_earlier(retained: Mapping[str, Sequence[Probe]], gate: GateSettings) -> list[Reach]:
+    """What the sets of earlier lessons could show, each and, where they are several, together."""
+    sizes = {
+        name: (len(of), len({p.cluster for p in of}), sum(p.pin for p in of)) for name, of in retained.items()
+    }
+    if len(sizes) > 1:
+        n, num_seeds = (sum(size[i] for size in sizes.values()) for i in (0, 1))
+        sizes[TOGETHER] = (n, num_seeds, 0)
+    return [
+        reach(name=name, role="retention", n=n, num_seeds=k, gate=gate, pinned=pinned, share=len(sizes))
+        for name, (n, k, pinned) in sizes.items()
+    ]
 
 
 def _smallest_gain(n: int, lost: int, alpha: float, *, several: bool) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from secondnature.lessons.lesson_file import LessonFile
 from secondnature.lessons.plan import MAX_NAMED, Plan
-from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState, LookMetric
+from secondnature.records import ErrorInfo, Evidence, KlSet, Lesson, LessonState, LookMetric
 from secondnature.wire import DevelopmentLook, JobStatus, PhaseProgress, TrainRequest
 
 __all__ = ["LAST_LOSSES", "Ending", "Job", "Phase"]
@@ -71,6 +71,8 @@ class Job:
     step: int = 0
     losses: list[float] = field(default_factory=list[float])
     tokens_per_s: float | None = None
+    kl: dict[KlSet, float] = field(default_factory=dict[KlSet, float])
+    """When it was last measured between two steps."""
     look: LookMetric | None = None
     """The last one at the development probes."""
     evidence: Evidence | None = None
@@ -117,7 +119,7 @@ class Job:
             look=None if self.look is None else DevelopmentLook.of(self.look),
             eta_s=progress.eta_s if progress is not None else None,
             stopped_by=self.lesson.stopped_by,
-            kl=self.lesson.kl,
+            kl=self.lesson.kl or self.kl,
             weights_version=weights_version,
             evidence=self.evidence,
             error=self.lesson.error,

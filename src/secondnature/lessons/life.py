@@ -117,13 +117,14 @@ class Life:
         job = self._job
         if not job.request.probes:
             return []
-        job.enter(phase, "probes", len(job.request.probes))
+        probes = [*job.request.probes, *job.plan.retention.probes]
+        job.enter(phase, "probes", len(probes))
 
         def count(done: int, total: int) -> None:
             job.count(done, total)
             self._check_in()
 
-        return self._prober.outcomes(job.request.probes, self._weights.version, count)
+        return self._prober.outcomes(probes, self._weights.version, count, style_of=job.request.probes)
 
     def _prompt(self) -> tuple[list[tuple[Probe, Probe]], list[Outcome]]:
         """What prompting alone would do, by the weights before the lesson."""
@@ -183,6 +184,7 @@ class Life:
             behaviour=lesson.behaviour or UNNAMED,
             taught=taught,
             prompted=beside,
+            retained=job.plan.retention.sets,
             num_retries=lesson.cause.num_retries,
             before_version=lesson.parent,
             after_version=lesson.version,

@@ -37,6 +37,7 @@ from secondnature.errors import (
     WrongState,
 )
 from secondnature.lessons.home import Home
+from secondnature.lessons.retention import Kept, left_behind
 from secondnature.records import (
     EVIDENCE_VERSION,
     OPEN_STATES,
@@ -91,6 +92,8 @@ class Log:
         """By id: what is true of an entry here, and not yet on the disk, which refused it."""
         self._corrections: dict[str, list[Correction]] = {}
         """By lesson: they never change."""
+        self._probes: dict[str, list[Probe]] = {}
+        """By lesson: what it left behind to be asked again."""
         self._state_hashes: dict[str, str] = {}
         """sha256 of optimizer states of homes of before, whose entries do not say it."""
         self._lessons: dict[str, Lesson] = {x.id: x for x in sorted(self._read(), key=lambda x: x.number)}
@@ -330,13 +333,31 @@ class Log:
         """(what the kept lessons taught that are in force, ids of those whose corrections cannot be read)."""
         found: list[Correction] = []
         unreadable: list[str] = []
-        for lesson in self.all():
-            if lesson.state == "kept" and lesson.kind != "revert" and lesson.reverted_by is None:
-                try:
-                    found += self.corrections(lesson)
-                except SecondnatureError as e:
-                    LOG.warning("lesson %s is not replayed: %s", lesson.id, e)
-                    unreadable.append(lesson.id)
+        for lesson in self._taught():
+            try:
+                found += self.corrections(lesson)
+            except SecondnatureError as e:
+                LOG.warning("lesson %s is not replayed: %s", lesson.id, e)
+                unreadable.append(lesson.id)
+        return found, unreadable
+
+    def _taught(self) -> list[Lesson]:
+        """The kept lessons in force, oldest first."""
+        kept = [x for x in self.all() if x.state == "kept" and x.kind != "revert"]
+        return [x for x in kept if x.reverted_by is None]
+
+    def retained(self) -> tuple[list[Kept], int]:
+        """(what the lessons in force left behind to be asked again, of how many it cannot be read)."""
+        found: list[Kept] = []
+        unreadable = 0
+        for lesson in self._taught():
+            try:
+                if lesson.id not in self._probes:
+                    self._probes[lesson.id] = left_behind(self.probes(lesson), lesson.behaviour)
+                found.append(Kept(lesson.number, self._probes[lesson.id]))
+            except SecondnatureError as e:
+                LOG.warning("lesson %s is not asked again: %s", lesson.id, e)
+                unreadable += 1
         return found, unreadable
 
     def num_tries(self, examples: Iterable[str], corrections: Iterable[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from secondnature import wire
 from secondnature.lessons.own_answers import Distilled, Own
+from secondnature.lessons.retention import Retention
 from secondnature.records import Cause, Correction, KlSet, Message, OptimizerSettings
 
 __all__ = ["MAX_NAMED", "Plan", "Replay", "Sample"]
@@ -82,6 +83,8 @@ class Plan:
     """Of the tokens of every example, or of the comment it is taught by: what counts as the same lesson again."""
     left_out: dict[str, int]
     """What is not replayed, and why: `asked by a probe`, `too long`."""
+    retention: Retention
+    """What of earlier lessons is asked again."""
 
     @classmethod
     def without_training(
@@ -135,6 +138,8 @@ class Plan:
             num_examples=self.num_examples,
             num_replay=len(self.replay) + len(self.own),
             num_replay_left_out=sum(self.left_out.values()),
+            num_retained=len(self.retention.probes),
+            retention_left_out=self.retention.left_out,
             num_retries=num_retries,
             num_passed_over=len(self.passed_over),
             passed_over={x.id: x.reason for x in self.passed_over[:MAX_NAMED]},
@@ -175,6 +180,7 @@ class Plan:
             "num_examples": self.num_examples,
             "num_replay": len(self.replay) + len(self.own),
             "replay_left_out": self.left_out,
+            "retention": self.retention.summary(),
             "num_development": len(self.development),
             "num_generated": sum(x.spoken for x in self.development),
             "num_skipped": self.skipped,

@@ -19,7 +19,8 @@ from secondnature.lessons.encoder import Encoder, Told, refuse_equal
 from secondnature.lessons.own_answers import Distilled, Own, comment
 from secondnature.lessons.own_form import own_form
 from secondnature.lessons.plan import Plan, Replay, Sample
-from secondnature.lessons.prober import Prober
+from secondnature.lessons.prober import Prober, fitting
+from secondnature.lessons.retention import Kept, Retention, choose
 from secondnature.lessons.shown import MAX_SHOWN, counted, doubts, shown
 from secondnature.model.chat import encode_chat
 from secondnature.records import Correction, Probe, Prompt, digest, nothing_asked
@@ -64,13 +65,20 @@ class Planner:
         self._rendered: set[tuple[str, ...]] = set()
         """Orders of turns that the model's template is known to take."""
 
-    def plan(self, request: wire.TrainRequest, ledger: list[Correction], earlier: list[Correction]) -> Plan:
+    def plan(
+        self,
+        request: wire.TrainRequest,
+        ledger: list[Correction],
+        earlier: list[Correction],
+        kept: Sequence[Kept] = (),
+    ) -> Plan:
         """The job that a request asks for, as things stand now; made again when the lesson begins.
 
         Args:
             request: validated body of `POST /v1/train`.
             ledger: all corrections of the home (used with `ledger: true`).
             earlier: corrections of the kept lessons, for replay.
+            kept: the probes that those left behind, to be asked again.
 
         Raises:
             BadInput: nothing to learn, a probe that is no evidence, or an option that does not go with the
@@ -105,16 +113,15 @@ class Planner:
         replay = self._replay(
             request.replay, earlier, {c.digest() for c in corrections}, {tuple(ids) for ids in asked}
         )
-        _refuse_read(
-            asked,
-            {
-                "example": [self._encoder.prompt_of(x.context) for x in examples],
-                "student": [x.context for x in distilled] + self._encoder.asked_otherwise(corrections),
-                "development probe": [self._encoder.prompt_of(x.context) for x in development],
-                "replay": [self._encoder.prompt_of(x.context) for x in replay.works],
-                "own answer": [x.context for x in replay.own],
-            },
-        )
+        read: dict[ReadAs, list[list[int]]] = {
+            "example": [self._encoder.prompt_of(x.context) for x in examples],
+            "student": [x.context for x in distilled] + self._encoder.asked_otherwise(corrections),
+            "development probe": [self._encoder.prompt_of(x.context) for x in development],
+            "replay": [self._encoder.prompt_of(x.context) for x in replay.works],
+            "own answer": [x.context for x in replay.own],
+        }
+        _refuse_read(asked, read)
+        retention = self._retention(request, kept, asked, read)
         for work in examples:
             self._encoder.check(work)
             refuse_equal(work)
@@ -167,6 +174,27 @@ class Planner:
             digests=[digest([w.context, w.continuation, w.rejected]) for w in examples]
             + [d.correction.digest() for d in distilled],
             left_out=replay.left_out,
+            retention=retention,
+        )
+
+    def _retention(
+        self,
+        request: wire.TrainRequest,
+        kept: Sequence[Kept],
+        asked: list[list[int]],
+        read: dict[ReadAs, list[list[int]]],
+    ) -> Retention:
+        """What of earlier lessons is asked again, where this one is judged."""
+        num = sum(len(k.probes) for k in kept)
+        if not num or not asked:
+            return Retention()
+        if not request.retention:
+            return Retention(left_out={"retention is off": num})
+        return choose(
+            kept,
+            lambda probe: fitting(self._tokenizer, probe, "probe", limit=self._limit),
+            {tuple(ids) for ids in asked},
+            {tuple(ids) for contexts in read.values() for ids in contexts},
         )
 
     def untrained(

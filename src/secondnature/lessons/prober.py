@@ -51,6 +51,24 @@ def named(label: str) -> Iterator[None]:
         raise type(e)(f"{label}: {e.message}", e.hint) from None
 
 
+def fitting(tokenizer: Any, probe: Probe, label: str, *, limit: int) -> list[int]:
+    """The token ids of what a probe asks, with room for an answer. Raises ContextOverflow, BadInput."""
+    with named(label):
+        prompt = encode_chat(tokenizer, probe.prompt, limit=limit)
+        pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
+        scored = [_answer(tokenizer, probe, text) for pair in pairs for text in pair]
+    longest = max((len(c) + len(a) - len(prompt) for c, a in scored), default=1)
+    if len(prompt) + longest > limit:
+        raise ContextOverflow(
+            f"{label}: {len(prompt)} + {longest} tokens; the model reads {limit}", "shorten it"
+        )
+    return prompt
+
+
+def _answer(tokenizer: Any, probe: Probe, text: str) -> tuple[list[int], list[int]]:
+    return encode_answer(tokenizer, probe.prompt, Message(role="assistant", content=text))
+
+
 class Prober:
     """Asks probes of the weights that are being served. Used by the runner's thread."""
 
@@ -63,25 +81,25 @@ class Prober:
     def check(self, probes: Sequence[Probe]) -> None:
         """Every probe fits the model, with room for an answer. Raises ContextOverflow."""
         for i, probe in enumerate(probes):
-            with named(f"probe {i}"):
-                prompt = len(encode_chat(self._tokenizer, probe.prompt, limit=self._limit))
-                pairs = [p for p in (probe.check.prefers, probe.margin) if p is not None]
-                scored = [self._answer(probe, text) for pair in pairs for text in pair]
-            longest = max((len(c) + len(a) - prompt for c, a in scored), default=1)
-            if prompt + longest > self._limit:
-                raise ContextOverflow(
-                    f"probe {i}: {prompt} + {longest} tokens; the model reads {self._limit}", "shorten it"
-                )
+            fitting(self._tokenizer, probe, f"probe {i}", limit=self._limit)
 
-    def outcomes(self, probes: Sequence[Probe], version: str, check_in: CheckIn) -> list[Outcome]:
+    def outcomes(
+        self,
+        probes: Sequence[Probe],
+        version: str,
+        check_in: CheckIn,
+        *,
+        style_of: Sequence[Probe] | None = None,
+    ) -> list[Outcome]:
         """Ask every probe once (or take what these weights answered before), in order.
 
         Args:
             probes: asked through the engine, as background requests.
             version: of the weights, which must not change meanwhile: the cache's key.
             check_in: called while waiting.
+            style_of: those of which some are answered to the end of the answer. Default: all.
         """
-        sample = sampled(probes)
+        sample = sampled(probes if style_of is None else style_of)
         missing = [p for p in probes if not self._answered(version, p.digest(), whole=p.digest() in sample)]
         known = len(probes) - len(missing)
         for start in range(0, len(missing), AT_ONCE):
@@ -149,7 +167,7 @@ class Prober:
     # ------------------------------------------------------------------------------------------------
 
     def _answer(self, probe: Probe, text: str) -> tuple[list[int], list[int]]:
-        return encode_answer(self._tokenizer, probe.prompt, Message(role="assistant", content=text))
+        return _answer(self._tokenizer, probe, text)
 
     def _answered(self, version: str, probe: str, *, whole: bool) -> bool:
         known = self._cache.get((version, probe))

@@ -188,7 +188,7 @@ class Runner:
         self._prober.check(request.probes)
         ledger = self.ledger.confirmed()
         found = guarded(request, ledger, self._prober)
-        plan = self._planner.plan(found.request, ledger, self.log.earlier()[0])
+        plan = self._planner.plan(found.request, ledger, self.log.earlier()[0], self.log.retained()[0])
         if request.dry_run:
             return TrainReply(job="dry-run", lesson=None, state="planned", plan=self._shown(found, plan))
         return self._do(lambda: self._accept(found.request, plan, asked))
@@ -199,7 +199,8 @@ class Runner:
         """
         request = found.request
         tries = self.log.num_tries(plan.digests, [c.digest() for c in plan.corrections])
-        reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries)
+        sets = plan.retention.sets
+        reached = reaches(request.probes, request.lesson.behaviour or "", request.gate, tries, sets)
         could_show = None if reached is None else reached.model_dump(mode="json")
         lint = [vars(f) for f in self._planner.own_form(plan, self._prober)]
         return {**self._planner.show(plan), "lint": lint, "guards": found.told, "could_show": could_show}

@@ -20,7 +20,7 @@ from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trainer import Trainer
-from secondnature.records import STOPPED_BY, Lesson, LookAnswer, LookMetric, Moved, Outcome
+from secondnature.records import STOPPED_BY, Lesson, LookAnswer, LookMetric, Moved, Outcome, StepMetric
 
 __all__ = ["Trained"]
 
@@ -77,10 +77,12 @@ class Trained:
         """The plan with what is kept now; the corrections stay those that were accepted. Raises as `plan`."""
         job = self._job
         earlier, unreadable = self._log.earlier()
-        plan = self._planner.plan(job.request, job.plan.corrections, earlier)
+        kept, unasked = self._log.retained()
+        plan = self._planner.plan(job.request, job.plan.corrections, earlier, kept)
+        retention = plan.retention.without(unasked)
         left_out = {**plan.left_out, **({"unreadable lessons": len(unreadable)} if unreadable else {})}
         known = {"skipped": job.plan.skipped, "passed_over": job.plan.passed_over}
-        job.plan = replace(plan, left_out=left_out, **known)
+        job.plan = replace(plan, left_out=left_out, retention=retention, **known)
 
     def prepare(self, check_in: CheckIn) -> None:
         """Ask the model for what only it can say: answers to compare, to distil, to replay."""
@@ -209,6 +211,7 @@ class Trained:
             job.losses.append(float(str(metric["loss"])))
             rate = metric.get("tokens_per_s")
             job.tokens_per_s = float(str(rate)) if rate is not None else None
+            job.kl = StepMetric.model_validate(metric).kl or job.kl
             self._enter("training", job.step, job.plan.steps)
 
     def _enter(self, phase: str, done: int, total: int) -> None:

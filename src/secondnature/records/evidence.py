@@ -11,13 +11,16 @@ from secondnature.records.base import Name, Record
 
 EVIDENCE_VERSION = 4
 """Format 1 had no `decision`, and its `difference_interval` was not that of the tests. Format 2 said in
-its sentence how many probes would do, where format 3 says what these could show."""
+its sentence how many probes would do, where format 3 says what these could show. Format 4 may have probe sets of
+what earlier lessons taught (`role: retention`)."""
 Verdict = Literal["kept", "undone", "inconclusive"]
+ProbeRole = Literal["gain", "other", "guard", "retention"]
+"""Of a probe set: what is taught, its other side, what must stay as it is, what earlier lessons taught."""
 Decision = Literal["gained", "held", "harmed", "pin_lost", "tag_harmed", "no_gain", "not_shown", "not_judged"]
 """What the tests of one probe set say: `gained` and `no_gain` of what was taught, `held` of a guard. `harmed`: more
 losses than gains are shown. `pin_lost`: a pinned probe was lost. `tag_harmed`: losses concentrate in a tag, and
-there more losses than gains are shown. `not_shown`: none of these. `not_judged`: too few probes, or a guard that
-fails anyway."""
+there more losses than gains are shown. `not_shown`: none of these. `not_judged`: too few probes, a guard that fails
+anyway, or probes of an earlier lesson that show neither."""
 Margin = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 DEFAULT_GUARD_MARGIN = 0.05
 
@@ -115,16 +118,17 @@ class Reach(Record):
     """What a probe set could show."""
 
     name: str
-    role: Literal["gain", "other", "guard"]
+    role: ProbeRole
     n: int
     num_seeds: int
     """Scenarios: each counts once."""
     pinned: int = 0
     margin: float | None = None
-    """The fall that must be ruled out; None for the gain, and where all are pinned."""
+    """The fall that must be ruled out; None for the gain and earlier lessons, and where all are pinned."""
     at_best: float | None = None
     """Of a guard: the smallest fall (a share) that it rules out where nothing flips. Of the behaviour: the smallest
-    gain that it shows where nothing is lost. None: none."""
+    gain that it shows where nothing is lost. Of an earlier lesson: the smallest fall that it shows where nothing is
+    gained, which undoes. None: none."""
     usual: float | None = None
     """The same where answers flip by themselves at `flip_rate`, both ways alike."""
     flip_rate: float
@@ -174,8 +178,8 @@ class Comparison(Record):
     """One probe set before and after a lesson: the counts, and what follows from them."""
 
     name: str
-    """The behaviour the set measures."""
-    role: Literal["gain", "other", "guard"]
+    """The behaviour the set measures; `listening (lesson 0003)` where an earlier lesson taught it."""
+    role: ProbeRole
     n: int
     num_seeds: int
     before: int
@@ -204,7 +208,8 @@ class Comparison(Record):
     harm_p: float | None = None
     """One-sided p of "more losses than gains"."""
     harm_alpha: float | None = None
-    """The level of that test: `gate.alpha`, which retries do not halve, so that they hide no harm."""
+    """The level of that test: `gate.alpha`, which retries do not halve, so that they hide no harm. The sets of
+    earlier lessons share it: those in which enough flipped that harm could be shown at all (Tarone 1990)."""
     harmed: bool = False
     """`decision` is harmed."""
     n_needed: int | None = None

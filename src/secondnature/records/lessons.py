@@ -73,6 +73,10 @@ class Cause(Record):
     passed_over: dict[str, str] = {}
     """The first of them, by id, with the reason."""
     """Examples that were not replayed: a probe asks just that, or they do not fit the model."""
+    num_retained: int = 0
+    """Probes of earlier lessons that were asked again."""
+    retention_left_out: dict[str, int] = {}
+    """Those that were not, by the reason."""
     num_retries: int = 0
     """How often the same set of examples was judged before this lesson began: each halves the gate's alpha."""
 
@@ -181,6 +185,9 @@ class StepMetric(Record):
     grad_norm: float | None = None
     drift: float | None = None
     """With replay by distribution: mean KL(before the lesson || now) of the step's replay, nats per token."""
+    kl: dict[KlSet, float] = {}
+    """After steps 1, 2, 3, 4, 6, 8, 12, ...: mean KL(before || now) on four prompts of each set, nats per token,
+    by the likeliest tokens and the mass of the others. Harm shows on `new` before it shows on `replay`."""
 
 
 class LookAnswer(Record):

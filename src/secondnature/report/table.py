@@ -8,7 +8,6 @@ from rich.text import Text
 from secondnature.records import Comparison, Evidence
 from secondnature.records.visible import visible
 from secondnature.report.words import (
-    ROLES,
     difference,
     difference_interval,
     interval,
@@ -16,6 +15,7 @@ from secondnature.report.words import (
     p_value,
     percent,
     points,
+    set_name,
 )
 
 _COLOURS = {"good": "green", "bad": "red", "warn": "yellow", "info": "blue", "quiet": "dim"}
@@ -28,7 +28,7 @@ def _cells(c: Comparison) -> tuple[str, ...]:
 
     said = judgement(c)
     return (
-        c.name if c.role == "gain" else f"{c.name} ({ROLES[c.role]})",
+        set_name(c.name, c.role),
         str(c.n),
         share(c.before, c.before_interval),
         share(c.after, c.after_interval),

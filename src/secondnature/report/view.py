@@ -18,6 +18,7 @@ from secondnature.records import (
     Comparison,
     Correction,
     Flip,
+    KlSet,
     Lesson,
     Message,
     Moved,
@@ -199,10 +200,11 @@ def _tiles(comparisons: list[Comparison]) -> list[Tile]:
 
     tiles = [tile(c, c.name) for c in comparisons if c.role == "gain"]
     tiles += [tile(c, f"{c.name}: its other side") for c in comparisons if c.role == "other"]
-    guards = [c for c in comparisons if c.role == "guard" and c.n]
-    if guards:
-        worst = min(guards, key=words.difference)
-        tiles.append(tile(worst, f"guard {worst.name}" + (" (the worst)" if len(guards) > 1 else "")))
+    for role, label in (("guard", "guard "), ("retention", "")):
+        guards = [c for c in comparisons if c.role == role and c.n]
+        if guards:
+            worst = min(guards, key=words.difference)
+            tiles.append(tile(worst, f"{label}{worst.name}" + (" (the worst)" if len(guards) > 1 else "")))
     return tiles
 
 
@@ -282,6 +284,17 @@ def _curves(run: Run) -> list[Figure]:
         line = svg.Series("loss", losses)
         picture = svg.chart([line], key=f"{key}-loss", title="Loss over steps", text=text)
         figures.append(Figure("Loss", picture, f"Nats per token. {text}"))
+    moving: list[svg.Series] = []
+    names: tuple[tuple[KlSet, Side], ...] = (("new", "right"), ("replay", "other"))
+    for on, css in names:
+        points = [(float(s.step), s.kl[on]) for s in run.metrics.steps if on in s.kl]
+        if points:
+            moving.append(svg.Series(f"{on} prompts", [(0.0, 0.0), *points], css=css))
+    if moving:
+        title = "KL divergence from the answers before, over steps"
+        picture = svg.chart(moving, key=f"{key}-drift", title=title, text=_spoken(moving, "nats"), zero=True)
+        caption = "KL(before ‖ now) on a few prompts of each kind, nats per token. What is lost elsewhere follows that on new prompts; on replay prompts it is held down."  # noqa: E501
+        figures.append(Figure("How far the answers moved", picture, caption))
     smooth: list[svg.Series] = []
     jumps: list[svg.Series] = []
     for side, name in SIDES.items():
@@ -425,6 +438,14 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield f"{prefix}{name}", shorten(words.setting(value), 300)
 
 
+def _asked_again(lesson: Lesson) -> str:
+    """What of earlier lessons was asked again, and what was not."""
+    cause = lesson.cause
+    parts = [words.count(cause.num_retained, "probe") + " of earlier lessons"] if cause.num_retained else []
+    parts += [f"not {num:,}: {why}" for why, num in cause.retention_left_out.items()]
+    return "; ".join(parts)
+
+
 def _provenance(run: Run) -> list[tuple[str, str]]:
     lesson, cause = run.lesson, run.lesson.cause
     rows = [
@@ -432,6 +453,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         ("version after", lesson.version or "–"),
         ("job", lesson.job),
         ("taught", f"{words.count(cause.num_examples, 'example')}, with {cause.num_replay:,} of replay"),
+        ("asked again", _asked_again(lesson)),
         ("corrections", ", ".join(shorten(c, 16) for c in cause.corrections[:12]) or "–"),
         ("note", shorten(lesson.note, 400)),
         ("takes back", lesson.reverts or ""),

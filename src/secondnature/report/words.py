@@ -18,21 +18,25 @@ from secondnature.records import (
     KlSet,
     Lesson,
     LookMetric,
+    ProbeRole,
     Reach,
     Reaches,
     Side,
+    StepMetric,
     Style,
 )
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
 MARKS: dict[Tone, str] = {"good": "✓", "bad": "✕", "warn": "?", "info": "…", "quiet": "–"}
-ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
+ROLES = {"gain": "taught", "other": "its other side", "guard": "guard", "retention": "earlier lesson"}
 
 
 SHOWN_TAG_P = 0.05
 """A tag is told where losses concentrate in it at this (adjusted) level, whether or not it undoes the lesson."""
 
+MAX_POINTS = 5
+"""Of a curve in words."""
 SHOWN_LOST = 3
 """Answers to development probes that were lost."""
 
@@ -75,7 +79,7 @@ def reach(r: Reach) -> str:
     """What one probe set could show: `rules out a fall of 3.7 points at best, 5.9 usually (5 asked for)`."""
     if r.role != "gain" and r.pinned == r.n:
         return "one that is lost undoes the lesson"
-    what = "shows a gain" if r.role == "gain" else "rules out a fall"
+    what = {"gain": "shows a gain", "retention": "shows a fall"}.get(r.role, "rules out a fall")
     if r.at_best is None:
         said = f"{what} of no size"
     else:
@@ -92,11 +96,13 @@ def reaches(found: Reaches) -> list[str]:
     """What the probes of a lesson could show, a line each, and what that means for the verdict."""
     lines: list[str] = []
     for r in found.sets:
-        name = r.name if r.role == "gain" else f"{r.name} ({ROLES[r.role]})"
+        name = set_name(r.name, r.role)
         scenarios = f" of {count(r.num_seeds, 'scenario')}" if r.num_seeds < r.n else ""
         lines.append(f"{name}, {count(r.n, 'probe')}{scenarios}: {reach(r)}")
     if all(r.role != "gain" for r in found.sets):
         lines.append("no probe asks for what is taught: no gain can be shown")
+    if any(r.role == "retention" for r in found.sets):
+        lines.append("what earlier lessons taught is asked again: a fall that is shown undoes the lesson")
     if found.chance is None:
         lines.append("no guard: nothing is known of what else the lesson changes")
     elif any(r.too_few for r in found.sets):
@@ -163,6 +169,11 @@ def _style(s: Style) -> str:
     return f"{said}; {percent(s.openings_moved)} open otherwise: {moved}"
 
 
+def set_name(name: str, role: ProbeRole) -> str:
+    """Of a probe set: `code (guard)`; that of an earlier lesson says so itself."""
+    return name if role in ("gain", "retention") else f"{name} ({ROLES[role]})"
+
+
 def outcome(lesson: Lesson, evidence: Evidence | None) -> Said:
     """How a lesson ended, or where it stands."""
     if lesson.state == "kept":
@@ -227,6 +238,27 @@ def kl(means: Mapping[KlSet, float]) -> str:
     names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
     said = ", ".join(f"{number(means[on])} {name}" for on, name in names.items() if on in means)
     return f"KL(before ‖ after) {said}, nats per token"
+
+
+def drift(steps: Sequence[StepMetric]) -> str:
+    """How the answers moved while it learned: `KL(before ‖ now) on new prompts 0.01, 0.12, 0.31 after 1, 4, 12
+    steps; on replay prompts ...`, a few of the steps; nothing where it was not measured."""
+    found = [s for s in steps if s.kl]
+    found = (
+        [found[i * (len(found) - 1) // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
+        if len(found) > MAX_POINTS
+        else found
+    )
+    if not found:
+        return ""
+    names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
+    said = [
+        f"{name} {', '.join(number(s.kl[on]) for s in found if on in s.kl)}"
+        for on, name in names.items()
+        if any(on in s.kl for s in found)
+    ]
+    after = ", ".join(str(s.step) for s in found)
+    return f"KL(before ‖ now) {'; '.join(said)}; after {after} steps, nats per token"
 
 
 def looks(found: Sequence[LookMetric]) -> list[str]:

@@ -42,6 +42,7 @@ __all__ = [
     "affordable",
     "distributions",
     "divergences",
+    "drift_of",
     "drifts",
     "record",
 ]
@@ -138,6 +139,20 @@ def _together(group: Sequence[Anchor], max_tokens: int) -> list[list[Anchor]]:
             found.append([])
         found[-1].append(anchor)
     return found
+
+
+@torch.no_grad()
+def drift_of(model: nn.Module, anchors: Sequence[Anchor]) -> float:
+    """Mean of KL(before || now) over some anchors, nats per token, several in a forward: cheap, for a curve.
+
+    Raises:
+        NonFinite: it is NaN or infinite: the weights are broken.
+    """
+    found = [float(x) for group in drifts(model, anchors) for x in group]
+    value = sum(found) / len(found)
+    if not math.isfinite(value):
+        raise NonFinite(f"KL(before || now) is {value}", "lower the learning rate")
+    return max(0.0, value)
 
 
 @torch.no_grad()

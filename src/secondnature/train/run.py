@@ -22,7 +22,7 @@ from secondnature import wire
 from secondnature.errors import BadInput, Exploded, NonFinite, TrainingError
 from secondnature.model import names
 from secondnature.model.load import build
-from secondnature.records import STOPPED_BY, Example, KlMetric, OptimizerSettings, StepMetric
+from secondnature.records import STOPPED_BY, Example, KlMetric, KlSet, OptimizerSettings, StepMetric
 from secondnature.train.anchors import (
     KEPT_TOKENS,
     MAX_BYTES,
@@ -30,6 +30,7 @@ from secondnature.train.anchors import (
     affordable,
     distributions,
     divergences,
+    drift_of,
     record,
 )
 from secondnature.train.apollo import Apollo
@@ -52,6 +53,8 @@ PAUSE_S = 0.05
 """How often a pausing trainer looks whether the requests are answered."""
 GIVE_BACK_S = 1.0
 """Between two times that freed memory is returned while steps are made."""
+NUM_WATCHED = 4
+"""Prompts of each set on which the KL is measured between steps."""
 MAX_KL_TOKENS = 64
 """Positions of an answer at which the lesson's KL is measured, from its first token on."""
 Ask = Callable[[int], list[bool]]
@@ -101,6 +104,7 @@ class TrainingRun:
         self._ask: Ask = _unasked
         self._waited_s = 0.0
         """For answers to development probes, since the last step began: that is no work."""
+        self._watched: dict[KlSet, list[Anchor]] = {}
         self._gave_back = time.monotonic()
         try:
             settings = OptimizerSettings.model_validate(job.optimizer)
@@ -125,6 +129,7 @@ class TrainingRun:
             each = phases.begin("loading the optimizer's state", 0)
             load_optimizer(self.optimizer, Path(job.optimizer_in), each)
         kl = {on: self._before(found, phases) for on, found in job.kl.items()}
+        self._watched = {on: found[:NUM_WATCHED] for on, found in kl.items() if found}
         material = self._material(phases)
         self._look(0, report, phases)
         steps, loss, stopped_by = self._steps(material, report, check, phases)
@@ -240,9 +245,16 @@ class TrainingRun:
             rate = result.num_tokens / max(time.monotonic() - begun, 1e-9)
             loss, pace = result.loss, begun
             metric = StepMetric(
-                step=step, loss=loss, tokens_per_s=rate, grad_norm=result.grad_norm, drift=result.drift
+                step=step,
+                loss=loss,
+                tokens_per_s=rate,
+                grad_norm=result.grad_norm,
+                drift=result.drift,
+                kl=self._moved_by(step),
             )
-            report(metric.model_dump(exclude={"drift"} if result.drift is None else None))
+            report(
+                metric.model_dump(exclude={k for k in ("drift", "kl") if getattr(metric, k) in (None, {})})
+            )
             if step % job.look_every == 0 or step == job.steps:
                 own = [m for m in result.margins[: len(fresh)] if m is not None]
                 reason = self._look(step, report, phases, own)
@@ -253,6 +265,13 @@ class TrainingRun:
             if learned and not material.anchors:  # with anchors, what remains heals what the first steps did
                 return step, loss, "learned"  # none has a gradient left: more steps would only disturb
         return step, loss, "max_steps"
+
+    def _moved_by(self, step: int) -> dict[KlSet, float]:
+        """KL(before || now) on a few prompts of each set: at 1, 2, 3, 4, 6, 8, 12, ... steps, else empty."""
+        power = 1 << (step.bit_length() - 1)
+        if step not in (power, power * 3 // 2):
+            return {}
+        return {on: drift_of(self.model, anchors) for on, anchors in self._watched.items()}
 
     def _give_way(self, worked_s: float, check: Check) -> None:
         """Pause after a step of `worked_s` seconds, while requests are being answered, for the rest of the time."""

@@ -247,6 +247,9 @@ class TrainRequest(Body):
     guards: Annotated[list[NamedPack], Field(max_length=5)] = []
     """Shipped packs of guards that are asked too (`pack:facts`): who sends no probes gets a verdict by them alone,
     kept where what is taught is answered as wanted and the guards hold. What the lesson teaches is left out."""
+    retention: bool = True
+    """Ask what kept lessons taught again, at most 200 of their probes: a fall that is shown, or a pinned one lost,
+    undoes this lesson. With `probes` or `guards` only. Off: it may change what earlier ones taught."""
     prompting: bool = True
     """Ask the probes of what is taught once more, before the lesson, with the corrections in the question: what
     prompting alone would do, for the report."""
@@ -366,7 +369,8 @@ class JobStatus(Body):
     stopped_by: str = ""
     """Why training stopped."""
     kl: dict[KlSet, float] = {}
-    """After training: KL(before || after) on the new and on replayed prompts, nats per token."""
+    """KL(before || after) on the new and on replayed prompts, nats per token; while training that of the last steps
+    at which it was measured, on a few of the prompts."""
     weights_version: str
     evidence: Evidence | None = None
     error: ErrorInfo | None = None
