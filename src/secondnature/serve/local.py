@@ -41,6 +41,7 @@ from secondnature.lessons.weights import fill_kept
 from secondnature.model import chat, load, turns
 from secondnature.model.defaults import sampling_defaults
 from secondnature.serve import gpu
+from secondnature.serve.memory import Growth
 from secondnature.serve.place import model_directory, model_name
 from secondnature.train.device import prepare
 from secondnature.train.prefix import self_test
@@ -122,6 +123,7 @@ def assemble(settings: Settings) -> Generator[Parts]:
         tokenizer = chat.read_tokenizer(directory)
         for wrong in chat.look(tokenizer):
             LOG.warning("%s: %s", directory, wrong)
+        growth = Growth()
         engine = Engine(
             model,
             tokenizer,
@@ -130,7 +132,10 @@ def assemble(settings: Settings) -> Generator[Parts]:
             max_waiting=settings.max_queue,
             max_held_tokens=max_held_tokens,
             threads=settings.engine_threads,
-            on_step=[lambda e: setattr(arena, "load", e.metrics.running + e.metrics.waiting)],
+            on_step=[
+                lambda e: setattr(arena, "load", e.metrics.running + e.metrics.waiting),
+                lambda e: growth.look(busy=e.metrics.running + e.metrics.waiting > 0),
+            ],
         )
         stack.callback(engine.close)
         teaching = put_together(

@@ -224,7 +224,8 @@ def _siblings(
     max_bytes: int,
 ) -> list[int]:
     """The stems from `at` on that can be read in one forward: leaves of one base, of a model that pads; or none."""
-    first, found = stems[at], []
+    first = stems[at]
+    found: list[int] = []
     reached = 1 if first.base is None else len(stems[first.base].ids)
     for k in range(at, min(at + MAX_ROWS, len(stems))):
         if stems[k].base != first.base or stems[k].ids[0] != first.ids[0] or len(stems[k].ids) == reached:
