@@ -113,7 +113,7 @@ def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         onednn = _onednn()
         if onednn is not None:
             return onednn(x, weight_OI, bias_O, "none", [], "")
-    # of a slice (the last position of each row) torch would make one product per row, each with a copy of the matrix
+    # of a slice (each row's last position) torch would make one product per row, each with a copy of the matrix
     flat = F.linear(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
     return flat.view(*x.shape[:-1], flat.shape[-1])
 
