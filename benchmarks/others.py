@@ -28,6 +28,11 @@ CONTEXT_TOKENS = 512
 """Of each stream."""
 
 
+def _say(text: str) -> None:
+    """As `common.say`, which cannot be imported where vLLM is."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
 def write_bf16(source: Path, target: Path) -> None:
     """The GGUF file `source` with its weights in bf16, as secondnature reads them; vectors in fp32."""
     import gguf
@@ -61,6 +66,7 @@ def write_bf16(source: Path, target: Path) -> None:
 def llama_cpp(file: Path | None, streams: int) -> Generator[dict[str, Callable[..., Any]]]:
     """By name, what answers (prompts, number of tokens) on llama.cpp; empty where it, or the file, is not there."""
     if file is None or not importlib.util.find_spec("xllamacpp"):
+        _say("llama.cpp is left out: " + ("no GGUF file" if file is None else "pip install xllamacpp"))
         yield {}
         return
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(streams) as pool:
@@ -99,17 +105,18 @@ def _asking(server: Any, pool: ThreadPoolExecutor) -> Callable[[list[list[int]],
 def vllm(
     model: Path, prompts: dict[int, list[list[int]]], num_tokens: int, repeats: int
 ) -> dict[int, list[float]] | None:
-    """Tokens per second of vLLM, by streams; None where its environment is not there."""
+    """Tokens per second of vLLM, by streams; None where its environment is not there, or does not answer."""
     python = Path(os.environ.get("SECONDNATURE_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
     if not python.is_file():
+        _say(f"vLLM is left out: there is no {python} (make bench-vllm makes it)")
         return None
-    import vllm_process
+    from vllm_process import environment as of_vllm
 
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task.json"
         what = {"model": str(model), "prompts": prompts, "num_tokens": num_tokens, "repeats": repeats}
         task.write_text(json.dumps(what))
-        environment = vllm_process.environment(Path(folder), None, {}) | {
+        environment = of_vllm(Path(folder), None, {}) | {
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -120,7 +127,8 @@ def vllm(
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=environment, check=False)
         if done.returncode:
             said = (Path(folder) / "log").read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"vLLM did not answer (status {done.returncode}):\n{said}")
+            _say(f"vLLM did not answer (status {done.returncode}) and is left out:\n{said}")
+            return None
     return {int(streams): speeds for streams, speeds in json.loads(done.stdout.splitlines()[-1]).items()}
 
 

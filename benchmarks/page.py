@@ -115,7 +115,7 @@ def _real(found: dict[str, Any]) -> list[str]:
         "bfloat16, transformers' `generate` in both, llama.cpp on the file of 4 bits that the weights came from "
         "and on the same weights in bf16, turn by turn; vLLM's CPU build after them, in its own process. Then "
         "the engine over the better of the two `generate`."
-        + (f" Not installed: {missing}." if missing else ""),
+        + (f" Not measured here: {missing}." if missing else ""),
         "",
         *table(["", *streams, *(f"vs generate, {s}" for s in streams)], rows),
         "",
