@@ -55,11 +55,11 @@ def test_margins_and_greedy_answers_are_those_of_the_whole_logits(
         monkeypatch.setattr(looks, "find_head", lambda _: None)
         monkeypatch.setattr("secondnature.train.prefix.find_head", lambda _: None)
         monkeypatch.setattr(looks, "MAX_WHOLE_LOGITS", 10 * VOCAB_SIZE)
-    given: list[wire.MarginProbe] = []
+    given: list[wire.DevelopmentProbe] = []
     for i in range(9):
         context = tokens(5 + 7 * (i // 2), i // 2)
         wanted = greedy(model, context, 1 + i % 4) if i % 2 else tokens(2 + i % 4, 40 + i)
-        given.append(wire.MarginProbe(context, wanted, tokens(1 + i % 5, 80 + i), "right"))
+        given.append(wire.DevelopmentProbe(context, wanted, tokens(1 + i % 5, 80 + i), "right"))
     heard: list[int] = []
     seen = look_at(model, given, heard.append)
     for look, found in zip(given, seen, strict=True):
@@ -95,7 +95,7 @@ torch.set_num_threads(1)
 config = dense_config(vocab_size=151_936, num_hidden_layers=1)
 model = in_arena(save_tiny(config, Path(sys.argv[1])))[1]
 context, wanted, unwanted = list(range(10, 210)), list(range(300, 320)), list(range(400, 420))
-looks = [wire.MarginProbe([i, *context], wanted, [*unwanted[i % 20 :], 5], "right") for i in range(48)]
+looks = [wire.DevelopmentProbe([i, *context], wanted, [*unwanted[i % 20 :], 5], "right") for i in range(48)]
 look_at(model, looks[:1])  # what the first use takes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

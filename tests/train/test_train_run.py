@@ -48,7 +48,8 @@ def work(seed: int, **fields: Any) -> wire.TokenExample:
 def job(tmp_path: Path, **fields: Any) -> wire.Train:
     """Three pairs with replay of both kinds, looks and KL: every phase but the teacher."""
     looks = [
-        wire.MarginProbe(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right") for i in range(4)
+        wire.DevelopmentProbe(tokens(5, 20 + i), tokens(2, 30 + i), tokens(2, 40 + i), "right")
+        for i in range(4)
     ]
     given: dict[str, Any] = {
         "job": "j1",
@@ -193,7 +194,8 @@ def test_why_it_stopped_has_a_sentence(
 ) -> None:
     """What is taught is looked at."""
     taught = [
-        wire.MarginProbe(w.context, w.continuation, w.rejected or [], "right") for w in job(tmp_path).examples
+        wire.DevelopmentProbe(w.context, w.continuation, w.rejected or [], "right")
+        for w in job(tmp_path).examples
     ]
     strong = {"lr": 3e-3, "rank": 4}
     done, _ = run(made, job(tmp_path, development=taught, steps=60, optimizer=strong, **fields))
@@ -208,7 +210,7 @@ def test_the_other_side_gives_way(made: Made, tmp_path: Path) -> None:
     for look in job(tmp_path).development:
         ahead = look_at(made[1], [look])[0].margin > 0
         pair = (look.wanted, look.unwanted) if ahead else (look.unwanted, look.wanted)
-        looks.append(wire.MarginProbe(look.context, *pair, "other"))
+        looks.append(wire.DevelopmentProbe(look.context, *pair, "other"))
     against = [wire.TokenExample(x.context, x.unwanted) for x in looks]
     strong = {"lr": 3e-3, "rank": 4}
     message = job(

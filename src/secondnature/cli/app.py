@@ -168,6 +168,9 @@ def learn(
     until_margin: Annotated[
         float | None, typer.Option("--until-margin", help="Stop at this margin, nats.")
     ] = None,
+    until_passed: Annotated[
+        float | None, typer.Option("--until-passed", help="Stop when this share of --development passes.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate. Default: the model card's.")
     ] = None,
@@ -209,6 +212,7 @@ def learn(
         objective.value if objective else None,
         max_steps,
         until_margin,
+        until_passed,
         lr,
         batch_size,
         seed,

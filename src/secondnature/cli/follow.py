@@ -14,8 +14,8 @@ from typing import Self
 from secondnature.cli.output import Output
 from secondnature.cli.progress import Display, display
 from secondnature.errors import Conflict, NotFound, SecondnatureError, Unreachable
-from secondnature.records import OPEN_STATES, STOPPED_BY
-from secondnature.wire import Client, JobStatus, PhaseProgress
+from secondnature.records import OPEN_STATES, STOPPED_BY, Side
+from secondnature.wire import Client, DevelopmentLook, JobStatus, PhaseProgress
 
 POLL_S = 0.3
 ASK_HEALTH_S = 5.0
@@ -104,6 +104,17 @@ def why_stopped(code: str) -> str:
     return STOPPED_BY.get(code, code)
 
 
+def far(look: DevelopmentLook) -> str:
+    """`development 7/12, other 11/12 (1 lost)`: what passed at a look."""
+    names: dict[Side, str] = {"right": "development", "other": "other"}
+    parts = [
+        f"{name} {look.passed.get(side, 0):,}/{look.asked[side]:,}"
+        for side, name in names.items()
+        if side in look.asked
+    ]
+    return ", ".join(parts) + (f" ({look.lost:,} lost)" if look.lost else "")
+
+
 class _Watch:
     """What the statuses of one job say, shown."""
 
@@ -132,6 +143,7 @@ class _Watch:
             extra = f" ({self._trouble})" if self._trouble else ""
         elif phase == "training":
             extra = f", loss {status.loss:.4g}" if status.loss is not None else ""
+            extra += f", {far(status.look)}" if status.look is not None else ""
             self._steps = status.progress
         self._shown.show(phase, status.progress, extra)
         self.say_why(status)

@@ -47,8 +47,12 @@ def learn(
         raise BadInput("--calibrate trains, and --dry-run does not", "leave one of them out")
     if sources.corrections is not None:
         sources.request(flags)  # what can be refused without a server is refused before one starts
-    if calibrate and flags.until_margin is None and sources.settings.until_margin is None:
-        raise BadInput("--calibrate without a margin to reach", "add --until-margin, e.g. --until-margin 2")
+    aims = (x for given in (flags, sources.settings) for x in (given.until_margin, given.until_passed))
+    if calibrate and all(x is None for x in aims):
+        raise BadInput(
+            "--calibrate without a margin or a share to reach",
+            "add --until-margin, e.g. --until-margin 2, or --until-passed 0.8 with --development",
+        )
     if sources.corrections is not None:
         tell(sources.findings(), out)
     with open_server(where, out) as server, Interrupts() as interrupts:
@@ -142,6 +146,12 @@ def conclude(
         from secondnature.report.words import kl
 
         out.say(f"moved:  {kl(lesson.kl)}")
+    found = [LookMetric.from_disk(m) for m in detail.metrics if m.get("kind") == "look"]
+    if found:
+        from secondnature.report.words import looks
+
+        for line in looks(found):
+            out.say(f"looks:  {line}")
     if evidence is not None:
         from secondnature.report.words import style
 
@@ -301,12 +311,17 @@ def _with_lr(request: TrainRequest, lr: float) -> TrainRequest:
 
 
 def _calibrated(server: Server, request: TrainRequest, out: Output, interrupts: Interrupts) -> float:
-    """The smallest of `TRIAL_RATES` that reaches the margin in a short lesson; every one of them is undone.
+    """The smallest of `TRIAL_RATES` that reaches what was asked for in a short lesson; every one of them is undone.
 
     Raises:
         TrainingError: none of them does.
     """
     steps = request.max_steps or TRIAL_STEPS
+    what = " and ".join(
+        name
+        for name, asked in (("margin", request.until_margin), ("share", request.until_passed))
+        if asked is not None
+    )
     for lr in TRIAL_RATES:
         lesson = request.lesson.model_copy(update={"note": f"trial run at lr {lr:g}"})
         changes: dict[str, Any] = {
@@ -322,22 +337,14 @@ def _calibrated(server: Server, request: TrainRequest, out: Output, interrupts: 
         detail = server.client.lesson(reply.lesson)
         if status.state == "on_trial":
             server.client.revert(reply.lesson)
-        reached = status.state == "on_trial" and _reached(detail, request.until_margin, steps)
+        reached = status.state == "on_trial" and detail.lesson.stopped_by.startswith("until_")
         out.note(
-            f"trial run: lr {lr:g}, {detail.lesson.steps} steps, margin {'' if reached else 'not '}reached; undone"
+            f"trial run: lr {lr:g}, {detail.lesson.steps} steps, {what} {'' if reached else 'not '}reached; undone"
         )
         if reached:
             return lr
     raise TrainingError(
-        f"no learning rate of {', '.join(f'{lr:g}' for lr in TRIAL_RATES)} reached the margin in {steps} steps; "
+        f"no learning rate of {', '.join(f'{lr:g}' for lr in TRIAL_RATES)} reached the {what} in {steps} steps; "
         "the weights are as before",
-        "raise --max-steps, lower --until-margin, or set --lr yourself",
+        "raise --max-steps, lower --until-margin or --until-passed, or set --lr yourself",
     )
-
-
-def _reached(detail: LessonDetail, margin: float | None, steps: int) -> bool:
-    if detail.lesson.steps < steps:
-        return True  # it was the margin that stopped it
-    looks = [LookMetric.model_validate(m) for m in detail.metrics if m.get("kind") == "look"]
-    margins = looks[-1].margins.get("right", []) if looks else []
-    return bool(margins) and margin is not None and sum(margins) / len(margins) >= margin

@@ -105,6 +105,7 @@ class LearnFlags:
     objective: Objective | None = None
     max_steps: int | None = None
     until_margin: float | None = None
+    until_passed: float | None = None
     lr: float | None = None
     batch_size: int | None = None
     seed: int | None = None
@@ -160,7 +161,7 @@ class Sources:
         body: dict[str, Any] = settings.model_dump(
             exclude={"behaviour", "note", "replay", "optimizer", "gate", "guards"}, exclude_none=True
         )
-        for key in ("objective", "max_steps", "until_margin", "batch_size", "seed"):
+        for key in ("objective", "max_steps", "until_margin", "until_passed", "batch_size", "seed"):
             if getattr(flags, key) is not None:
                 body[key] = getattr(flags, key)
         body["optimizer"] = settings.optimizer or OptimizerSettings()

@@ -111,20 +111,27 @@ class Encoder:
                 rejected = rejected[:-1]
         return wanted.context, wanted.continuation, rejected
 
-    def look(self, probe: Probe, index: int) -> wire.MarginProbe:
-        """A development probe as two answers to compare. Raises BadInput, ContextOverflow."""
-        assert probe.check.prefers is not None, "checked by the request"
-        label = f"development probe {index}"
+    def look(self, probe: Probe, index: int) -> wire.DevelopmentProbe:
+        """A development probe: two answers to compare, or a prompt to answer. Raises BadInput, ContextOverflow."""
+        label, spoken = f"development probe {index}", probe.check.prefers is None
+        pair = probe.check.prefers or probe.margin
+        if spoken:
+            context = self.context(probe.prompt, label)
+            self.check(wire.TokenExample(context, [0], label=label))  # with room for an answer of one token
+            if pair is None:
+                return wire.DevelopmentProbe(context, [], [], probe.side, spoken)
+        assert pair is not None, "without `prefers` it is spoken"
         wanted, unwanted = (
-            self.answer(probe.prompt, Message(role="assistant", content=text), label)
-            for text in probe.check.prefers
+            self.answer(probe.prompt, Message(role="assistant", content=text), label) for text in pair
         )
         if wanted.context != unwanted.context:
             raise BadInput(
                 f"{label}: one of the two answers brings thoughts of its own, the other does not",
                 "write both with `<think>`, or neither",
             )
-        look = wire.MarginProbe(wanted.context, wanted.continuation, unwanted.continuation, probe.side)
+        look = wire.DevelopmentProbe(
+            wanted.context, wanted.continuation, unwanted.continuation, probe.side, spoken
+        )
         self.check(wire.TokenExample(look.context, look.wanted, look.unwanted, 1.0, label))
         return look
 

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass, field
 
 from secondnature.lessons.plan import MAX_NAMED, Plan
-from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState
-from secondnature.wire import JobStatus, PhaseProgress, TrainRequest
+from secondnature.records import ErrorInfo, Evidence, Lesson, LessonState, LookMetric
+from secondnature.wire import DevelopmentLook, JobStatus, PhaseProgress, TrainRequest
 
 __all__ = ["LAST_LOSSES", "Ending", "Job", "Phase"]
 
@@ -67,6 +67,8 @@ class Job:
     step: int = 0
     losses: list[float] = field(default_factory=list[float])
     tokens_per_s: float | None = None
+    look: LookMetric | None = None
+    """The last one at the development probes."""
     evidence: Evidence | None = None
     ending: Ending | None = None
     """Set when it is decided that it is not kept; it ends when the weights are whole."""
@@ -108,6 +110,7 @@ class Job:
             loss=self.losses[-1] if self.losses else None,
             losses=losses,
             tokens_per_s=self.tokens_per_s,
+            look=None if self.look is None else DevelopmentLook.of(self.look),
             eta_s=progress.eta_s if progress is not None else None,
             stopped_by=self.lesson.stopped_by,
             kl=self.lesson.kl,

@@ -66,7 +66,7 @@ class Plan:
     replay_weight: float
     learned_loss: float
     optimizer: OptimizerSettings
-    development: list[wire.MarginProbe]
+    development: list[wire.DevelopmentProbe]
     until_margin: float | None
     until_passed: float | None
     look_every: int
@@ -135,6 +135,7 @@ class Plan:
             "num_replay": len(self.replay) + len(self.own),
             "replay_left_out": self.left_out,
             "num_development": len(self.development),
+            "num_generated": sum(x.spoken for x in self.development),
             "num_skipped": self.skipped,
             "num_passed_over": len(self.passed_over),
             "passed_over": [x.model_dump() for x in self.passed_over[:MAX_NAMED]],

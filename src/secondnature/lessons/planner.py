@@ -117,11 +117,12 @@ class Planner:
                     f"{missing} has no rejected answer; `{objective}` needs one", "use `sft`, or add it"
                 )
         alone = bool(distilled) or any(e.rejected is None for e in examples)
-        if request.until_margin is not None and not development and alone:
+        compared = any(x.wanted and x.side == "right" for x in development)
+        if request.until_margin is not None and not compared and alone:
             raise BadInput(
-                "`until_margin` has nothing to look at: no development probes, and an example lacks `rejected` "
-                "(or, with `sdft`, is not written yet)",
-                "send `development` probes with `prefers`, or use `max_steps`",
+                "`until_margin` has nothing to look at: no development probe of the side `right` has two answers "
+                "to compare, and an example lacks `rejected` (or, with `sdft`, is not written yet)",
+                "send `development` probes with `prefers` or `margin`, or use `until_passed` or `max_steps`",
             )
         batch_size = min(request.batch_size, num_examples)
         steps = _steps(request, math.ceil(num_examples / batch_size))

@@ -97,6 +97,21 @@ class Prober:
             self._cache.popitem(last=False)
         return found
 
+    def ask_now(self, probes: Sequence[Probe], check_in: CheckIn) -> list[Outcome]:
+        """Ask every probe of the weights as they are this moment, which have no version: nothing is cached.
+
+        Every answer ends where its check is decided.
+        """
+        found: list[Outcome] = []
+        for start in range(0, len(probes), AT_ONCE):
+            chosen = probes[start : start + AT_ONCE]
+
+            def count(done: int, total: int, before: int = start, among: int = len(chosen)) -> None:
+                check_in(before + (done * among // total if total else 0), len(probes))
+
+            found += [outcome for _, outcome in self._ask(chosen, frozenset(), count)]
+        return found
+
     def answers(
         self,
         contexts: Sequence[list[int]],

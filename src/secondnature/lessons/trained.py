@@ -7,6 +7,7 @@ the lessons that were kept meanwhile.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from secondnature import wire
@@ -19,18 +20,23 @@ from secondnature.lessons.own_answers import OwnAnswers
 from secondnature.lessons.planner import Planner
 from secondnature.lessons.prober import Prober
 from secondnature.lessons.trainer import Trainer
-from secondnature.records import STOPPED_BY, Lesson, Moved
+from secondnature.records import STOPPED_BY, Lesson, LookAnswer, LookMetric, Moved, Outcome
 
 __all__ = ["Trained"]
 
 LOG = logging.getLogger(__name__)
+LOOKING: wire.TrainerPhase = "looking at development probes"
+MAX_ANSWERS = 16
+"""To development probes, that a look writes down."""
+MAX_ANSWER_CHARS = 200
+"""Of each of them."""
 UNITS: dict[str, str] = {
     "loading the optimizer's state": "tensors",
     "recording answers for the KL": "prompts",
     "recording replay": "examples",
     "reading the teacher": "answers",
     "reading references": "examples",
-    "looking at development probes": "probes",
+    LOOKING: "probes",
     "training": "steps",
     "measuring the KL": "prompts",
     "saving the optimizer's state": "tensors",
@@ -61,6 +67,8 @@ class Trained:
         self._replay: list[wire.TokenExample] = []
         self._training: Phase | None = None
         """Where looks came between the steps: rate and time left are those of both."""
+        self._spoken: dict[int, Outcome] = {}
+        """What the last look heard, by the probe's place."""
         self.answers: list[GenerationResult] = []
         """The greedy answers to the plan's samples, before."""
 
@@ -114,7 +122,12 @@ class Trained:
         job.enter("waiting for the trainer")
         self._trainer.ensure(check_in)
         job.enter("training", "steps", job.plan.steps)
-        done = self._trainer.run(message, self._on_progress, lambda: _asks_to_end(check_in))
+        done = self._trainer.run(
+            message,
+            self._on_progress,
+            lambda: _asks_to_end(check_in),
+            lambda _, alive: self._ask_development(check_in, alive),
+        )
         if job.cancel.is_set():
             raise Cancelled("cancelled")
         moved = [Moved.model_validate(m) for m in done.moved]
@@ -159,12 +172,35 @@ class Trained:
             kl=kl,
         )
 
+    def _ask_development(self, check_in: CheckIn, alive: CheckIn) -> list[bool]:
+        """Which development probes pass, of those whose answers are checked, by the weights as they are."""
+        spoken = {i: p for i, p in enumerate(self._job.request.development) if p.check.prefers is None}
+
+        def count(done: int, total: int) -> None:
+            self._enter(LOOKING, done, total)
+            alive()
+            check_in()
+
+        found = self._prober.ask_now(list(spoken.values()), count)
+        self._spoken = dict(zip(spoken, found, strict=True))
+        return [outcome.passed for outcome in found]
+
+    def _answers(self, lost: Sequence[int]) -> list[LookAnswer]:
+        """Some of what was said at the last look, what is lost first."""
+        order = sorted(self._spoken, key=lambda i: i not in lost)[:MAX_ANSWERS]
+        spoken = [(i, self._spoken[i]) for i in order]
+        return [LookAnswer(probe=i, passed=o.passed, answer=o.answer[:MAX_ANSWER_CHARS]) for i, o in spoken]
+
     def _on_progress(self, metric: dict[str, object]) -> None:
         job = self._job
         if metric.get("kind") == "phase":
             done, total = int(str(metric.get("done", 0))), int(str(metric.get("total", 0)))
             self._enter(str(metric["phase"]), done, total)
             return
+        if metric.get("kind") == "look":
+            look = LookMetric.model_validate(metric)
+            job.look = look.model_copy(update={"answers": self._answers(look.lost)})
+            metric = job.look.model_dump()
         self._log.add_metric(job.lesson, metric)
         if metric.get("kind") == "step":
             job.step = int(str(metric["step"]))

@@ -41,6 +41,8 @@ MAX_PAUSE_S = 60.0
 """Between two starts of a trainer that does not come up; doubled from one to the next."""
 STEADY_S = 10.0
 """A trainer that ends sooner after it was ready counts as one that did not come up."""
+Ask = Callable[[int, Callable[[], None]], list[bool]]
+"""Given a step, and what to call meanwhile: that raises TrainerDied where nobody waits for the answer any more."""
 _MAX_SOCKET_PATH = 100
 """Bytes; the kernel takes 107."""
 
@@ -219,9 +221,16 @@ class Trainer:
                 raise
 
     def run(
-        self, job: wire.Train, on_progress: Callable[[dict[str, object]], None], cancelled: Callable[[], bool]
+        self,
+        job: wire.Train,
+        on_progress: Callable[[dict[str, object]], None],
+        cancelled: Callable[[], bool],
+        ask: Ask | None = None,
     ) -> wire.Done:
         """One job of a trainer that is ready, to its end. However it ends, the trainer no longer writes then.
+
+        Args:
+            ask: asks the spoken development probes after a step, while the trainer waits; which of them passed.
 
         Raises:
             Cancelled: `cancelled` said so.
@@ -242,6 +251,10 @@ class Trainer:
                 message = self._receive(0.1)
                 if isinstance(message, wire.Progress) and message.job == job.job:
                     on_progress(message.metric)
+                elif isinstance(message, wire.Asking) and message.job == job.job and asked_at is None:
+                    assert ask is not None, "whoever sends probes to be asked can ask them"
+                    with contextlib.suppress(Cancelled):  # the next turn of this loop tells it
+                        self._send(wire.Judged(job.job, message.step, ask(message.step, self._check_alive)))
                 elif isinstance(message, wire.Done | wire.Failed) and message.job == job.job:
                     ended = True
                     if isinstance(message, wire.Done):
@@ -268,6 +281,11 @@ class Trainer:
         if self.pid is None and not self._socket.poll(0):
             raise self._death()
         return None
+
+    def _check_alive(self) -> None:
+        """Raises TrainerDied."""
+        if self.pid is None:
+            raise self._death()
 
     def _death(self) -> TrainerDied:
         """How the process ended."""

@@ -157,15 +157,35 @@ class StepMetric(Record):
     """With replay by distribution: mean KL(before the lesson || now) of the step's replay, nats per token."""
 
 
+class LookAnswer(Record):
+    """What was answered to a development probe at a look."""
+
+    probe: int
+    """Its place in `development`, from 0."""
+    passed: bool
+    answer: str
+    """As far as its check needed it, at most 200 characters."""
+
+
 class LookMetric(Record):
-    """A line of metrics.jsonl: the development probes of both sides, asked after that step (0: before any)."""
+    """A line of metrics.jsonl: the development probes of both sides, asked after that step (0: before any).
+
+    Those with `prefers` are read by the trainer; the others are answered by the serving engine between two steps.
+    """
 
     kind: Literal["look"] = "look"
     step: int
     margins: dict[Side, list[float]] = {}
     """Per probe: log p(wanted) - log p(unwanted), nats over the whole answers. Smooth."""
     passed: dict[Side, float | None] = {}
-    """Share of probes whose greedy answer is, token by token, the wanted one. Jumps."""
+    """Share of probes that pass: whose answer does what its check says; with `prefers`, whose greedy answer is,
+    token by token, the wanted one. Jumps."""
+    asked: dict[Side, int] = {}
+    """How many probes that is a share of. Empty in lessons of older versions."""
+    lost: list[int] = []
+    """Of the side `other`, those that passed at step 0 and fail now: places in `development`, from 0."""
+    answers: list[LookAnswer] = []
+    """Some of the answers that were generated, at most 16: those of `lost` first."""
 
 
 class KlMetric(Record):

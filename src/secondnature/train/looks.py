@@ -36,7 +36,7 @@ class Seen:
 
 
 @torch.no_grad()
-def look_at(model: nn.Module, looks: Sequence[wire.MarginProbe], each: Each = unwatched) -> list[Seen]:
+def look_at(model: nn.Module, looks: Sequence[wire.DevelopmentProbe], each: Each = unwatched) -> list[Seen]:
     """The margin and the greedy answer of each development probe, in order, from one teacher-forced reading."""
     contexts = [look.context for look in looks]
     answers = [[look.wanted, look.unwanted] for look in looks]

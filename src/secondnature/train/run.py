@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from secondnature import wire
 from secondnature.errors import BadInput, Exploded, NonFinite, TrainingError
 from secondnature.model import names
 from secondnature.model.load import build
-from secondnature.records import STOPPED_BY, Example, KlMetric, LookMetric, OptimizerSettings, StepMetric
+from secondnature.records import STOPPED_BY, Example, KlMetric, OptimizerSettings, StepMetric
 from secondnature.train.anchors import (
     KEPT_TOKENS,
     MAX_BYTES,
@@ -41,6 +41,7 @@ from secondnature.train.memory import give_back
 from secondnature.train.phases import Check, Phases, Report
 from secondnature.train.state import load_optimizer, save_optimizer
 from secondnature.train.step import StepResult, references, train_step
+from secondnature.train.stopping import Stopping, mean
 from secondnature.weights.arena import Arena
 
 __all__ = ["MAX_KL_TOKENS", "PAUSE_S", "TrainingRun", "model_in"]
@@ -52,6 +53,8 @@ GIVE_BACK_S = 1.0
 """Between two times that freed memory is returned while steps are made."""
 MAX_KL_TOKENS = 64
 """Positions of an answer at which the lesson's KL is measured, from its first token on."""
+Ask = Callable[[int], list[bool]]
+"""Given a step: which of the spoken development probes pass after it, in order."""
 
 
 def model_in(arena: Arena, directory: Path, layout: wire.Layout) -> nn.Module:
@@ -93,7 +96,8 @@ class TrainingRun:
         self.job = job
         self._share = share
         self._bounds: Bounds | None = None
-        self._other_at_start = 0.0
+        self._stopping = Stopping(job)
+        self._ask: Ask = _unasked
         self._gave_back = time.monotonic()
         try:
             settings = OptimizerSettings.model_validate(job.optimizer)
@@ -105,9 +109,14 @@ class TrainingRun:
         self.optimizer = Apollo(model, settings, seed=job.seed, track=not self._on_gpu, folder=folder)
         self._lr = self.optimizer.lr
 
-    def run(self, report: Report, check: Check) -> wire.Done:
-        """All of it. `report` sends a metric; `check` raises Cancelled when somebody asked for it."""
+    def run(self, report: Report, check: Check, ask: Ask | None = None) -> wire.Done:
+        """All of it. `report` sends a metric; `check` raises Cancelled when somebody asked for it.
+
+        `ask` is given a step and says which of the spoken development probes pass then, in order; nothing is
+        written until it has answered.
+        """
         job, phases = self.job, Phases(report, check)
+        self._ask = ask or self._ask
         if job.optimizer_in is not None:
             each = phases.begin("loading the optimizer's state", 0)
             load_optimizer(self.optimizer, Path(job.optimizer_in), each)
@@ -277,54 +286,41 @@ class TrainingRun:
             raise type(e)(message, e.hint) from None
 
     def _look(self, step: int, report: Report, phases: Phases, own: Sequence[float] = ()) -> str | None:
-        """Margins of the development probes; why to stop, if there is a reason to."""
-        job = self.job
-        margins: dict[str, list[float]] = {}
-        greedy: dict[str, list[bool]] = {}
-        if job.development:
-            each = phases.begin("looking at development probes", len(job.development))
-            for look, seen in zip(job.development, look_at(self.model, job.development, each), strict=True):
-                margins.setdefault(look.side, []).append(seen.margin)
-                greedy.setdefault(look.side, []).append(seen.greedy)
-        passed = {side: _mean(found) for side, found in greedy.items()}
-        if margins:
-            if not all(math.isfinite(m) for found in margins.values() for m in found):
-                raise NonFinite(
-                    f"a development margin is not finite after step {step}", "lower the learning rate"
-                )
-            report(
-                LookMetric.model_validate({"step": step, "margins": margins, "passed": passed}).model_dump()
-            )
-        other = _mean(margins.get("other", []))
-        if step == 0:
-            self._other_at_start = other
-            return None
-        right = margins.get("right") or own
-        reasons: list[str] = []
-        if job.until_margin is not None:
-            if not right or _mean(right) < job.until_margin:
-                return self._gave_way(other)
-            reasons.append("until_margin")
-        if job.until_passed is not None:
-            if passed.get("right", 0.0) < job.until_passed:
-                return self._gave_way(other)
-            reasons.append("until_passed")
-        return " and ".join(reasons) or self._gave_way(other)
-
-    def _gave_way(self, other: float) -> str | None:
-        """The other side of the behaviour led at first and no longer does: more steps would do harm."""
-        return "the other side gave way" if self._other_at_start > 0 > other else None
+        """A look at the development probes; why to stop, if there is a reason. `own`: margins of the examples."""
+        looks = self.job.development
+        compared = [i for i, look in enumerate(looks) if look.wanted]
+        spoken = [i for i, look in enumerate(looks) if look.spoken]
+        margins: list[float | None] = [None] * len(looks)
+        passed = [False] * len(looks)
+        if compared:
+            each = phases.begin("looking at development probes", len(compared))
+            found = look_at(self.model, [looks[i] for i in compared], each)
+            for i, seen in zip(compared, found, strict=True):
+                margins[i], passed[i] = seen.margin, seen.greedy
+        if spoken:
+            for i, mark in zip(spoken, self._ask(step), strict=True):
+                passed[i] = mark
+        metric = self._stopping.metric(step, margins, passed)
+        if looks:
+            report(metric.model_dump())
+        return self._stopping.reason(metric, own)
 
     # ---------------------------------------------------------------------------- after the last write
 
     def _after(self, on: str, before: Sequence[Anchor], report: Report, phases: Phases) -> float:
         """KL(before || now) on one set of prompts; reported as a metric, and its mean given back."""
         per_prompt = divergences(self.model, before, phases.begin("measuring the KL", len(before)))
-        mean = _mean(per_prompt)
+        average = mean(per_prompt)
         num_tokens = sum(anchor.num_tokens for anchor in before)
-        metric = {"on": on, "mean": mean, "per_prompt": per_prompt, "num_tokens": num_tokens}
+        metric = {"on": on, "mean": average, "per_prompt": per_prompt, "num_tokens": num_tokens}
         report(KlMetric.model_validate(metric).model_dump())
-        return mean
+        return average
+
+
+def _unasked(step: int) -> list[bool]:
+    raise TrainingError(
+        f"step {step}: nobody is there who could ask the development probes", "please report it"
+    )
 
 
 def _example(work: wire.TokenExample) -> Example:
@@ -334,7 +330,3 @@ def _example(work: wire.TokenExample) -> Example:
         rejected_ids=work.rejected,
         weight=work.weight,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -118,14 +118,32 @@ class Worker:
         """One job, to its end."""
         if self._training is None:
             raise TrainingError("no weights are mapped", "restart the server")
-        return self._training(job).run(partial(self._tell, job.job), partial(self._check, job.job))
+        name = job.job
+        return self._training(job).run(
+            partial(self._tell, name), partial(self._check, name), partial(self._ask, name)
+        )
 
     def _tell(self, job: str, metric: dict[str, object]) -> None:
         self._send(wire.Progress(job, metric))
 
     def _check(self, job: str) -> None:
         """Raises Cancelled if the server asked for the end of this job, or of everything."""
-        message = self._next(0)
+        self._heed(job, self._next(0))
+
+    def _ask(self, job: str, step: int) -> list[bool]:
+        """Which spoken development probes pass now. Waits, and writes nothing, until the server says it or ends.
+
+        Raises:
+            Cancelled: it asked for the end instead.
+        """
+        self._send(wire.Asking(job, step))
+        while True:
+            message = self._next(POLL_MS)
+            if isinstance(message, wire.Judged) and (message.job, message.step) == (job, step):
+                return message.passed
+            self._heed(job, message)
+
+    def _heed(self, job: str, message: wire.ToTrainer | None) -> None:
         if isinstance(message, wire.Cancel) and message.job == job:
             raise Cancelled("cancelled")
         if isinstance(message, wire.Shutdown):

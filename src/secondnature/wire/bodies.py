@@ -17,10 +17,12 @@ from secondnature.records import (
     KlSet,
     Lesson,
     LessonState,
+    LookMetric,
     Name,
     OptimizerSettings,
     Probe,
     Prompt,
+    Side,
     Text,
     Unicode,
     guard_name,
@@ -220,15 +222,18 @@ class TrainRequest(Body):
     until_margin: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)] | None = None
     """Stop as soon as the mean margin on the development probes (else the examples) reaches this, in nats."""
     until_passed: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    """Stop as soon as this share of the development probes has the wanted answer as its greedy one. With
-    `until_margin`: both."""
+    """Stop as soon as this share of the development probes of the side `right` passes. Those with `prefers` pass
+    when the wanted answer is, token by token, the greedy one; the others are answered by the serving engine between
+    two steps, and checked. With `until_margin`: both."""
     learned_loss: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 1e-3
     """Examples below this loss, nats per token, give no gradient: an answer can be the greedy one long before it
     is certain, and every step beyond that costs elsewhere."""
     look_every: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Steps between two looks at the margins."""
+    """Steps between two looks at the development probes; one is made before the first step, one after the last."""
     development: Annotated[list[Probe], Field(max_length=1000)] = []
-    """Probes with `prefers` that are looked at while training; never those of the gate."""
+    """Probes that are looked at while training, with any check; never those of the gate. With neither
+    `until_passed` nor `until_margin`, what is answered is only shown. Otherwise training stops, too, where more
+    than half of the `other` probes whose answers passed before the first step fail."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     replay: ReplaySettings = ReplaySettings()
     dry_run: bool = False
@@ -271,9 +276,6 @@ class TrainRequest(Body):
             )
         if self.until_passed is not None and not any(p.side == "right" for p in self.development):
             raise ValueError("`until_passed` needs `development` probes of the side `right`")
-        for i, probe in enumerate(self.development):
-            if probe.check.prefers is None:
-                raise ValueError(f"development probe {i} has no `prefers`; the trainer looks at margins only")
         if self.probes and self.lesson.behaviour is None:
             raise ValueError("`probes` need `lesson.behaviour`: it says which probes must improve")
         self._has_margins_of_guards()
@@ -319,6 +321,25 @@ class PhaseProgress(Body):
     eta_s: float | None = None
 
 
+class DevelopmentLook(Body):
+    """How many development probes passed at a look, by side."""
+
+    step: int
+    """After which it was made; 0: before any."""
+    passed: dict[Side, int]
+    asked: dict[Side, int]
+    lost: int = 0
+    """Of the side `other`: passed at step 0, and fail now."""
+
+    @classmethod
+    def of(cls, look: LookMetric) -> Self:
+        """What a look's line in metrics.jsonl says."""
+        passed: dict[Side, int] = {
+            side: round(num * (look.passed.get(side) or 0.0)) for side, num in look.asked.items()
+        }
+        return cls(step=look.step, passed=passed, asked=look.asked, lost=len(look.lost))
+
+
 class JobStatus(Body):
     """`GET /v1/train/status?job=`."""
 
@@ -335,6 +356,8 @@ class JobStatus(Body):
     losses: list[float] = []
     """Of the steps after `?after=` (without it the last 100), while the job lives; metrics.jsonl has them all."""
     tokens_per_s: float | None = None
+    look: DevelopmentLook | None = None
+    """The last one at the development probes, while the job lives; metrics.jsonl has them all."""
     eta_s: float | None = None
     """Until this phase ends."""
     stopped_by: str = ""

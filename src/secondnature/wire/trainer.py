@@ -41,13 +41,16 @@ class TokenExample(msgspec.Struct, tag="work", frozen=True):
     """Replay by distribution: held to what the model said before, not trained on."""
 
 
-class MarginProbe(msgspec.Struct, tag="look", frozen=True):
-    """One development probe: the margin of `wanted` over `unwanted` after `context`."""
+class DevelopmentProbe(msgspec.Struct, tag="look", frozen=True):
+    """One development probe: the margin of `wanted` over `unwanted` after `context`, where it has any."""
 
     context: list[int]
     wanted: list[int]
+    """Empty, like `unwanted`: it has no margin."""
     unwanted: list[int]
     side: str
+    spoken: bool = False
+    """Whether it passes is found by asking the serving engine (`Asking`), not by the two answers."""
 
 
 class Train(msgspec.Struct, tag="train", frozen=True):
@@ -68,12 +71,20 @@ class Train(msgspec.Struct, tag="train", frozen=True):
     optimizer_in: str | None
     """The state to start from (a file of this home), or None for a fresh one."""
     optimizer_out: str
-    development: list[MarginProbe]
+    development: list[DevelopmentProbe]
     until_margin: float | None
     until_passed: float | None
     look_every: int
     kl: dict[str, list[TokenExample]]
     """Prompts with the base's own answers, by set (`new`, `replay`)."""
+
+
+class Judged(msgspec.Struct, tag="judged", frozen=True):
+    """Server -> trainer: which of the spoken development probes passed, in order, after that step."""
+
+    job: str
+    step: int
+    passed: list[bool]
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -109,6 +120,13 @@ class Progress(msgspec.Struct, tag="progress", frozen=True):
     job: str
     """Empty while the weights are mapped."""
     metric: dict[str, Any]
+
+
+class Asking(msgspec.Struct, tag="asking", frozen=True):
+    """Trainer -> server: ask the spoken development probes now. It writes nothing until it is told (`Judged`)."""
+
+    job: str
+    step: int
 
 
 TrainerPhase = Literal[
@@ -148,8 +166,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     error: dict[str, str]
 
 
-ToTrainer = Attach | Train | Cancel | Shutdown
-ToServer = Hello | Ready | Progress | Done | Failed
+ToTrainer = Attach | Train | Judged | Cancel | Shutdown
+ToServer = Hello | Ready | Progress | Asking | Done | Failed
 _encoder = msgspec.msgpack.Encoder()
 _to_trainer: msgspec.msgpack.Decoder[ToTrainer] = msgspec.msgpack.Decoder(ToTrainer)
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
