@@ -83,31 +83,52 @@ def _engine(found: dict[str, Any]) -> list[str]:
 
 
 def _real(found: dict[str, Any]) -> list[str]:
-    names = ("engine_fp32", "engine_bf16", "generate_fp32", "generate_bf16")
+    names = {
+        "engine_fp32": "engine, fp32",
+        "engine_bf16": "engine, bf16",
+        "generate_fp32": "generate, fp32",
+        "generate_bf16": "generate, bf16",
+        "llama_cpp_bf16": "llama.cpp, bf16",
+        "llama_cpp_q4": "llama.cpp, 4 bits",
+        "vllm_bf16": "vLLM, bf16",
+    }
+    engine = found["engine"]
+    measured = engine[0]["tokens_per_s"]
     rows = [
         [
-            str(row["streams"]),
-            *(both(row["tokens_per_s"][name], number) for name in names),
-            *(both(row["of_the_better"][name], times) for name in names[:2]),
+            title,
+            *(both(row["tokens_per_s"][name], number) for row in engine),
+            *(
+                both(row["of_the_better"][name], times) if name in row["of_the_better"] else ""
+                for row in engine
+            ),
         ]
-        for row in found["engine"]
+        for name, title in names.items()
+        if name in measured
     ]
     rest, lesson = found["at_rest_bytes"], found["lesson"]
+    streams = [str(row["streams"]) for row in engine]
+    others = {"llama_cpp_q4": "llama.cpp", "vllm_bf16": "vLLM"}
+    missing = ", ".join(title for name, title in others.items() if name not in measured)
+    probes = found.get("probes")
     return [
-        "Tokens per second of the engine, greedy, in fp32 (the default on CPUs) and with `compute_dtype` bfloat16; "
-        "of transformers' `generate` in both; and the engine's over the better of the two, turn by turn.",
+        "Tokens per second by streams, greedy: the engine in fp32 (the default on CPUs) and with `compute_dtype` "
+        "bfloat16, transformers' `generate` in both, llama.cpp on the file of 4 bits that the weights came from "
+        "and on the same weights in bf16, turn by turn; vLLM's CPU build after them, in its own process. Then "
+        "the engine over the better of the two `generate`."
+        + (f" Not measured here: {missing}." if missing else ""),
         "",
-        *table(
+        *table(["", *streams, *(f"vs generate, {s}" for s in streams)], rows),
+        "",
+        *(
             [
-                "streams",
-                "engine",
-                "engine, bf16",
-                "generate, fp32",
-                "generate, bf16",
-                "vs the better",
-                "bf16 vs it",
-            ],
-            rows,
+                f"The {probes['probes']} probes of the pack `facts` were answered and judged in "
+                f"{number(probes['fp32_seconds'])} s in fp32 and {number(probes['bf16_seconds'])} s in bfloat16 "
+                f"({probes['fp32_tokens'][0]:,} tokens of prompts, {probes['fp32_tokens'][1]:,} of answers, fp32).",
+                "",
+            ]
+            if probes
+            else []
         ),
         "",
         *_real_steps(found),

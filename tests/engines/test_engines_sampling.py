@@ -212,7 +212,7 @@ def test_defaults_are_read_from_the_models_file(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1280, 1283])
+@pytest.mark.parametrize("width", [1280, 16384, 16387])
 def test_the_likeliest_is_the_first_of_the_largest(dtype: torch.dtype, width: int) -> None:
     logits = torch.randn(7, width).to(dtype)
     logits[1, [3, 700, 1279]] = 9.0
