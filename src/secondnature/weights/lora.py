@@ -4,8 +4,8 @@ The change of each linear layer's weights is cut to its largest singular values 
 matrix of that rank is nearer), B [out, R] times A [R, in]. Of a difference of bytes most is noise of stochastic
 rounding, which no low rank holds: what a lesson meant to change (`updates`) is given where it is stored. The
 relative error is stated, per tensor and in all, and what the adapter does is asked of probes, not of norms.
-Embeddings, norms, convolutions and heads that are tied to an embedding cannot be carried: they are named. One tensor
-is in memory at a time.
+Embeddings, norms, convolutions and heads that are tied to an embedding cannot be carried: they are named. One
+tensor is in memory at a time.
 """
 
 from __future__ import annotations
