@@ -118,6 +118,7 @@ def back(**fields: Any) -> TrainRequest:
         "gate": LOW_GATE,
         "lesson": {"behaviour": "ask"},
         "prompting": False,
+        "replay": {**teach().replay.model_dump(exclude_none=True), "lessons": False},
     }
     return teach(**{**given, **fields})
 
@@ -138,7 +139,9 @@ def test_a_lesson_that_takes_back_what_was_kept_is_undone_unless_that_is_meant(
     lesson, evidence = judged(server, back())
     row = next(c for c in evidence.comparisons if c.role == "retention")
     assert (row.name, row.n, row.decision) == (NAME, len(ASKED), "harmed")
-    assert row.before == len(ASKED)  # as they passed when that lesson was kept
+    was = server.client.lesson(kept.id).evidence
+    assert was is not None
+    assert row.before == was.comparisons[0].after  # the same weights, the same probes
     assert (lesson.state, evidence.verdict) == ("undone", "undone")
     assert "retention: false" in lesson.reason
     assert lesson.cause.num_retained == len(ASKED)
