@@ -35,6 +35,8 @@ from secondnature.records import (
     Verdict,
 )
 
+TAGS_ALONE = 4
+"""The format from which on harm in a tag needs no concentration."""
 MOST_SAID = 1000
 """More probes than these are nobody's set: that so many would do is no help, and not said."""
 
@@ -230,6 +232,11 @@ def _pins_lost(c: Comparison) -> str:
 def _concentrated(c: Comparison, tag: TagTest) -> str:
     assert c.lost is not None
     whose = f"of the {c.lost.losses} losses of {_label(c)} {tag.losses} are tagged {tag.tag}"
+    if tag.concentrated is False:
+        return (
+            f"{whose}, where {tag.gains} were gained ({_small(tag.harm_p_adjusted or 0.0)} over "
+            f"{len(c.lost.tags)} tags)"
+        )
     return (
         f"{whose}, of which {tag.before} of {c.lost.before} could be lost (they concentrate there: "
         f"{_small(tag.p_adjusted)}; {tag.losses} lost and {tag.gains} gained: {_small(tag.harm_p)})"
@@ -306,7 +313,7 @@ def recompute(evidence: Evidence) -> Evidence:
             gate=evidence.gate,
             num_retries=evidence.num_retries,
             pins=(c.pinned, c.pinned_before, c.pinned_losses),
-            lost=_retested(c, evidence.gate),
+            lost=_retested(c, evidence.gate, alone=evidence.schema_version >= TAGS_ALONE),
         )
         kept = {k: getattr(c, k) for k in ("flips", "style", "mean_margin_before", "mean_margin_after")}
         comparisons.append(fresh.model_copy(update=kept))
@@ -352,10 +359,10 @@ def _recomputed(p: Prompted | None) -> Prompted | None:
     return p.model_copy(update={"p": two_sided(p.only_lesson, p.only_prompting)})
 
 
-def _retested(c: Comparison, gate: GateSettings) -> Losses | None:
+def _retested(c: Comparison, gate: GateSettings, *, alone: bool) -> Losses | None:
     """Raises BadRecord."""
     try:
-        return None if c.lost is None else retest(c.lost, c.num_seeds, gate.alpha)
+        return None if c.lost is None else retest(c.lost, c.num_seeds, gate.alpha, alone=alone)
     except ValueError as e:
         raise BadRecord(
             f"{c.name} ({c.role}): the counts of tags or words contradict each other: {e}",
