@@ -138,7 +138,7 @@ def _told(row: Row) -> str:
     )
 
 
-def page(found: list[Row], reading: str) -> str:
+def page(found: list[Row]) -> str:
     """capitals.md, from capitals.json alone."""
     rows = [r for arm in FORMS for r in found if r["arm"] == arm]
     parts = [HEAD.format(countries=", ".join([*list(CAPITALS)[:-1]]) + " and " + list(CAPITALS)[-1])]
@@ -165,14 +165,27 @@ def page(found: list[Row], reading: str) -> str:
         parts += [f"  - “{asked_}”: {before} → {after}\n" for asked_, before, after in _cells(r["flips"][:5])]
     parts.append("\n## What the certificates say\n\n")
     parts += [f"- {r['arm']}: {r['sentence']}\n" for r in rows]
-    return "".join(parts) + reading
+    return "".join(parts) + reading(rows)
 
 
 def _cells(flips: list[list[str]]) -> list[list[str]]:
     return [[" ".join(x.split()) for x in flip] for flip in flips]
 
 
-READING = ""
+def reading(rows: list[Row]) -> str:
+    """What the table says, in words."""
+    by = {r["arm"]: r for r in rows}
+    now = {arm: r["held_out"]["after"].count("+") for arm, r in by.items()}
+    lost = {arm: f"{r['guard']['losses']} lost and {r['guard']['gains']} gained" for arm, r in by.items()}
+    n = len(rows[0]["held_out"]["after"])
+    return f"""
+## Reading
+
+As words {now["bare"]} of {n} held-out askings are right, as sentences {now["sentence"]}; of the other facts
+{lost["bare"]} with words, {lost["sentence"]} with sentences. One seed of a small model, and a guard of other
+questions than the earlier one: the two are read side by side, not as a difference. The lint needs no lesson to name
+the words.
+"""
 
 
 def main() -> int:
@@ -187,7 +200,7 @@ def main() -> int:
                 found.append(lesson(client, Path(name) / "home", arm, before))
                 file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 print({k: found[-1][k] for k in ("arm", "sentence", "held_out", "steps")}, flush=True)
-    (OUT / "capitals.md").write_text(page(found, READING), encoding="utf-8")
+    (OUT / "capitals.md").write_text(page(found), encoding="utf-8")
     return 0
 
 
