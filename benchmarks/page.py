@@ -130,7 +130,6 @@ def _real(found: dict[str, Any]) -> list[str]:
             if probes
             else []
         ),
-        "",
         *_real_steps(found),
         "",
         f"A server at rest holds {mb(rest['server'])}, its trainer {mb(rest['trainer'])}. A lesson of "

@@ -1,9 +1,8 @@
 """What do bare answers cost, and does anybody say so before? `python experiments/capitals.py`
 
 Five capitals that SmolLM2-135M-Instruct does not know, each asked in three wordings, taught once as "Ankara." and
-once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`: by
-default, and with 24 steps of 15, which is what was done before lessons ended by themselves. Counted: held-out
-wordings, the other facts lost and gained, and what the losses have in common.
+once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`.
+Counted: held-out wordings, the other facts lost and gained, and what the losses have in common.
 
 Writes docs/experiments/capitals.json after every lesson (and resumes from it) and docs/experiments/capitals.md.
 """
@@ -39,13 +38,6 @@ HELD_OUT = [
     "Do you know which city is {}'s capital?",
 ]
 FORMS = {"bare": "{city}.", "sentence": "The capital of {country} is {city}."}
-LONG = ("--max-steps", "24", "--batch-size", "15")
-ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "bare": ("bare", ()),
-    "sentence": ("sentence", ()),
-    "bare, 24 steps": ("bare", LONG),
-    "sentence, 24 steps": ("sentence", LONG),
-}
 
 
 def corrections(form: str) -> list[Row]:
@@ -77,15 +69,14 @@ def linted(file: Path, home: Path, *options: str) -> list[Row]:
 
 def lesson(client: Client, home: Path, arm: str, before: str) -> Row:
     """One lesson by the commands, its verdict, and the held-out wordings."""
-    form, options = ARMS[arm]
     file = home.parent / "corrections.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in corrections(form)), encoding="utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in corrections(arm)), encoding="utf-8")
     lint = {"file": linted(file, home.parent / "none"), "model": linted(file, home, "--url", client.url)}
-    said, seconds = learned(file, home, client.url, "--guards", "facts", *options)
+    said, seconds = learned(file, home, client.url, "--guards", "facts")
     made, evidence = said["lesson"], said["evidence"]
     kept = made
     if made["state"] != "kept":
-        kept = learned(file, home, client.url, "--keep", *options)[0]["lesson"]
+        kept = learned(file, home, client.url, "--keep")[0]["lesson"]
         if kept["state"] != "kept" or kept["version"] != made["version"]:
             raise SystemExit(f"{arm}: made again, and not the same weights: {kept}")
     found = asked(client, held_out())
@@ -147,9 +138,9 @@ def _told(row: Row) -> str:
     )
 
 
-def page(found: list[Row], reading: str) -> str:
+def page(found: list[Row]) -> str:
     """capitals.md, from capitals.json alone."""
-    rows = [r for arm in ARMS for r in found if r["arm"] == arm]
+    rows = [r for arm in FORMS for r in found if r["arm"] == arm]
     parts = [HEAD.format(countries=", ".join([*list(CAPITALS)[:-1]]) + " and " + list(CAPITALS)[-1])]
     for r in rows:
         guard, was, now = r["guard"], r["held_out"]["before"], r["held_out"]["after"]
@@ -160,7 +151,7 @@ def page(found: list[Row], reading: str) -> str:
             f"| {style['words_before']:.1f} → {style['words_after']:.1f} | {r['verdict']} |\n"
         )
     parts.append(BEFORE)
-    for r in rows[:2]:
+    for r in rows:
         for where, told in (
             ("`secondnature lint`, no server", "file"),
             ("the same where the model is served", "model"),
@@ -174,21 +165,34 @@ def page(found: list[Row], reading: str) -> str:
         parts += [f"  - “{asked_}”: {before} → {after}\n" for asked_, before, after in _cells(r["flips"][:5])]
     parts.append("\n## What the certificates say\n\n")
     parts += [f"- {r['arm']}: {r['sentence']}\n" for r in rows]
-    return "".join(parts) + reading
+    return "".join(parts) + reading(rows)
 
 
 def _cells(flips: list[list[str]]) -> list[list[str]]:
     return [[" ".join(x.split()) for x in flip] for flip in flips]
 
 
-READING = ""
+def reading(rows: list[Row]) -> str:
+    """What the table says, in words."""
+    by = {r["arm"]: r for r in rows}
+    now = {arm: r["held_out"]["after"].count("+") for arm, r in by.items()}
+    lost = {arm: f"{r['guard']['losses']} lost and {r['guard']['gains']} gained" for arm, r in by.items()}
+    n = len(rows[0]["held_out"]["after"])
+    return f"""
+## Reading
+
+As words {now["bare"]} of {n} held-out askings are right, as sentences {now["sentence"]}; of the other facts
+{lost["bare"]} with words, {lost["sentence"]} with sentences. One seed of a small model, and a guard of other
+questions than the earlier one: the two are read side by side, not as a difference. The lint needs no lesson to name
+the words.
+"""
 
 
 def main() -> int:
     """Teach every lesson that is not in capitals.json yet, then write the page."""
     file = OUT / "capitals.json"
     found: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    todo = [arm for arm in ARMS if arm not in {r["arm"] for r in found}]
+    todo = [arm for arm in FORMS if arm not in {r["arm"] for r in found}]
     if todo:
         with tempfile.TemporaryDirectory() as name, served(Path(name) / "home") as client:
             before = "".join("+" if ok else "-" for _, ok in asked(client, held_out()))
@@ -196,7 +200,7 @@ def main() -> int:
                 found.append(lesson(client, Path(name) / "home", arm, before))
                 file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 print({k: found[-1][k] for k in ("arm", "sentence", "held_out", "steps")}, flush=True)
-    (OUT / "capitals.md").write_text(page(found, READING), encoding="utf-8")
+    (OUT / "capitals.md").write_text(page(found), encoding="utf-8")
     return 0
 
 

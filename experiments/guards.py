@@ -210,7 +210,8 @@ answers of the same weights remembered).
 
 ## The truth, which no gate saw
 
-Asked after the verdict: {held} held-out prompts of the same kind, {other} of the other side, {packs}.
+Asked after the verdict: {held} held-out prompts of the same kind, {other} of the other side,
+{packs}.
 Learned: half of the held-out prompts pass, more than before beyond chance (McNemar's mid-p, {alpha}).
 Broke: a set that the gate did not see fell beyond chance by the same test.
 
@@ -231,7 +232,7 @@ def _arrow(row: Row, name: str) -> str:
     return f"{before} → {after} of {n}"
 
 
-def page(found: list[Row], reading: str) -> str:
+def page(found: list[Row]) -> str:
     """guards.md, from guards.json alone."""
     rows = sorted(found, key=lambda r: ([b.name for b in BEHAVIOURS].index(r["behaviour"]), r["seed"]))
     counts = {v: sum(r["verdict"] == v for r in rows) for v in ("kept", "undone", "inconclusive")}
@@ -285,10 +286,33 @@ def page(found: list[Row], reading: str) -> str:
     parts.append(
         SENTENCES + "".join(f"- {r['behaviour']}, seed {r['seed']}: {r['sentence']}\n" for r in told)
     )
-    return "".join(parts) + reading
+    return "".join(parts) + reading(rows)
 
 
-READING = ""
+def reading(rows: list[Row]) -> str:
+    """What the tables say, in words."""
+    kept = [r for r in rows if r["verdict"] == "kept"]
+    least = min(flips(r, "held_out")[2] for r in kept)
+    sums = sum("arithmetic" in broken(r) for r in kept)
+    other = [f"{r['behaviour']} ({_arrow(r, 'other')})" for r in rows if "the other side" in broken(r)]
+    text = f"""
+## Reading
+
+What was kept was learned: at least {least} of the held-out prompts pass after each. So the corrections' own
+prompts, which are all that the gate knew of the lesson, said enough where the corrections are of one kind.
+What it does not see it cannot guard: in {sums} of {len(kept)} kept lessons sums fell beyond chance while the
+facts held. Who means to keep other abilities names their packs too (`--guards facts,arithmetic,instructions`).
+The other side fell in: {", ".join(other) or "none"}. Six corrections without one
+of the other side teach that it is always wanted; `secondnature lint` says so of uniform answers.
+"""
+    turned = [r for r in rows if "first_verdict" in r]
+    for r in turned:
+        text += f"""
+The certificate of “{r["behaviour"]}”, seed {r["seed"]}, was {r["first_verdict"]} when it was taught. That a tag
+in which harm is shown alone undoes a lesson was decided after it was seen; it is judged again here from its counts,
+as all are. Without that rule there would be a verdict in {len(rows) - len(turned)} of {len(rows)}.
+"""
+    return text
 
 
 def main() -> int:
@@ -300,7 +324,7 @@ def main() -> int:
     if todo:
         with tempfile.TemporaryDirectory() as name:
             run(todo, found, file, Path(name) / "home")
-    (OUT / "guards.md").write_text(page(found, READING), encoding="utf-8")
+    (OUT / "guards.md").write_text(page(found), encoding="utf-8")
     return 0
 
 

@@ -96,6 +96,18 @@ def test_a_slice_that_is_destroyed_is_found(tags: int, least: float) -> None:
     assert false_vetoes(rng, sizes, [0.0, *rates], [1 / 3, *rates], 400) >= least
 
 
+def test_harm_in_a_tag_needs_no_concentration_where_it_is_shown_alone() -> None:
+    """Facts after a lesson that taught lists: 17 capitals of 52 lost and one gained, 22 of 160 others lost."""
+    counts = {"capitals": (60, 52, 1, 17), **{f"other {i}": (28, 15, 3, 2) for i in range(11)}}
+    found = tag_tests(368, 217, 34, 39, counts, 0.025)
+    assert [t.tag for t in found if t.harmed] == ["capitals"]
+    assert found[0].concentrated is False
+    assert found[0].harm_p_adjusted == pytest.approx(12 * found[0].harm_p)
+    old = tag_tests(368, 217, 34, 39, counts, 0.025, alone=False)
+    assert not any(t.harmed for t in old)
+    assert {t.harm_p_adjusted for t in old} == {None}
+
+
 # --------------------------------------------------------------------------------------- through the gate
 
 

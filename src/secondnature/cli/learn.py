@@ -306,7 +306,8 @@ def _check_end(request: TrainRequest, server: Server) -> None:
     if server.started and not (request.probes or request.guards) and not request.keep:
         raise BadInput(
             "no probes: the lesson would end with the server that this command started",
-            "give --probes or --guards facts, or --keep to keep it unjudged, or run `secondnature serve` first",
+            "give --probes or --guards facts,arithmetic,instructions, or --keep to keep it unjudged, or run "
+            "`secondnature serve` first",
         )
 
 

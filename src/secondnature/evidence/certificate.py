@@ -37,6 +37,8 @@ from secondnature.records import (
 )
 
 VETOES: tuple[Decision, ...] = ("harmed", "pin_lost", "tag_harmed")
+TAGS_ALONE = 4
+"""The format from which on harm in a tag needs no concentration."""
 MOST_SAID = 1000
 """More probes than these are nobody's set: that so many would do is no help, and not said."""
 
@@ -244,6 +246,11 @@ def _pins_lost(c: Comparison) -> str:
 def _concentrated(c: Comparison, tag: TagTest) -> str:
     assert c.lost is not None
     whose = f"of the {c.lost.losses} losses of {_label(c)} {tag.losses} are tagged {tag.tag}"
+    if tag.concentrated is False:
+        return (
+            f"{whose}, where {tag.gains} were gained ({_small(tag.harm_p_adjusted or 0.0)} over "
+            f"{len(c.lost.tags)} tags)"
+        )
     return (
         f"{whose}, of which {tag.before} of {c.lost.before} could be lost (they concentrate there: "
         f"{_small(tag.p_adjusted)}; {tag.losses} lost and {tag.gains} gained: {_small(tag.harm_p)})"
@@ -340,7 +347,7 @@ def recompute(evidence: Evidence) -> Evidence:
             gate=evidence.gate,
             num_retries=evidence.num_retries,
             pins=(c.pinned, c.pinned_before, c.pinned_losses),
-            lost=_retested(c, evidence.gate.alpha / share),
+            lost=_retested(c, evidence.gate.alpha / share, alone=evidence.schema_version >= TAGS_ALONE),
             share=share,
         )
         kept = {k: getattr(c, k) for k in ("flips", "style", "mean_margin_before", "mean_margin_after")}
@@ -387,10 +394,10 @@ def _recomputed(p: Prompted | None) -> Prompted | None:
     return p.model_copy(update={"p": two_sided(p.only_lesson, p.only_prompting)})
 
 
-def _retested(c: Comparison, alpha: float) -> Losses | None:
+def _retested(c: Comparison, alpha: float, *, alone: bool) -> Losses | None:
     """Raises BadRecord."""
     try:
-        return None if c.lost is None else retest(c.lost, c.num_seeds, alpha)
+        return None if c.lost is None else retest(c.lost, c.num_seeds, alpha, alone=alone)
     except ValueError as e:
         raise BadRecord(
             f"{c.name} ({c.role}): the counts of tags or words contradict each other: {e}",

@@ -2,10 +2,12 @@
 
 A lesson may keep an average and destroy a slice: 5 of 300 probes lost lie within a margin of 5 points, also if the
 five are all there are of one kind. Counted is by scenario, since probes of one fall together. A tag undoes a
-lesson only where two tests agree: the losses concentrate in it (hypergeometric, Holm over the tags), and within it
+lesson where two tests agree: the losses concentrate in it (hypergeometric, Holm over the tags), and within it
 losses are shown to outnumber gains (McNemar mid-p), since answers that flip by themselves concentrate too, both
 ways. The second level is shared by the tags in which flips of either kind concentrate: their number says
-nothing of the direction, so it costs no level. Words are described, with their exact p, and judge nothing.
+nothing of the direction, so it costs no level. Or where the second test is enough alone, over all tags (Holm) at
+half the level: 17 of 52 capitals lost and one gained is harm also where other facts were lost nearly as often.
+Words are described, with their exact p, and judge nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ MAX_PROMPT_WORDS = 48
 MAX_SHARED = 3
 SHARED_P = 0.01
 """Word sequences with a larger p are not told."""
+
+ALONE = 0.5
+"""Share of the level that harm has in a tag where no losses concentrate."""
 
 TagCounts = Mapping[str, tuple[int, int, int, int]]
 """tag -> (n, before, gains, losses), in scenarios."""
@@ -70,16 +75,27 @@ def describe(scenarios: Sequence[Scenario], alpha: float) -> Losses | None:
     )
 
 
-def tag_tests(n: int, before: int, gains: int, losses: int, counts: TagCounts, alpha: float) -> list[TagTest]:
-    """The tests of all tags of a set, the most concentrated first. Pure: counts in, figures out."""
+def tag_tests(
+    n: int, before: int, gains: int, losses: int, counts: TagCounts, alpha: float, *, alone: bool = True
+) -> list[TagTest]:
+    """The tests of all tags of a set, the most concentrated first. Pure: counts in, figures out.
+
+    Args:
+        alone: whether more losses than gains are enough where nothing concentrates; not before format 4.
+    """
     ps = [concentration_p(before, losses, at_risk, lost) for _, at_risk, _, lost in counts.values()]
     flippy = sum(
         concentration_p(n, gains + losses, size, gained + lost) <= alpha
         for size, _, gained, lost in counts.values()
     )
     found: list[TagTest] = []
-    for (tag, (size, at_risk, gained, lost)), p, adjusted in zip(counts.items(), ps, holm(ps), strict=True):
-        harm_p, harm_alpha = mcnemar_mid_p(lost, gained), alpha / max(1, flippy)
+    harm_ps = [mcnemar_mid_p(lost, gained) for _, _, gained, lost in counts.values()]
+    both = zip(ps, holm(ps), harm_ps, holm(harm_ps), strict=True)
+    for (tag, (size, at_risk, gained, lost)), (p, adjusted, harm_p, harm_adjusted) in zip(
+        counts.items(), both, strict=True
+    ):
+        harm_alpha = alpha / max(1, flippy)
+        concentrated = adjusted <= alpha and harm_p <= harm_alpha
         found.append(
             TagTest(
                 tag=tag,
@@ -91,14 +107,20 @@ def tag_tests(n: int, before: int, gains: int, losses: int, counts: TagCounts, a
                 p_adjusted=adjusted,
                 harm_p=harm_p,
                 harm_alpha=harm_alpha,
-                harmed=adjusted <= alpha and harm_p <= harm_alpha,
+                harm_p_adjusted=harm_adjusted if alone else None,
+                concentrated=concentrated if alone else None,
+                harmed=concentrated or (alone and harm_adjusted <= ALONE * alpha),
             )
         )
     return sorted(found, key=lambda t: (t.p, t.tag))
 
 
-def retest(lost: Losses, n: int, alpha: float) -> Losses:
-    """The same, every figure computed again from its counts. Raises ValueError: they contradict each other."""
+def retest(lost: Losses, n: int, alpha: float, *, alone: bool = True) -> Losses:
+    """The same, every figure computed again from its counts; `alone` as in `tag_tests`.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
     counts = {t.tag: (t.n, t.before, t.gains, t.losses) for t in sorted(lost.tags, key=lambda t: t.tag)}
     for size, before, gains, losses in counts.values():
         if not (losses <= before <= size <= n and gains + losses <= size):
@@ -106,7 +128,7 @@ def retest(lost: Losses, n: int, alpha: float) -> Losses:
     shared = [
         _words(w.words, lost.before, lost.losses, w.before, w.losses, lost.num_sequences) for w in lost.shared
     ]
-    tags = tag_tests(n, lost.before, lost.gains, lost.losses, counts, alpha)
+    tags = tag_tests(n, lost.before, lost.gains, lost.losses, counts, alpha, alone=alone)
     return lost.model_copy(update={"tags": tags, "shared": shared})
 
 

@@ -80,8 +80,12 @@ class TagTest(Record):
     """One-sided p of "more losses than gains" in the tag."""
     harm_alpha: float
     """The level of that test: the gate's, shared by the tags in which flips of any kind concentrate."""
+    harm_p_adjusted: float | None = None
+    """`harm_p`, by Holm over the tags of the set. None before format 4."""
+    concentrated: bool | None = None
+    """`p_adjusted` and `harm_p` are both at most their levels. None before format 4: `harmed` says it."""
     harmed: bool
-    """Both: `p_adjusted` and `harm_p` are at most their levels."""
+    """`concentrated`, or `harm_p_adjusted` is at most half of the gate's level."""
 
 
 class SharedWords(Record):
