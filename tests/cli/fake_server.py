@@ -39,6 +39,7 @@ from secondnature.wire import (
     CorrectionsReply,
     CorrectionState,
     DeleteReply,
+    DevelopmentLook,
     EndToken,
     FeedbackReply,
     FeedbackRequest,
@@ -183,6 +184,11 @@ class Fake:
             if phase == "training"
             else None,
             eta_s=3.0 if phase == "training" else None,
+            look=DevelopmentLook(
+                step=step, passed={"right": 1, "other": 2}, asked={"right": 4, "other": 3}, lost=1
+            )
+            if phase == "training"
+            else None,
             stopped_by=lesson.stopped_by,
             weights_version=AFTER if lesson.state in ("kept", "on_trial") else BEFORE,
             error=lesson.error,
@@ -237,7 +243,9 @@ class Fake:
         if name not in self.lessons:
             raise NotFound(f"no lesson {name}", "see `secondnature lessons log`")
         lesson = self.lessons[name]
-        look = LookMetric(step=lesson.steps, margins={"right": [0.1]}).model_dump(mode="json")
+        look = LookMetric(
+            step=lesson.steps, margins={"right": [0.1]}, passed={"right": 0.75}, asked={"right": 4}
+        ).model_dump(mode="json")
         return LessonDetail(lesson=lesson, evidence=self.evidence(lesson), metrics=[look])
 
     def decide(self, name: str, what: str) -> Lesson:

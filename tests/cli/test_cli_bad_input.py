@@ -71,8 +71,8 @@ def test_a_broken_corrections_file_is_refused(
         ),
         (
             "development.jsonl",
-            '{"prompt": "a", "behaviour": "listening", "check": {"matches": "x"}}',
-            "no `prefers`",
+            '{"prompt": "a", "behaviour": "listening", "check": {"contains": "x"}}',
+            "development.jsonl, line 1",
         ),
         ("replay.jsonl", "{", "replay.jsonl, line 1"),
         ("replay_prompts.jsonl", '{"prompt": "a"}\n{"promt": "b"}', "replay_prompts.jsonl, line 2"),

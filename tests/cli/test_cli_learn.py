@@ -33,7 +33,12 @@ def test_learn_ends_with_the_code_of_the_verdict(
     assert ("the weights are as before" in out) == (ends != "kept")
     assert ("loss is nan in correction 2" in out) == (ends == "failed")
     assert "measuring before" in err
-    assert "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25" in err
+    assert (
+        "training: 4/5 steps, 2 s each, about 3.0 s left, loss 0.25, development 1/4, other 2/3 (1 lost)"
+        in err
+    )
+    passed = "looks:  development 3 of 4 (3 before) after "
+    assert passed in out
     page = Path("report.html").read_text()
     assert "0001-listening" in page
     assert Path("report.json").exists()
@@ -42,6 +47,7 @@ def test_learn_ends_with_the_code_of_the_verdict(
 def test_learn_sends_the_whole_directory_in_one_request(fake: Fake, home: Path, lesson_dir: Path) -> None:
     (lesson_dir / "development.jsonl").write_text(
         '{"prompt": "x", "behaviour": "listening", "check": {"prefers": ["a", "b"]}}\n'
+        '{"prompt": "y", "behaviour": "listening", "check": {"matches": "^Yes"}, "max_tokens": 4}\n'
     )
     (lesson_dir / "replay.jsonl").write_text('{"prompt": "hi", "completion": "hello"}\n')
     toml = (
@@ -49,13 +55,30 @@ def test_learn_sends_the_whole_directory_in_one_request(fake: Fake, home: Path, 
         "[gate]\nmin_gain_probes = 5\n"
     )
     (lesson_dir / "lesson.toml").write_text(toml)
-    assert main(["learn", str(lesson_dir), "--home", str(home), "--seed", "7", "--lr", "3e-4"]) == 0
+    assert (
+        main(
+            [
+                "learn",
+                str(lesson_dir),
+                "--home",
+                str(home),
+                "--seed",
+                "7",
+                "--lr",
+                "3e-4",
+                "--until-passed",
+                "0.8",
+            ]
+        )
+        == 0
+    )
     (request,) = fake.requests
     assert request.corrections is not None
     assert [c.prompt[0].content for c in request.corrections] == ["Use tabs.", "Use spaces."]
-    assert (len(request.probes), len(request.development), len(request.replay.examples)) == (3, 1, 1)
+    assert (len(request.probes), len(request.development), len(request.replay.examples)) == (3, 2, 1)
     assert request.lesson.behaviour == "listening"
     assert request.lesson.note == "n"
+    assert (request.until_passed, request.development[1].max_tokens) == (0.8, 4)
     assert (request.optimizer.lr, request.optimizer.rank, request.batch_size, request.seed) == (3e-4, 4, 2, 7)
     assert (request.replay.share, request.gate.min_gain_probes, request.max_steps) == (0.5, 5, None)
 

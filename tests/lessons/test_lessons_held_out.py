@@ -68,7 +68,7 @@ def test_what_is_replayed_is_no_evidence(planner: Planner, tokenizer: Any, match
     assert plan.cause(0).num_replay_left_out == 2
 
 
-@pytest.mark.parametrize("role", ["corrections", "examples", "sdft", "development"])
+@pytest.mark.parametrize("role", ["corrections", "examples", "sdft", "development", "spoken"])
 def test_a_probe_that_asks_what_is_taught_or_looked_at_is_refused(
     planner: Planner, tokenizer: Any, role: str
 ) -> None:
@@ -82,14 +82,15 @@ def test_a_probe_that_asks_what_is_taught_or_looked_at_is_refused(
     elif role == "sdft":
         told = correction("tea").model_copy(update={"feedback": "Just do it."})
         fields |= {"corrections": [told], "objective": "sdft"}
-    elif role == "development":
-        look = {"prompt": "Use tea.", "behaviour": "use", "check": {"prefers": ["Done.", "Why not dots?"]}}
+    elif role in ("development", "spoken"):
+        check = {"matches": "^Done"} if role == "spoken" else {"prefers": ["Done.", "Why not dots?"]}
+        look = {"prompt": "Use tea.", "behaviour": "use", "check": check}
         fields |= {"corrections": [correction("oak")], "development": [look]}
     else:
         fields |= {"corrections": [correction("tea")]}
     with pytest.raises(BadInput, match=r"^1 of 2 probes are not held out") as caught:
         planner.plan(teach(**fields), [], [])
-    assert ("development probes" if role == "development" else "taught") in str(caught.value)
+    assert ("development probes" if role in ("development", "spoken") else "taught") in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------ when it begins

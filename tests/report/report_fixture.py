@@ -116,9 +116,12 @@ def metric_lines(steps: int, *, drilled: bool = False) -> list[dict[str, Any]]:
         right = [-6 + 0.75 * speed * step + rng.gauss(0, 2.2) for _ in range(24)]
         other = [7 - 0.22 * speed * step * (3 if drilled else 1) + rng.gauss(0, 2.0) for _ in range(24)]
         shares = {"right": sum(m > 0 for m in right) / 24, "other": sum(m > 0 for m in other) / 24}
-        lines.append(
-            {"kind": "look", "step": step, "margins": {"right": right, "other": other}, "passed": shares}
-        )
+        look: dict[str, Any] = {"step": step, "margins": {"right": right, "other": other}, "passed": shares}
+        if drilled:  # the other one is of an older version
+            lost = [24 + i for i, m in enumerate(other) if step and m <= 0]
+            said = [{"probe": i, "passed": False, "answer": "Yes, I will <do> that."} for i in lost[:16]]
+            look |= {"asked": {"right": 24, "other": 24}, "lost": lost, "answers": said}
+        lines.append({"kind": "look", **look})
     new = [rng.lognormvariate(-0.6 + drilled, 0.7) for _ in range(24)]
     replay = [rng.lognormvariate(-5 + 4 * drilled, 0.9) for _ in range(40)]
     lines.append({"kind": "kl", "on": "new", "mean": sum(new) / 24, "per_prompt": new})

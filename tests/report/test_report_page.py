@@ -134,6 +134,14 @@ def test_several_lessons_stand_on_one_page_with_a_summary(tmp_path: Path) -> Non
     assert page.links == ["#0001-listening", "#0002-overreach"]
     text = said(page)
     assert "2 lessons" in text
+    looks = re.search(
+        r"Development (\d+) of 24 \(\d+ before\), other side (\d+) of 24 \(24 before\) after 14 s", text
+    )
+    assert looks, text
+    lost = 24 - int(looks[2])
+    assert lost > 0
+    assert f"{lost} of the other side passed before and fail" in text
+    assert "“Yes, I will <do> that.”" in text
     assert "✕ harmed" in text
     assert "n ≥ 310 would do" in text
     assert "25 of 246" in text  # long lists end early and say so

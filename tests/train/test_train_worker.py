@@ -161,6 +161,42 @@ def test_a_cancel_is_heard_while_the_weights_before_are_recorded(
     assert arena.writes[0] == 0
 
 
+@pytest.mark.parametrize("stop", [wire.Cancel("j1"), wire.Shutdown()])
+def test_while_answers_are_generated_it_waits_and_writes_nothing(
+    near: zmq.Socket[bytes], tmp_path: Path, stop: wire.Cancel | wire.Shutdown
+) -> None:
+    """For the answer to its own question: that of another step, or job, is none. A cancel is heard meanwhile."""
+    torch.set_num_threads(1)
+    directory = save_tiny(hybrid_config(), tmp_path / "model")
+    arena, _ = in_arena(directory)
+    assert isinstance(heard(near), wire.Hello)
+    near.send(wire.encode(wire.Attach(arena.manifest(), str(directory), 1)))
+    assert isinstance(heard(near), wire.Ready)
+    looks = [wire.DevelopmentProbe([2, 3], [], [], side, spoken=True) for side in ("right", "other")]
+    near.send(wire.encode(job(tmp_path, development=looks, until_passed=1.0)))
+    assert heard(near) == wire.Asking("j1", 0)
+    near.send(wire.encode(wire.Judged("j1", 0, [False, True])))
+    assert heard(near) == wire.Asking("j1", 1)
+    near.send(wire.encode(wire.Judged("j1", 0, [True, True])))
+    near.send(wire.encode(wire.Judged("j0", 1, [True, True])))
+    near.send(wire.encode(wire.Cancel("j0")))
+    assert not near.poll(1500), "the trainer went on"
+    assert arena.writes == (1, 1)
+    near.send(wire.encode(stop))
+    failed = heard(near)
+    assert isinstance(failed, wire.Failed)
+    assert (failed.job, failed.error["type"], arena.writes) == ("j1", "Cancelled", (1, 1))
+    if isinstance(stop, wire.Cancel):
+        near.send(wire.encode(job(tmp_path, "j2", development=looks, until_passed=1.0)))
+        assert heard(near) == wire.Asking("j2", 0)
+        near.send(wire.encode(wire.Judged("j2", 0, [False, True])))
+        assert heard(near) == wire.Asking("j2", 1)
+        near.send(wire.encode(wire.Judged("j2", 1, [True, True])))
+        done = heard(near)
+        assert isinstance(done, wire.Done)
+        assert (done.steps, done.stopped_by) == (1, "until_passed")
+
+
 def test_a_server_that_takes_no_messages_ends_it() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PAIR)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from vllm_server import DIRECTION, LISTENING, Server, born, cpu_s, listening, until
 
-from secondnature.records import GateSettings, Probe
+from secondnature.records import Check, GateSettings, LookMetric, Probe
+from secondnature.records.jsonl import read_jsonl
 from secondnature.wire import TrainRequest
 
 PROMPTS = [DIRECTION, "What is 18 + 42?", "Hand the toddler a razor."]
@@ -91,6 +92,32 @@ def test_a_lesson_changes_answers_and_its_undo_restores_them(server: Server) -> 
     undone = server.client.revert(lesson.id)
     assert (undone.state, server.state(PROMPTS)) == ("undone", before)
     assert server.ask(DIRECTION)["trial"] is False
+
+
+def test_a_lesson_stops_where_its_development_answers_pass(server: Server) -> None:
+    """vLLM answers them while the trainer waits between two steps; people are answered meanwhile."""
+    before = server.state(PROMPTS)
+    given = read_jsonl(LISTENING / "development.jsonl", Probe)
+    sides = {"right": Check(matches="^Yes"), "other": Check(not_matches="^Yes")}
+    looked = [
+        p.model_copy(update={"check": check, "max_tokens": 12})
+        for side, check in sides.items()
+        for p in [p for p in given if p.side == side][:6]
+    ]
+    with Users(server) as users:
+        status = server.lesson(listening(60, development=looked, until_passed=0.8))
+    assert users.failures == []
+    detail = server.client.lesson(status.lesson)
+    assert (detail.lesson.state, detail.lesson.stopped_by) == ("on_trial", "until_passed")
+    looks = [LookMetric.model_validate(m) for m in detail.metrics if m["kind"] == "look"]
+    assert [x.step for x in looks] == list(range(detail.lesson.steps + 1))
+    shares = [x.passed["right"] or 0.0 for x in looks]
+    assert all(s < 0.8 <= shares[-1] for s in shares[:-1])
+    assert looks[-1].asked == {"right": 6, "other": 6}
+    for a in looks[-1].answers:
+        assert server.say(looked[a.probe].prompt[0].content).startswith(a.answer)
+    server.client.revert(detail.lesson.id)
+    assert server.state(PROMPTS) == before
 
 
 def test_the_prefix_cache_follows_a_lesson_and_its_undo(server: Server) -> None:

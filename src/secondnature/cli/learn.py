@@ -22,7 +22,7 @@ from secondnature.cli.progress import waiting
 from secondnature.cli.sources import LearnFlags, Sources, read_sources
 from secondnature.errors import BadInput, SecondnatureError, StorageError, TrainingError, Unreachable
 from secondnature.evidence.lint import Finding
-from secondnature.records import Correction, kinds_of_doubt, to_jsonl
+from secondnature.records import Correction, LookMetric, kinds_of_doubt, to_jsonl
 from secondnature.wire import Client, JobStatus, LessonDetail, TrainReply, TrainRequest
 
 TRIAL_RATES = (1e-5, 1e-4, 1e-3)
@@ -146,6 +146,12 @@ def conclude(
         from secondnature.report.words import kl
 
         out.say(f"moved:  {kl(lesson.kl)}")
+    found = [LookMetric.from_disk(m) for m in detail.metrics if m.get("kind") == "look"]
+    if found:
+        from secondnature.report.words import looks
+
+        for line in looks(found):
+            out.say(f"looks:  {line}")
     if evidence is not None:
         from secondnature.report.words import style
 

@@ -305,7 +305,10 @@ def _curves(run: Run) -> list[Figure]:
         picture = svg.chart(
             jumps, key=f"{key}-rate", title=title, text=_spoken(jumps, "%"), y_range=(0, 100), unit=" %"
         )
-        caption = "Jumps: the share of the same probes that pass. It leaps where the margin crosses zero, so read both."  # noqa: E501
+        caption = (
+            "Jumps: the share of probes that pass. It leaps where the margin crosses zero, so read both."
+        )
+        caption += "".join(f" {said[0].upper()}{said[1:]}." for said in words.looks(run.metrics.looks))
         figures.append(Figure("Yes or no", picture, caption))
     return figures
 

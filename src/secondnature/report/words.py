@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from secondnature.records import Comparison, Decision, Evidence, KlSet, Lesson, Reach, Reaches, Style
+from secondnature.records import (
+    Comparison,
+    Decision,
+    Evidence,
+    KlSet,
+    Lesson,
+    LookMetric,
+    Reach,
+    Reaches,
+    Side,
+    Style,
+)
 
 Tone = Literal["good", "bad", "warn", "info", "quiet"]
 
@@ -21,6 +32,9 @@ ROLES = {"gain": "taught", "other": "its other side", "guard": "guard"}
 
 SHOWN_TAG_P = 0.05
 """A tag is told where losses concentrate in it at this (adjusted) level, whether or not it undoes the lesson."""
+
+SHOWN_LOST = 3
+"""Answers to development probes that were lost."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +227,29 @@ def kl(means: Mapping[KlSet, float]) -> str:
     names: dict[KlSet, str] = {"new": "on new prompts", "replay": "on replay prompts"}
     said = ", ".join(f"{number(means[on])} {name}" for on, name in names.items() if on in means)
     return f"KL(before ‖ after) {said}, nats per token"
+
+
+def looks(found: Sequence[LookMetric]) -> list[str]:
+    """What passed at the last look at the development probes, beside the first, and what was lost; or nothing."""
+    if not found or not found[-1].asked:
+        return []
+    first, last = found[0], found[-1]
+    sides: dict[Side, str] = {"right": "development", "other": "other side"}
+    parts = [
+        f"{name} {round(num * (last.passed.get(side) or 0.0))} of {num} "
+        f"({round(num * (first.passed.get(side) or 0.0))} before)"
+        for side, name in sides.items()
+        if (num := last.asked.get(side))
+    ]
+    lines = [f"{', '.join(parts)} after {count(last.step, 'step')}"]
+    if last.lost:
+        said = {a.probe: a.answer for a in last.answers}
+        texts = [f"probe {i}: “{said[i]}”" for i in last.lost if i in said][:SHOWN_LOST]
+        lines.append(
+            f"{len(last.lost)} of the other side passed before and fail{'s' if len(last.lost) == 1 else ''} now"
+            + (f", e.g. {'; '.join(texts)}" if texts else "")
+        )
+    return lines
 
 
 def percent(share: float, n: int | None = None) -> str:
