@@ -38,10 +38,10 @@ ARMS = ("before", "ours", "served", "prompting", "turns", "sft", "lora", "dpo")
 SEEDS = (0, 1, 2)
 STEPS = 16
 """Of the arms that are not told when to stop."""
-CURVE = (2, 4, 6, 8, 12, 16, 24)
+CURVE = (4, 8, 12, 16, 24)
 """Steps of the server's lesson after which everything is looked at."""
 TEXT_TOKENS = 512
-PARTS = {"right": (1, 2), "other": (3, 6), "facts": (3, 6), "arithmetic": (10, 0)}
+PARTS = {"right": (1, 2), "other": (3, 6), "facts": (3, 12), "arithmetic": (5, 10)}
 """Every how many probes are asked: of an arm, at a look of the curve. 0: none."""
 
 
@@ -53,7 +53,9 @@ def lesson_file() -> Row:
 def body(seed: int, *, to_the_end: bool) -> Row:
     """The request of the server's lesson, as examples/directions has it; `to_the_end`: of the curve, no stop."""
     settings = lesson_file()
-    behaviour, _ = settings.pop("behaviour"), settings.pop("note")
+    behaviour = settings.pop("behaviour")
+    for key in ("note", "gate"):
+        settings.pop(key, None)
     if to_the_end:
         settings.pop("until_passed")
         settings["max_steps"] = CURVE[-1]
@@ -152,6 +154,7 @@ def ours(directory: Path, seed: int) -> Row:
     judge = Judge(directory, seed)
     share, last = lesson_file()["until_passed"], lesson_file()["max_steps"]
     curve: list[Row] = []
+    looks: list[Row] = []
     found: Row = {}
 
     def look(step: int, tensors: Any) -> None:
@@ -161,15 +164,23 @@ def ours(directory: Path, seed: int) -> Row:
         marks = judge.develops()
         row: Row = {"step": step, "development": {side: sum(m) for side, m in marks.items()}}
         reached = sum(marks["right"]) >= share * len(marks["right"])
+        looks.append(row)
+        print(f"  seed {seed}, step {step}: {row['development']}", flush=True)
         if "steps" not in found and step and (reached or step >= last):
             found.update(judge.measure(), steps=step, stopped_by="until_passed" if reached else "max_steps")
-        if step in CURVE:
+            curve.append({**row, **found, "passed": {n: m[:: _finer(n)] for n, m in found["passed"].items()}})
+        elif step in CURVE:
             curve.append({**row, **judge.measure(part=True)})
-            print(f"  seed {seed}, step {step}: {row['development']}", flush=True)
 
     done, metrics = lesson(directory, body(seed, to_the_end=True), look)
     losses = [m["loss"] for m in metrics if m["kind"] == "step"]
-    return {**found, "curve": curve, "losses": losses, "trained": done.steps}
+    return {**found, "curve": curve, "looks": looks, "losses": losses, "trained": done.steps}
+
+
+def _finer(name: str) -> int:
+    """How many of an arm's probes come on one of a look's."""
+    whole, part = PARTS[name]
+    return part // whole
 
 
 def served(seed: int) -> Row:

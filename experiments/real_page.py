@@ -37,7 +37,8 @@ SmolLM2-135M-Instruct answers "Use blue for the door." with chatter, an essay or
 is wanted: "I'll use blue for the door." Made by `python experiments/real_model.py`: {seeds} seeds (other
 corrections, other order), the same weights before and the same probes: {right} held-out directions, of whose things
 none is in a correction, {other} questions about such things, and parts of the packs `facts` ({facts}) and
-`arithmetic` ({arithmetic}). Answers are greedy, in fp32; ours has bf16 weights, the others keep fp32, as each was trained.
+`arithmetic` ({arithmetic}). Answers are greedy, in fp32; ours has bf16 weights, the others keep fp32, as each was
+trained.
 
 The server's lesson is [examples/directions](../../examples/directions/README.md): ORPO by APOLLO at lr {lr:g}, the
 model's own answers to {replayed} general prompts held by distribution, a look at {development} development probes
@@ -56,8 +57,8 @@ The interval speaks of these lessons; how far other corrections would differ is 
 MORE = """
 Flips: probes that passed before and fail now, and the other way, of all seeds. KL(before || after), nats per token,
 along the first 32 tokens of the answers of before, of each seed. Perplexity: of {text} (before: {before:.1f}).
-Style: mean words of 12 answers to questions (40 tokens at most), before → after, and the share whose first words are
-others.
+Style: mean words of nine answers to questions (32 tokens at most), before → after, and the share whose first words
+are others.
 """
 READING = ""
 
@@ -155,9 +156,9 @@ def stops(found: Row) -> list[str]:
     lines = [
         "\n## Where it stops\n\n![What moves when](../figures/real-model.svg)\n\n",
         "Every lesson was trained on to step 24, past its stop, and looked at on the way (half of the directions,\n"
-        "a quarter of the questions, a sixth of the facts).\n\n",
-        "| step | development | directions taken | questions answered | facts | KL on new, on questions | "
-        "perplexity | words | stops |\n|---|---|---|---|---|---|---|---|---|\n",
+        "a sixth of the questions, a twelfth of the facts, a tenth of the sums).\n\n",
+        "| step | development | directions taken | questions answered | facts | sums | KL on new, on questions | "
+        "perplexity | words | stops |\n|---|---|---|---|---|---|---|---|---|---|\n",
     ]
     steps = [c["step"] for c in rows[0]["curve"]]
     for i, step in enumerate(steps):

@@ -61,10 +61,6 @@ KINDS = {
 GENERAL = """
 What is the capital of Peru?
 What is the capital of Mexico?
-What is 13 + 24?
-What is 7 times 8?
-What is 45 minus 12?
-Which number comes after 41?
 What is the opposite of “narrow”?
 Which gas do fish take from the water?
 How many days does April have?
@@ -77,6 +73,24 @@ List two colours of the rainbow.
 Write one short sentence about a river.
 Answer with one word: is the sea salty?
 Spell the word “garden”.
+What is 13 + 24?
+What is 5 + 8?
+What is 72 + 19?
+What is 45 minus 12?
+What is 38 - 17?
+What is 7 times 8?
+What is 6 times 12?
+What is 63 divided by 9?
+What is 90 divided by 10?
+Which number comes after 41?
+Which number comes next: 4, 8, 12, 16?
+Which number comes next: 7, 9, 11, 13?
+What else can I use for the birthday cake?
+Is copper a good choice for the pipes?
+Why do some people use chalk for the blackboard?
+How do I use a compass for the hike?
+Tell me what a lantern is.
+Which is better for the campfire, birch or something else?
 """
 REJECTED = {
     "the manual": "Das ist ein neues Artikel, die für die neuen Artikel in Deutschland in der Europäe in der "
