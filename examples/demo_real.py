@@ -36,7 +36,7 @@ WINDOW = 900
 NUM_WINDOWS = 8
 NAMES = {
     "gain": "directions taken",
-    "other": "questions answered, not acknowledged",
+    "other": "questions not acknowledged",
     "pack-facts": "facts",
     "pack-arithmetic": "sums",
     "pack-instructions": "instructions about form",
@@ -137,32 +137,26 @@ def share(passed: int, n: int) -> str:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """The rows of the README's table."""
+    """The rows of the README's table: all of the kept lesson; of the drilled one what it gained and harmed."""
     lines: list[str] = []
-    for row in found["lessons"]:
+    for row in sorted(found["lessons"], key=lambda r: r["verdict"] != "kept"):
         kept = row["verdict"] == "kept"
-        lead = "lesson `directions`, until development probes pass: " if kept else "the same six, drilled: "
-        mark = "" if kept else "drilled_"
-        for name, (n, before, after, verdict) in row["sets"].items():
-            role = name if name in ("gain", "other") else "guard"
-            what = (
-                f"{lead if name == 'gain' else ''}{NAMES[name]} ({n}{', guard' if role == 'guard' else ''})"
-            )
-            said = _said(verdict, row["verdict"]) if name == "gain" else verdict
-            lines.append(
-                f"| {what} | {share(before, n)} | {share(after, n)} | {said} "
-                f"<!-- measured:real_{mark}{name.removeprefix('pack-')} --> |"
-            )
+        lead, mark = ("lesson `directions`: ", "real_") if kept else ("the same six, drilled: ", "drilled_")
+        for name, (n, before, after, decision) in row["sets"].items():
+            if not kept and name != "gain" and "harmed" not in decision:
+                continue
+            what = f"{NAMES[name]} ({n}{'' if name in ('gain', 'other') else ', guard'})"
+            said = decision.replace("_", " ")
+            if name == "gain":
+                what, said = lead + what, "kept" if kept else "undone, to the byte"
+            cells = [what, share(before, n), share(after, n), said]
+            lines.append(f"| {' | '.join(cells)} <!-- measured:{mark}{name.removeprefix('pack-')} --> |")
         if row["perplexity"] is not None:
+            figures = f"{found['perplexity_before']:.1f} | {row['perplexity']:.1f}"
             lines.append(
-                f"| perplexity of {found['text']} | {found['perplexity_before']:.1f} | {row['perplexity']:.1f} | "
-                f"<!-- measured:real_{mark}perplexity --> |"
+                f"| perplexity of {found['text']} | {figures} | <!-- measured:{mark}perplexity --> |"
             )
     return lines
-
-
-def _said(verdict: str, end: str) -> str:
-    return end if end == "kept" else f"{verdict}; undone, to the byte"
 
 
 def tell(path: Path | None, begun: float, visitor: Visitor, lessons: list[LessonDetail]) -> None:

@@ -4,8 +4,8 @@
 
 Needs the extras `smollm2` and `bench` (TRL, peft). Every arm and seed is a process of its own and leaves a JSON
 file in `--work`; what is there is not run again. The seeds teach other corrections in another order; weights
-before, probes and arithmetic are the same. The server's lesson is looked at between its steps, all the way to step
-24: what counts is where its development probes stop it, and the rest shows what would have come.
+before, probes and arithmetic are the same. The server's lesson is looked at between its steps, far past where its
+development probes stop it: what counts is the stop, and the rest shows what would have come.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ARMS = ("before", "ours", "served", "prompting", "turns", "sft", "lora", "dpo")
 SEEDS = (0, 1, 2)
 STEPS = 16
 """Of the arms that are not told when to stop."""
-CURVE = (4, 8, 12, 16, 24)
-"""Steps of the server's lesson after which everything is looked at."""
+CURVES = {0: (4, 8, 12, 16, 24), 1: (8, 16), 2: (8, 16)}
+"""By seed: steps of the server's lesson after which everything is looked at, beside that of the stop."""
 TEXT_TOKENS = 512
 PARTS = {"right": (1, 2), "other": (3, 6), "facts": (3, 12), "arithmetic": (5, 10)}
 """Every how many probes are asked: of an arm, at a look of the curve. 0: none."""
@@ -58,7 +58,7 @@ def body(seed: int, *, to_the_end: bool) -> Row:
         settings.pop(key, None)
     if to_the_end:
         settings.pop("until_passed")
-        settings["max_steps"] = CURVE[-1]
+        settings["max_steps"] = CURVES[seed][-1]
     return {
         **settings,
         "seed": seed,
@@ -158,7 +158,7 @@ def ours(directory: Path, seed: int) -> Row:
     found: Row = {}
 
     def look(step: int, tensors: Any) -> None:
-        if "steps" in found and step not in CURVE:
+        if "steps" in found and step not in CURVES[seed]:
             return
         judge.model.load(tensors)
         marks = judge.develops()
@@ -169,7 +169,7 @@ def ours(directory: Path, seed: int) -> Row:
         if "steps" not in found and step and (reached or step >= last):
             found.update(judge.measure(), steps=step, stopped_by="until_passed" if reached else "max_steps")
             curve.append({**row, **found, "passed": {n: m[:: _finer(n)] for n, m in found["passed"].items()}})
-        elif step in CURVE:
+        elif step in CURVES[seed]:
             curve.append({**row, **judge.measure(part=True)})
 
     done, metrics = lesson(directory, body(seed, to_the_end=True), look)

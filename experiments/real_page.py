@@ -29,7 +29,12 @@ NAMES = {
     "lora": "LoRA, rank 8, lr 2e-4",
     "dpo": "DPO, AdamW on all weights, lr 1e-5",
 }
-SETS = {"right": "directions taken", "other": "questions answered", "facts": "facts", "arithmetic": "sums"}
+SETS = {
+    "right": "directions taken",
+    "other": "questions not acknowledged",
+    "facts": "facts",
+    "arithmetic": "sums",
+}
 GUARDS = ("facts", "arithmetic")
 HEAD = """# A real model, six corrections: what a lesson does, beside what people would do instead
 
@@ -105,7 +110,7 @@ def arms(found: Row) -> list[str]:
     """The table of all arms."""
     (before,) = _of(found, "before")
     lines = [
-        "| | directions taken | questions answered | facts | sums |\n|---|---|---|---|---|\n",
+        "| | directions taken | questions not acknowledged | facts | sums |\n|---|---|---|---|---|\n",
     ]
     rest = [
         "| | flips: facts, sums | KL on new prompts | KL on questions | perplexity | words, openings moved |\n"
@@ -148,6 +153,17 @@ def costs(found: Row) -> list[str]:
     return lines
 
 
+def curve(found: Row, run: Row) -> list[Row]:
+    """What was seen on the way, from step 0, which is the same for all: the weights of before."""
+    (before,) = _of(found, "before")
+    sizes = {name: len(marks) for name, marks in run["curve"][0]["passed"].items()}
+    part = {n: m[:: -(-len(m) // sizes[n])] for n, m in before["passed"].items()}
+    return [
+        {**before, "step": 0, "passed": part, "development": run["looks"][0]["development"]},
+        *run["curve"],
+    ]
+
+
 def stops(found: Row) -> list[str]:
     """Where each lesson stopped, and the looks around it."""
     rows = _of(found, "ours")
@@ -155,37 +171,34 @@ def stops(found: Row) -> list[str]:
         return []
     lines = [
         "\n## Where it stops\n\n![What moves when](../figures/real-model.svg)\n\n",
-        "Every lesson was trained on to step 24, past its stop, and looked at on the way (half of the directions,\n"
-        "a sixth of the questions, a twelfth of the facts, a tenth of the sums).\n\n",
-        "| step | development | directions taken | questions answered | facts | sums | KL on new, on questions | "
+        "The lessons were trained on, past their stop, and looked at on the way (half of the directions, a sixth of\n"
+        "the questions, a twelfth of the facts, a tenth of the sums).\n\n",
+        "| step | development | directions | questions | facts | sums | KL on new, on questions | "
         "perplexity | words | stops |\n|---|---|---|---|---|---|---|---|---|---|\n",
     ]
-    steps = [c["step"] for c in rows[0]["curve"]]
-    for i, step in enumerate(steps):
-        at = [r["curve"][i] for r in rows]
+    curves = [curve(found, r) for r in rows]
+    for step in sorted({c["step"] for of_one in curves for c in of_one}):
+        at = [c for of_one in curves for c in of_one if c["step"] == step]
         dev = ", ".join(f"{c['development']['right']}" for c in at)
-        cells = [
-            ", ".join(f"{100 * _mean(c['passed'][s]):.0f}" for c in at) for s in ("right", "other", "facts")
-        ]
+        cells = [", ".join(f"{100 * _mean(c['passed'][s]):.0f}" for c in at) for s in SETS]
         kl = ", ".join(f"{c['kl']['new']:.2f} {c['kl']['other']:.2f}" for c in at)
         ppl = ", ".join(f"{c['perplexity']:.1f}" for c in at)
         words = ", ".join(f"{_words(c):.0f}" for c in at)
         here = ", ".join(f"seed {r['seed']}" for r in rows if r["steps"] == step)
         lines.append(f"| {step} | {dev} | {' | '.join(cells)} | {kl} | {ppl} | {words} | {here} |\n")
-    lines.append("\nPer cent, of each seed; development: of 12 directions.\n")
-    return lines + _texts(rows)
+    lines.append("\nPer cent, of each seed that was looked at there; development: of 12 directions.\n")
+    return lines + _texts(found, rows[0])
 
 
-def _texts(rows: list[Row]) -> list[str]:
-    first = rows[0]
+def _texts(found: Row, first: Row) -> list[str]:
+    on_the_way = curve(found, first)
     lines = [f"\nSeed {first['seed']}'s answers on the way:\n\n| step | "]
-    questions = list(first["curve"][0]["said"])
+    questions = list(on_the_way[0]["said"])
     chosen = [questions[0], questions[1], questions[-1]]
     lines.append(" | ".join(chosen) + " |\n|---|" + "---|" * len(chosen) + "\n")
-    for c in first["curve"]:
-        if c["step"] in (0, 2, 4, 6, 8, 12, 16, 24):
-            said = [" ".join(c["said"][q].split()).replace("|", "/") for q in chosen]
-            lines.append(f"| {c['step']} | " + " | ".join(said) + " |\n")
+    for c in on_the_way:
+        said = [" ".join(c["said"][q].split()).replace("|", "/") for q in chosen]
+        lines.append(f"| {c['step']} | " + " | ".join(said) + " |\n")
     return lines
 
 
@@ -212,16 +225,21 @@ def picture(found: Row) -> str:
 
     def lines(value: Callable[[Row], float]) -> list[Line]:
         return [
-            Line(i, [(float(c["step"]), *(3 * (value(c),))) for c in r["curve"]]) for i, r in enumerate(rows)
+            Line(i, [(float(c["step"]), *(3 * (value(c),))) for c in curve(found, r)])
+            for i, r in enumerate(rows)
         ]
 
     mark = fmean(r["steps"] for r in rows)
     panels = [
         Panel("directions taken", "step", "%", lines(lambda c: 100 * _mean(c["passed"]["right"])), mark=mark),
         Panel(
-            "questions answered", "step", "%", lines(lambda c: 100 * _mean(c["passed"]["other"])), mark=mark
+            "questions not acknowledged",
+            "step",
+            "%",
+            lines(lambda c: 100 * _mean(c["passed"]["other"])),
+            mark=mark,
         ),
-        Panel("facts", "step", "%", lines(lambda c: 100 * _mean(c["passed"]["facts"])), mark=mark),
+        Panel("sums", "step", "%", lines(lambda c: 100 * _mean(c["passed"]["arithmetic"])), mark=mark),
         Panel("KL on new prompts", "step", "nats per token", lines(lambda c: c["kl"]["new"]), mark=mark),
         Panel("KL on questions", "step", "nats per token", lines(lambda c: c["kl"]["other"]), mark=mark),
         Panel("words in answers to questions", "step", "words", lines(_words), mark=mark),
