@@ -53,7 +53,7 @@ def lesson(directory: Path, body: Row, look: Look, *, threads: int = 1) -> tuple
     torch.set_num_threads(threads)
     arena = Arena.create(checkpoint.read(directory))
     model, tokenizer = build(directory, arena.tensors), read_tokenizer(directory)
-    limit = context_limit(model.config)
+    limit = context_limit(directory)
     planner = Planner(
         tokenizer,
         vocab_size=read_config(directory).get_text_config(decoder=True).vocab_size,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "examples" / "directions")]
 
-import make as data
+import make as data  # pyright: ignore[reportMissingImports]
 import real_page
 from real_cost import Cost, Watched
 
@@ -41,8 +41,8 @@ STEPS = 16
 CURVES = {0: (4, 8, 12, 16, 24), 1: (8, 16), 2: (8, 16)}
 """By seed: steps of the server's lesson after which everything is looked at, beside that of the stop."""
 TEXT_TOKENS = 512
-PARTS = {"right": (1, 2), "other": (3, 6), "facts": (3, 12), "arithmetic": (5, 10)}
-"""Every how many probes are asked: of an arm, at a look of the curve. 0: none."""
+PARTS = {"right": (1, 1, 2), "other": (3, 3, 6), "facts": (3, 6, 12), "arithmetic": (5, 10, 10)}
+"""Every how many probes are asked: before and of our lesson, of the other arms, at a look of the curve."""
 
 
 def lesson_file() -> Row:
@@ -75,11 +75,12 @@ def told(arm: str, seed: int) -> Told | None:
 
     rows = data.corrections(seed)
     shown = "\n\n".join(f"Asked: {r['prompt']}\nAnswer: {r['chosen']}" for r in rows)
-    turns = [
-        Message(role=role, content=r[key])
-        for r in rows
-        for role, key in (("user", "prompt"), ("assistant", "chosen"))
-    ]
+    turns: list[Message] = []
+    for row in rows:
+        turns += [
+            Message(role="user", content=row["prompt"]),
+            Message(role="assistant", content=row["chosen"]),
+        ]
 
     def in_the_question(text: str) -> list[Message]:
         asked = (
@@ -114,13 +115,11 @@ class Judge:
         general = [p.prompt[-1].content for p in self.development if p.side == "other"]
         self.model.start({"new": [r["prompt"] for r in data.corrections(seed)], "other": general})
 
-    def measure(self, *, part: bool = False, told: Told | None = None) -> Row:
-        """Everything; `part`: of fewer probes."""
+    def measure(self, part: int = 0, told: Told | None = None) -> Row:
+        """Everything; `part`: which of `PARTS`."""
         passed: dict[str, str] = {}
         for name, probes in self.probes.items():
-            every = PARTS[name][part]
-            if every:
-                passed[name] = "".join("01"[x] for x in self.model.ask(probes[::every], told))
+            passed[name] = "".join("01"[x] for x in self.model.ask(probes[:: PARTS[name][part]], told))
         asked = {name: [p.prompt[-1].content for p in probes] for name, probes in self.probes.items()}
         shown = asked["right"][:3] + asked["facts"][:80:40]
         style = asked["other"][::16]
@@ -152,7 +151,7 @@ def ours(directory: Path, seed: int) -> Row:
     from real_arms import lesson
 
     judge = Judge(directory, seed)
-    share, last = lesson_file()["until_passed"], lesson_file()["max_steps"]
+    share, last = lesson_file()["until_passed"], CURVES[seed][-1]
     curve: list[Row] = []
     looks: list[Row] = []
     found: Row = {}
@@ -170,7 +169,7 @@ def ours(directory: Path, seed: int) -> Row:
             found.update(judge.measure(), steps=step, stopped_by="until_passed" if reached else "max_steps")
             curve.append({**row, **found, "passed": {n: m[:: _finer(n)] for n, m in found["passed"].items()}})
         elif step in CURVES[seed]:
-            curve.append({**row, **judge.measure(part=True)})
+            curve.append({**row, **judge.measure(2)})
 
     done, metrics = lesson(directory, body(seed, to_the_end=True), look)
     losses = [m["loss"] for m in metrics if m["kind"] == "step"]
@@ -179,8 +178,7 @@ def ours(directory: Path, seed: int) -> Row:
 
 def _finer(name: str) -> int:
     """How many of an arm's probes come on one of a look's."""
-    whole, part = PARTS[name]
-    return part // whole
+    return PARTS[name][2] // PARTS[name][0]
 
 
 def served(seed: int) -> Row:
@@ -214,22 +212,28 @@ def run(arm: str, seed: int, directory: Path) -> Row:
         return served(seed)
     how = told(arm, seed)
     if arm == "before" or how is not None:
-        return Judge(directory, seed).measure(told=how)
+        return Judge(directory, seed).measure(int(arm != "before"), how)
     from real_arms import peer
 
     with Cost() as cost:
         tensors = peer(arm, directory, data.corrections(seed), steps=STEPS, seed=seed)
     judge = Judge(directory, seed)
     judge.model.load(tensors)
-    marks = {side: sum(m) for side, m in judge.develops().items()}
-    return {**judge.measure(), "development": marks, "steps": STEPS, "cost": cost.found()}
+    return {**judge.measure(1), "steps": STEPS, "cost": cost.found()}
 
 
 def about() -> Row:
-    """What the page says of the settings."""
+    """What the page says of the settings, and the places of those guards that our lesson replays."""
+    from secondnature.evidence.packs import pack
+
     settings = lesson_file()
+    prompts = {row["prompt"] for row in data.replay_prompts()}
     return {
         "text": "WikiText-2",
+        "replayed": {
+            name: [i for i, p in enumerate(pack(name)[:: PARTS[name][0]]) if p.prompt[-1].content in prompts]
+            for name in real_page.GUARDS
+        },
         "settings": {
             "lr": settings["optimizer"]["lr"],
             "replayed": len(data.replay_prompts()),

@@ -78,18 +78,25 @@ def _of(found: Row, arm: str) -> list[Row]:
     return [r for r in found["runs"] if r["arm"] == arm]
 
 
-def _cell(rows: list[Row], name: str) -> str:
+def _marks(found: Row, row: Row, name: str) -> dict[int, str]:
+    """1 or 0 of the probes of a set, by their place among those asked before; those that we replay are left out."""
+    asked, every = row["passed"][name], _of(found, "before")[0]["passed"][name]
+    step = -(-len(every) // len(asked))
+    return {step * i: m for i, m in enumerate(asked) if step * i not in found["replayed"].get(name, [])}
+
+
+def _cell(found: Row, rows: list[Row], name: str) -> str:
     """All seeds together, and each seed's share in per cent."""
-    marks = [r["passed"][name] for r in rows]
+    marks = ["".join(_marks(found, r, name).values()) for r in rows]
     text = share(sum(m.count("1") for m in marks), sum(map(len, marks)))
     each = ", ".join(f"{100 * _mean(m):.0f}" for m in marks)
     return f"{text} ({each})" if len(rows) > 1 else text
 
 
-def _flips(rows: list[Row], before: Row, name: str) -> str:
+def _flips(found: Row, rows: list[Row], name: str) -> str:
     """Losses and gains of a guard, beside the same probes before."""
-    was = before["passed"][name]
-    pairs = [(a, b) for r in rows for a, b in zip(was, r["passed"][name], strict=True)]
+    was = _marks(found, _of(found, "before")[0], name)
+    pairs = [(was[i], m) for r in rows for i, m in _marks(found, r, name).items()]
     return f"−{pairs.count(('1', '0'))} +{pairs.count(('0', '1'))}"
 
 
@@ -120,9 +127,9 @@ def arms(found: Row) -> list[str]:
         rows = _of(found, arm)
         if not rows:
             continue
-        lines.append(f"| {name} | " + " | ".join(_cell(rows, s) for s in SETS) + " |\n")
+        lines.append(f"| {name} | " + " | ".join(_cell(found, rows, s) for s in SETS) + " |\n")
         if arm != "before":
-            flips = ", ".join(_flips(rows, before, g) for g in GUARDS)
+            flips = ", ".join(_flips(found, rows, g) for g in GUARDS)
             kl = [_each(rows, lambda r, on=on: r["kl"].get(on), "{:.2f}") for on in ("new", "other")]
             rest.append(
                 f"| {name} | {flips} | {kl[0]} | {kl[1]} | "
@@ -171,8 +178,8 @@ def stops(found: Row) -> list[str]:
         return []
     lines = [
         "\n## Where it stops\n\n![What moves when](../figures/real-model.svg)\n\n",
-        "The lessons were trained on, past their stop, and looked at on the way (half of the directions, a sixth of\n"
-        "the questions, a twelfth of the facts, a tenth of the sums).\n\n",
+        "The lessons were trained on, past their stop, and looked at on the way (half of the directions, a sixth\n"
+        "of the questions, a twelfth of the facts, a tenth of the sums).\n\n",
         "| step | development | directions | questions | facts | sums | KL on new, on questions | "
         "perplexity | words | stops |\n|---|---|---|---|---|---|---|---|---|---|\n",
     ]
@@ -213,7 +220,7 @@ def _words(row: Row) -> float:
 def page(found: Row) -> str:
     """real-model.md."""
     (before,) = _of(found, "before")
-    counts = {name: len(before["passed"][name]) for name in SETS}
+    counts = {name: len(_marks(found, before, name)) for name in SETS}
     seeds = len({r["seed"] for r in found["runs"]})
     head = HEAD.format(seeds=seeds, text=found["text"], **counts, **found["settings"])
     return "".join([head, *arms(found), *costs(found), *stops(found), READING])
@@ -225,7 +232,7 @@ def picture(found: Row) -> str:
 
     def lines(value: Callable[[Row], float]) -> list[Line]:
         return [
-            Line(i, [(float(c["step"]), *(3 * (value(c),))) for c in curve(found, r)])
+            Line(i, [(float(c["step"]), value(c), value(c), value(c)) for c in curve(found, r)])
             for i, r in enumerate(rows)
         ]
 

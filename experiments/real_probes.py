@@ -154,7 +154,7 @@ class Measured:
         return said
 
 
-def _shared(contexts: Sequence[Sequence[int]]) -> int:
+def _shared(contexts: Sequence[list[int]]) -> int:
     """Tokens with which all of them begin."""
     first, last = min(contexts), max(contexts)
     return next(
