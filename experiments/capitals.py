@@ -161,8 +161,7 @@ def page(found: list[Row]) -> str:
     parts.append("\n## What was lost\n\n")
     for r in rows:
         parts.append(f"- {r['arm']}, {r['guard']['losses']} lost: {_told(r)}.\n")
-    for r in rows[:1]:
-        parts += [f"  - “{asked_}”: {before} → {after}\n" for asked_, before, after in _cells(r["flips"][:5])]
+        parts += [f"  - “{ask}”: {before} → {after}\n" for ask, before, after in _cells(r["flips"][:3])]
     parts.append("\n## What the certificates say\n\n")
     parts += [f"- {r['arm']}: {r['sentence']}\n" for r in rows]
     return "".join(parts) + reading(rows)

@@ -205,8 +205,8 @@ passed of {facts}, before and after; change in points with the limits of the tes
 |---|---|---|---|---|---|---|---|
 """
 TRUTH = """
-Seconds are of the whole command, on 2 busy cores; the first lesson also asks the facts before (later ones find the
-answers of the same weights remembered).
+Seconds are of the whole command (of the last lesson: of the server), on 2 cores that much else was using; the
+first lesson also asks the facts before, later ones find the answers of the same weights remembered.
 
 ## The truth, which no gate saw
 
