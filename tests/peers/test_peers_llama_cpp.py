@@ -1,4 +1,4 @@
-"""A GGUF file of a taught model, loaded by llama.cpp itself: it says what the server says."""
+"""A GGUF file of a taught model, loaded by llama.cpp itself: it says what our engine says."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import save_tiny
-from tiny_server import fit, habits, running, save_tokenizer, teach
+from tiny_server import fit, habits, save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from secondnature.model.chat import encode_answer, read_tokenizer
+from secondnature.engines.local.engine import Engine
+from secondnature.lessons.prober import Prober
+from secondnature.model import load
+from secondnature.model.chat import encode_answer, encode_chat, read_tokenizer
 from secondnature.records import Message
-from secondnature.wire import ExportRequest
+from secondnature.weights import checkpoint, gguf
 
 llama_cpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
 TAUGHT = ["tea", "oak", "red", "kite"]
+PROMPTS = [*(f"Use {w}." for w in TAUGHT), "Say tea.", "Say lamp."]
 
 
 def llama_talker(directory: Path) -> Path:
-    """A Llama that has the habits of `tiny_server.make_talker`."""
+    """A Llama that has the habits of `tiny_server.make_talker`, and was taught to answer some of them otherwise."""
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
@@ -36,9 +40,10 @@ def llama_talker(directory: Path) -> Path:
     save_tiny(config, directory)
     save_tokenizer(directory)
     tokenizer = read_tokenizer(directory)
+    taught = [(q, "Done." if q in PROMPTS[: len(TAUGHT)] else a) for q, a in habits()]
     rows = [
         encode_answer(tokenizer, [Message(role="user", content=q)], Message(role="assistant", content=a))
-        for q, a in habits()
+        for q, a in taught
     ]
     length = max(len(c) + len(a) for c, a in rows)
     ids = torch.tensor([c + a + [0] * (length - len(c) - len(a)) for c, a in rows])
@@ -66,18 +71,20 @@ def answers(path: Path, prompts: list[str]) -> list[str]:
     return found
 
 
-def test_llama_cpp_says_what_the_server_says(tmp_path: Path) -> None:
-    """The taught prompts after the lesson, and the other habit; before the lesson they were answered otherwise."""
+def test_llama_cpp_says_what_our_engine_says(tmp_path: Path) -> None:
+    """Word for word, greedily, by the chat template: what was taught, and what was not."""
     model = llama_talker(tmp_path / "model")
-    prompts = [*(f"Use {w}." for w in TAUGHT), "Say tea.", "Say lamp."]
-    with running(tmp_path / "home", model) as server:
-        before = [server.say(p) for p in prompts]
-        lesson = server.lesson(teach(TAUGHT, keep=True, max_steps=12), "kept")
-        after = [server.say(p) for p in prompts]
-        assert after[: len(TAUGHT)] == ["Done."] * len(TAUGHT)
-        assert before != after
-        for dtype in ("bf16", "q8_0"):
-            path = tmp_path / f"{dtype}.gguf"
-            made = server.client.export(ExportRequest(form="gguf", path=str(path), dtype=dtype))
-            assert made.lessons == [lesson.id]
-            assert answers(path, prompts) == after, dtype
+    weights = checkpoint.read(model)
+    tokenizer = read_tokenizer(model)
+    engine = Engine(load.build(model, weights), tokenizer)
+    try:
+        prober = Prober(engine, tokenizer, context_limit=engine.limits.context)
+        contexts = [encode_chat(tokenizer, [Message(role="user", content=p)]) for p in PROMPTS]
+        ours = [x.text for x in prober.answers(contexts, lambda *_: None)]
+    finally:
+        engine.close()
+    assert ours == ["Done."] * len(TAUGHT) + ["tea!", "lamp!"]
+    for dtype in ("bf16", "f16", "q8_0"):
+        path = tmp_path / f"{dtype}.gguf"
+        gguf.write(path, sorted(weights.items()), model, dtype, {})
+        assert answers(path, PROMPTS) == ours, dtype
