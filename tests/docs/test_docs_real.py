@@ -106,10 +106,13 @@ def test_bare_answers_are_what_the_lint_names(data: ModuleType) -> None:
 
 
 def test_the_readmes_table_is_what_was_measured(shown: ModuleType) -> None:
-    found: dict[str, Any] = json.loads(FIGURES.read_text())
     rows = re.findall(
         r"^\|.*<!-- measured:(?:real|drilled)_\w+ -->.*$", (ROOT / "README.md").read_text(), re.M
     )
+    if not FIGURES.exists():
+        assert not rows, "no figure without its measurement"
+        pytest.skip("not yet measured: `python examples/demo_real.py --json docs/experiments/demo-real.json`")
+    found: dict[str, Any] = json.loads(FIGURES.read_text())
     assert rows == shown.table(found)
     assert [(r["lesson"], r["verdict"]) for r in found["lessons"]] == [
         ("drilled", "undone"),
