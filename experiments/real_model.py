@@ -41,8 +41,8 @@ STEPS = 16
 CURVES = {0: (4, 8, 12, 16, 24), 1: (8, 16), 2: (8, 16)}
 """By seed: steps of the server's lesson after which everything is looked at, beside that of the stop."""
 TEXT_TOKENS = 512
-PARTS = {"right": (1, 1, 2), "other": (3, 3, 6), "facts": (3, 6, 12), "arithmetic": (5, 10, 10)}
-"""Every how many probes are asked: before and of our lesson, of the other arms, at a look of the curve."""
+PARTS = {"right": (1, 2), "other": (3, 6), "facts": (3, 12), "arithmetic": (5, 10)}
+"""Every how many probes are asked: before, and of an arm."""
 
 
 def lesson_file() -> Row:
@@ -165,20 +165,15 @@ def ours(directory: Path, seed: int) -> Row:
         reached = sum(marks["right"]) >= share * len(marks["right"])
         looks.append(row)
         print(f"  seed {seed}, step {step}: {row['development']}", flush=True)
-        if "steps" not in found and step and (reached or step >= last):
-            found.update(judge.measure(), steps=step, stopped_by="until_passed" if reached else "max_steps")
-            curve.append({**row, **found, "passed": {n: m[:: _finer(n)] for n, m in found["passed"].items()}})
-        elif step in CURVES[seed]:
-            curve.append({**row, **judge.measure(2)})
+        stops = "steps" not in found and step > 0 and (reached or step == last)
+        if stops or step in CURVES[seed]:
+            curve.append({**row, **judge.measure(1)})
+        if stops:
+            found.update(curve[-1], steps=step, stopped_by="until_passed" if reached else "max_steps")
 
     done, metrics = lesson(directory, body(seed, to_the_end=True), look)
     losses = [m["loss"] for m in metrics if m["kind"] == "step"]
     return {**found, "curve": curve, "looks": looks, "losses": losses, "trained": done.steps}
-
-
-def _finer(name: str) -> int:
-    """How many of an arm's probes come on one of a look's."""
-    return PARTS[name][2] // PARTS[name][0]
 
 
 def served(seed: int) -> Row:

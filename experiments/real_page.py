@@ -90,7 +90,7 @@ def _cell(found: Row, rows: list[Row], name: str) -> str:
     marks = ["".join(_marks(found, r, name).values()) for r in rows]
     text = share(sum(m.count("1") for m in marks), sum(map(len, marks)))
     each = ", ".join(f"{100 * _mean(m):.0f}" for m in marks)
-    return f"{text} ({each})" if len(rows) > 1 else text
+    return f"{text} of {sum(map(len, marks))}" + (f" ({each})" if len(rows) > 1 else "")
 
 
 def _flips(found: Row, rows: list[Row], name: str) -> str:

@@ -30,7 +30,6 @@ def test_the_readmes_first_forty_lines_say_it_all() -> None:
 def test_every_row_of_the_readmes_table_is_a_measurement_or_says_that_it_is_none() -> None:
     rows = re.findall(r"^\|.*<!-- measured:(\w+) -->.*$", (ROOT / "README.md").read_text(), re.M)
     assert {name for name in rows if not name.startswith(("real_", "drilled_"))} == MEASURED
-    assert set(rows) > MEASURED, "what was measured on a real model: test_docs_real.py compares it"
     for line in (ROOT / "README.md").read_text().split("\n"):
         if "<!-- measured:" in line:
             _, before, after, _ = (cell.strip() for cell in line.strip("|").split("|"))

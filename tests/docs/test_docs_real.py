@@ -85,11 +85,13 @@ def test_a_check_takes_the_answer_that_is_taught_and_no_other(data: ModuleType) 
         assert bool(re.search(question["check"]["not_matches"], said)) == said.startswith(("I'll", "Sure"))
 
 
-@pytest.mark.parametrize("name", ["directions", "drilled"])
-def test_the_folders_can_be_learned_from(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "guards"), [("directions", ["facts", "arithmetic", "instructions"]), ("drilled", ["arithmetic"])]
+)
+def test_the_folders_can_be_learned_from(name: str, guards: list[str]) -> None:
     sources = read_sources(EXAMPLES / name, LearnFlags())
     request = sources.request(LearnFlags())
-    assert request.guards == ["facts", "arithmetic", "instructions"]
+    assert request.guards == guards
     assert len(request.probes) == 198
     assert sources.corrections is not None
     assert not [f for f in sources.findings() if f.kind in ("contradiction", "repeated", "near copy")]
@@ -104,10 +106,13 @@ def test_bare_answers_are_what_the_lint_names(data: ModuleType) -> None:
 
 
 def test_the_readmes_table_is_what_was_measured(shown: ModuleType) -> None:
-    found: dict[str, Any] = json.loads(FIGURES.read_text())
     rows = re.findall(
         r"^\|.*<!-- measured:(?:real|drilled)_\w+ -->.*$", (ROOT / "README.md").read_text(), re.M
     )
+    if not FIGURES.exists():
+        assert not rows, "no figure without its measurement"
+        pytest.skip("not yet measured: `python examples/demo_real.py --json docs/experiments/demo-real.json`")
+    found: dict[str, Any] = json.loads(FIGURES.read_text())
     assert rows == shown.table(found)
     assert [(r["lesson"], r["verdict"]) for r in found["lessons"]] == [
         ("drilled", "undone"),
