@@ -18,8 +18,9 @@ import shutil
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from secondnature.errors import DamagedFile, NotDurable, StorageError
 
@@ -94,7 +95,7 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Generator[BinaryIO]:
+def writing(path: Path) -> Generator[BufferedRandom]:
     """A new file, open for writing and reading, that takes the place of `path` as a whole at the end of the block.
 
     Durable when the block has ended. Where the block raises, the old content is still there and nothing else is.

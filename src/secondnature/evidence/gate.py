@@ -145,7 +145,7 @@ def _retained(sets: Mapping[str, list[_Pair]], gate: GateSettings, num_retries: 
         told[TOGETHER] = [replace(x, probe=x.probe.model_copy(update={"pin": False})) for x in together]
     flips = [
         num_flipped(sum(c[1] for c in found), sum(c[2] for c in found), found)
-        for name, of in told.items()
+        for of in told.values()
         if not all(x.probe.pin for x in of)
         for found in [_scenario_counts(of)]
     ]

@@ -123,6 +123,7 @@ class Plan:
             passed_over=[],
             digests=digests,
             left_out={},
+            retention=Retention(),
         )
 
     @property

@@ -39,7 +39,7 @@ class Growth:
         self._looked = time.monotonic()
 
     def look(self, *, busy: bool) -> bool:
-        """Return freed memory if there may be enough of it; whether it was done. Not `busy`: look in any case."""
+        """Give freed memory back if there may be enough of it; whether it was done. Not `busy`: look anyway."""
         now = time.monotonic()
         if busy and now - self._looked < self._look_s:
             return False

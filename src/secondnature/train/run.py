@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -128,7 +129,8 @@ class TrainingRun:
         if job.optimizer_in is not None:
             each = phases.begin("loading the optimizer's state", 0)
             load_optimizer(self.optimizer, Path(job.optimizer_in), each)
-        kl = {on: self._before(found, phases) for on, found in job.kl.items()}
+        sets = cast("dict[KlSet, list[wire.TokenExample]]", job.kl)  # the wire knows no records
+        kl = {on: self._before(found, phases) for on, found in sets.items()}
         self._watched = {on: found[:NUM_WATCHED] for on, found in kl.items() if found}
         material = self._material(phases)
         self._look(0, report, phases)

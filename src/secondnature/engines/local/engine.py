@@ -80,7 +80,7 @@ class Engine:
         max_held_tokens: int = MAX_HELD_TOKENS,
         stop_ids: Iterable[int] | None = None,
         threads: int = 1,
-        on_step: Sequence[Callable[[Engine], None]] = (),
+        on_step: Sequence[Callable[[Engine], object]] = (),
     ) -> None:
         """Start the engine.
 
