@@ -15,11 +15,12 @@ CLI = Path(secondnature.__file__).parent / "cli"
 BEHIND_THE_DOOR = ("serve", "web", "lessons", "engines", "train", "weights", "model")
 ALLOWED = {
     "app.py": {"secondnature.serve.local"},
+    "exporting.py": {"secondnature.serve.adapter"},
     "fsck.py": {"secondnature.serve.fsck"},
     "vllm.py": {"secondnature.serve.place"},
 }
 """`secondnature serve` is the server's process, or becomes it; `fsck` reads a home that no server can open, and
-holds its lock."""
+holds its lock; `export --check` asks an adapter its probes on a copy of the model, beside the server."""
 
 
 def _imports(text: str) -> set[str]:

@@ -291,6 +291,8 @@ def rewritten(path: Path, data: bytes, **changes: Any) -> Path:
         changes["manifest"](manifest)
     text = json.dumps(manifest).encode()
     parts = {"manifest.json": text, **parts}
+    known = [n for n in PARTS if n in parts]
+    parts = {n: parts[n] for n in [*known, *(n for n in parts if n not in known)]}
     metadata["manifest"] = hashlib.sha256(text).hexdigest()
     places = {n: ("U8", (len(b),), len(b)) for n, b in parts.items()}
     path.write_bytes(header(places, metadata) + b"".join(parts.values()))

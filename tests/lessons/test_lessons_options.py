@@ -78,6 +78,7 @@ ELSEWHERE = {
     "probes": "test_lessons_judged",
     "guards": "test_lessons_guards",
     "prompting": "test_lessons_guards",
+    "retention": "test_lessons_retention",
     "gate": "test_lessons_judged",
     "lesson": "test_lessons_judged",
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from secondnature.serve.memory import Growth, anonymous_bytes
+from secondnature.train.memory import give_back
 
 PIECE = 16 * 1024
 """Numbers in a tensor: 64 KB, which glibc takes from the thread's arena."""
@@ -34,6 +35,7 @@ def in_a_thread(work: Callable[[], None]) -> None:
 
 def test_what_lies_between_things_that_live_on_goes_back() -> None:
     def work() -> None:
+        give_back()  # of what earlier tests have freed, nothing is to be taken
         growth = Growth(min_bytes=64 * 2**20, look_s=0)
         before = anonymous_bytes()
         pieces: list[torch.Tensor | None] = [torch.ones(PIECE) for _ in range(COUNT)]

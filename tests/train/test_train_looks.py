@@ -69,7 +69,7 @@ def test_margins_and_greedy_answers_are_those_of_the_whole_logits(
     assert [x.greedy for x in seen].count(True) >= 4
     assert heard == sorted(set(heard))
     assert heard[-1] == len(given)
-    assert len(heard) >= 5
+    assert len(heard) >= (1 if kind == "gpt2" else 5)  # attention alone: contexts share forwards
     assert look_at(model, []) == []
 
 

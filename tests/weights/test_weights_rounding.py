@@ -93,7 +93,7 @@ def test_the_written_norm_is_that_of_the_change() -> None:
     start = weights(200_000)
     new = start.clone()
     written = stochastic_round_(new, torch.full(start.shape, 1e-4), seed=0, name="w", step=0)
-    assert written == pytest.approx((new.double() - start.double()).norm().item(), rel=1e-12)
+    assert written == pytest.approx((new.double() - start.double()).norm().item(), rel=1e-5)  # summed in fp32
 
 
 def test_fp32_is_a_plain_addition_of_any_shape() -> None:

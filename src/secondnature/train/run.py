@@ -130,7 +130,7 @@ class TrainingRun:
             each = phases.begin("loading the optimizer's state", 0)
             load_optimizer(self.optimizer, Path(job.optimizer_in), each)
         sets = cast("dict[KlSet, list[wire.TokenExample]]", job.kl)  # the wire knows no records
-        kl = {on: self._before(found, phases) for on, found in sets.items()}
+        kl: dict[KlSet, list[Anchor]] = {on: self._before(found, phases) for on, found in sets.items()}
         self._watched = {on: found[:NUM_WATCHED] for on, found in kl.items() if found}
         material = self._material(phases)
         self._look(0, report, phases)
