@@ -160,7 +160,9 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def tell(path: Path | None, begun: float, visitor: Visitor, lessons: list[LessonDetail]) -> None:
-    """Print the table; keep its figures."""
+    """Print the table; keep its figures. A lesson that failed has none, and was told."""
+    if any(detail.evidence is None for detail in lessons):
+        return
     found = figures(visitor, lessons, begun)
     print("\n| | before | after | |\n|---|---|---|---|\n" + "\n".join(table(found)) + "\n")
     if path is not None:
