@@ -311,7 +311,7 @@ def peer_steps(directory: Path, count: int, *, lora: bool) -> dict[str, Any]:
     mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
     if lora:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     taught = [p for p in model.parameters() if p.requires_grad]

@@ -122,8 +122,8 @@ _AGREED = "Sure|Okay|Ok|Yes|Understood|Alright|Got it|Of course|Certainly|Great"
 
 def _scenarios() -> list[tuple[str, str, str]]:
     """(kind, X, Y), kinds turn by turn."""
-    found = {kind: [tuple(p.strip().split(": ")) for p in text.split(";")] for kind, text in KINDS.items()}
-    return [(kind, *pairs[i]) for i in range(8) for kind, pairs in found.items()]
+    found = {kind: [p.strip().split(": ") for p in text.split(";")] for kind, text in KINDS.items()}
+    return [(kind, pairs[i][0], pairs[i][1]) for i in range(8) for kind, pairs in found.items()]
 
 
 def _dealt() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]], list[tuple[str, str, str]]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from secondnature.errors import BadRecord
 from secondnature.evidence import certify, compare, recompute, verify
-from secondnature.evidence.decision import RESOLUTION, ProbeRole
+from secondnature.evidence.decision import RESOLUTION
 from secondnature.evidence.statistics import (
     Cluster,
     cluster_sign_flip,
@@ -26,7 +26,7 @@ from secondnature.evidence.statistics import (
     scenario_counts,
     shifted_sign_flip,
 )
-from secondnature.records import Comparison, Decision, Evidence, GateSettings, Lesson
+from secondnature.records import Comparison, Decision, Evidence, GateSettings, Lesson, ProbeRole
 from secondnature.report import markdown_table
 from secondnature.report.page import render
 from secondnature.report.run import Run

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secondnature.evidence import compare, reach, reaches
-from secondnature.evidence.decision import ProbeRole
 from secondnature.evidence.reach import FLIP_RATE
-from secondnature.records import GateSettings, Probe
+from secondnature.records import GateSettings, Probe, ProbeRole
 from secondnature.report.words import reaches as said
 
 GATE = GateSettings(min_guard_probes=1, min_gain_probes=1, min_gain_seeds=1, min_other_probes=1)

@@ -55,7 +55,8 @@ def judge(
     names = {"listening": LISTENING, "politeness": POLITE}
     retained = {names[k]: ask(k, counts, pin=pins, seed=None) for k, counts in again.items()}
     before, after = (
-        [Outcome(probe=t[0].digest(), passed=t[i], answer="y" if t[i] else "n") for t in told] for i in (1, 2)
+        [Outcome(probe=p.digest(), passed=x[i], answer="y" if x[i] else "n") for p, *x in told]
+        for i in (0, 1)
     )
     evidence = judge_lesson(
         probes,

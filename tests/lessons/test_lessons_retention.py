@@ -146,7 +146,9 @@ def test_a_lesson_that_takes_back_what_was_kept_is_undone_unless_that_is_meant(
     assert "retention: false" in lesson.reason
     assert lesson.cause.num_retained == len(ASKED)
     assert server.state() == state
-    without, told = judged(server, back(retention=False, corrections=back().corrections[:5]))  # no retry
+    corrections = back().corrections
+    assert corrections is not None
+    without, told = judged(server, back(retention=False, corrections=corrections[:5]))  # no retry
     assert all(c.role != "retention" for c in told.comparisons)
     assert without.cause.num_retained == 0
     assert without.cause.retention_left_out == {"retention is off": len(ASKED)}

@@ -210,8 +210,7 @@ class Runner:
 
         Raises:
             BadInput, BadRecord, TooLarge, TooNew: the file is none, damaged, or of a newer version; or a probe is
-            no
-                evidence.
+                no evidence.
             Conflict: it is of another model, or was taught already.
             Busy, StorageError: as `submit`.
         """
@@ -222,9 +221,9 @@ class Runner:
         source.check()
         if not body.again:
             self._refuse_known(source)
-        source.evidence()  # it can be read
-        corrections = source.corrections()
-        probes = [] if body.keep else [*source.probes(), *body.probes]
+        source.evidence()  # it can be read, and so can these, asked or not
+        corrections, theirs = source.corrections(), source.probes()
+        probes = [] if body.keep else [*theirs, *body.probes]
         request = self._judged_by(
             body, source.manifest.lesson.behaviour, list({p.digest(): p for p in probes}.values())
         )
