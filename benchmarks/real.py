@@ -103,7 +103,7 @@ def _lesson(client: Client, pids: dict[str, int], settings: Settings) -> dict[st
         corrections=corrections(),
         lesson=LessonInfo(behaviour="directions"),
         optimizer=OptimizerSettings(lr=1e-5),
-        replay=ReplaySettings(prompts=asked, share=0.5),
+        replay=ReplaySettings.model_validate({"prompts": asked, "share": 0.5}),
         probes=probes,
         batch_size=16,
         max_steps=num_steps,

@@ -352,9 +352,8 @@ def test_hostile_files_are_refused(other: Running, data: bytes, taught: Path, tm
         assert said in str(refused(other, rewritten(path, data, **changes))), said
     # names that are no part: nothing in a file says where it is written
     for name in ("../../home/key", "/etc/passwd", "manifest.json/..", "extra"):
-        broken: dict[str, tuple[str, tuple[int, ...], int]] = {
-            part: ("U8", (1,), 1) for part in ("manifest.json", name)
-        }
+        names = ["manifest.json", name]
+        broken = dict.fromkeys(names, ("U8", (1,), 1))
         path.write_bytes(header(broken, {"format": lesson_file.FORMAT, "manifest": "0" * 64}) + b"ab")
         assert "which no lesson file has" in str(refused(other, path))
     # a name twice, and a header that announces more than there is
