@@ -116,6 +116,40 @@ def test_on_the_same_weights_it_is_the_same_bytes(other: Running, taught: Path) 
     assert again.version == version
 
 
+def test_an_adapter_of_a_lesson_is_asked_its_probes(
+    other: Running, taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At full rank it does what the lesson does, as far as linear layers carry it; what it lacks is said.
+
+    Early in this file: each time that a lesson was undone, its next try is judged at half the level.
+    """
+    lesson = bring(other, taught / "first.lesson", gate=GATE)
+    assert lesson.update_sha256 is not None
+    os.environ["SECONDNATURE_API_KEY"] = KEY
+    try:
+        words = ["--as", "lora", "--url", other.url, "--json", "-o"]
+        capsys.readouterr()
+        assert main(["export", lesson.id, "--rank", "48", "--check", *words, str(tmp_path / "whole")]) == 0
+        whole = json.loads(capsys.readouterr().out)
+        assert main(["export", lesson.id, "--rank", "1", *words, str(tmp_path / "one")]) == 0
+        one = json.loads(capsys.readouterr().out)
+        assert main(["export", "--rank", "1", *words, str(tmp_path / "all")]) == 0
+        of_bytes = json.loads(capsys.readouterr().out)
+    finally:
+        del os.environ["SECONDNATURE_API_KEY"]
+    told = json.loads((tmp_path / "whole" / "secondnature.json").read_text())
+    assert whole["lessons"] == told["lessons"] == [lesson.id]
+    assert max(x["relative_error"] for x in told["tensors"].values()) < 1e-4
+    assert "model.embed_tokens.weight" in told["left_out"]  # the head is tied to it
+    assert one["details"]["relative_error"] > whole["details"]["relative_error"]
+    assert one["details"]["of"] == "what the lesson meant to change, before rounding"
+    assert of_bytes["details"]["of"] == "the difference of the bytes"
+    rows = {x["probes"]: x for x in whole["check"]}
+    assert set(rows) == {"use", "say"}
+    assert rows["use"]["n"] == 10
+    assert rows["use"]["lesson"] > rows["use"]["before"] == 0
+
+
 def test_on_other_weights_its_difference_is_added(other: Running, taught: Path) -> None:
     """After - before, in fp32, on top of what is there, rounded to nearest; from the delta and from the file
     alike."""
@@ -427,37 +461,6 @@ def test_the_commands(taught: Path, talker: Path, tmp_path: Path, capsys: pytest
             assert "talker0, lesson 0001-use: its very bytes" in capsys.readouterr().out
     finally:
         del os.environ["SECONDNATURE_API_KEY"]
-
-
-def test_an_adapter_of_a_lesson_is_asked_its_probes(
-    other: Running, taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """At full rank it does what the lesson does, as far as linear layers carry it; what it lacks is said."""
-    lesson = bring(other, taught / "first.lesson", gate=GATE)
-    assert lesson.update_sha256 is not None
-    os.environ["SECONDNATURE_API_KEY"] = KEY
-    try:
-        words = ["--as", "lora", "--url", other.url, "--json", "-o"]
-        capsys.readouterr()
-        assert main(["export", lesson.id, "--rank", "48", "--check", *words, str(tmp_path / "whole")]) == 0
-        whole = json.loads(capsys.readouterr().out)
-        assert main(["export", lesson.id, "--rank", "1", *words, str(tmp_path / "one")]) == 0
-        one = json.loads(capsys.readouterr().out)
-        assert main(["export", "--rank", "1", *words, str(tmp_path / "all")]) == 0
-        of_bytes = json.loads(capsys.readouterr().out)
-    finally:
-        del os.environ["SECONDNATURE_API_KEY"]
-    told = json.loads((tmp_path / "whole" / "secondnature.json").read_text())
-    assert whole["lessons"] == told["lessons"] == [lesson.id]
-    assert max(x["relative_error"] for x in told["tensors"].values()) < 1e-4
-    assert "model.embed_tokens.weight" in told["left_out"]  # the head is tied to it
-    assert one["details"]["relative_error"] > whole["details"]["relative_error"]
-    assert one["details"]["of"] == "what the lesson meant to change, before rounding"
-    assert of_bytes["details"]["of"] == "the difference of the bytes"
-    rows = {x["probes"]: x for x in whole["check"]}
-    assert set(rows) == {"use", "say"}
-    assert rows["use"]["n"] == 10
-    assert rows["use"]["lesson"] > rows["use"]["before"] == 0
 
 
 def test_a_difference_is_exact(tmp_path: Path) -> None:
