@@ -215,7 +215,8 @@ def test_probes_that_come_along_and_others_judge_it(other: Running, taught: Path
     lesson = bring(other, taught / "first.lesson", probes=own, gate=GATE)
     asked = other.parts.runner.log.probes(lesson)
     assert {p.digest() for p in asked} == {p.digest() for p in [*PROBES, *own]}
-    other.client.revert(lesson.id)
+    if lesson.state == "kept":  # after so many tries it may not be
+        other.client.revert(lesson.id)
     with pytest.raises(BadInput, match="not held out"):  # what it taught is no evidence
         bring(other, taught / "first.lesson", probes=use_probes(["tea"]))
     no = [Probe.model_validate({"prompt": "Use ink.", "behaviour": "use", "check": {"matches": "never"}})]
