@@ -234,7 +234,11 @@ def _fall(c: Comparison) -> str:
     assert c.difference_interval is not None
     most, least = (_points(-end) for end in c.difference_interval)
     fall = _points((c.before - c.after) / c.n)
-    asked = f"; it had to be shown to be less than {_points(c.margin)}" if c.margin is not None else ""
+    asked = (
+        f"; it had to be shown to be less than {_points(c.margin)}"
+        if c.margin is not None and c.role != "retention"
+        else ""
+    )
     return f"{_rates(c)}, a fall of {fall} points (limits of the tests: {least} to {most}{asked})"
 
 
