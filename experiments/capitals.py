@@ -1,7 +1,7 @@
 """What do bare answers cost, and does anybody say so before? `python experiments/capitals.py`
 
-Five capitals that SmolLM2-135M-Instruct does not know, each asked in three wordings, taught once as "Ankara." and
-once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`.
+Five capitals that SmolLM2-135M-Instruct often gets wrong, each asked in three wordings, taught once as "Ankara."
+and once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`.
 Counted: held-out wordings, the other facts lost and gained, and what the losses have in common.
 
 Writes docs/experiments/capitals.json after every lesson (and resumes from it) and docs/experiments/capitals.md.
@@ -106,8 +106,8 @@ def lesson(client: Client, home: Path, arm: str, before: str) -> Row:
 
 HEAD = """# Five capitals, as a word and as a sentence
 
-SmolLM2-135M-Instruct does not know the capitals of {countries}. Each is taught in three
-wordings, 15 corrections, once as "Ankara.", once as "The capital of Turkey is Ankara.", by
+The capitals of {countries}, which SmolLM2-135M-Instruct often gets wrong. Each is
+taught in three wordings, 15 corrections, once as "Ankara.", once as "The capital of Turkey is Ankara.", by
 `secondnature learn corrections.jsonl --guards facts`; made by `python experiments/capitals.py`, one seed. Counted
 are the capitals in four wordings that no lesson saw, and the shipped facts that were not taught.
 
