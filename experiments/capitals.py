@@ -1,7 +1,7 @@
 """What do bare answers cost, and does anybody say so before? `python experiments/capitals.py`
 
-Five capitals that SmolLM2-135M-Instruct does not know, each asked in three wordings, taught once as "Ankara." and
-once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`.
+Five capitals that SmolLM2-135M-Instruct often gets wrong, each asked in three wordings, taught once as "Ankara."
+and once as "The capital of Turkey is Ankara.", by `secondnature lint` and `secondnature learn --guards facts`.
 Counted: held-out wordings, the other facts lost and gained, and what the losses have in common.
 
 Writes docs/experiments/capitals.json after every lesson (and resumes from it) and docs/experiments/capitals.md.
@@ -106,8 +106,8 @@ def lesson(client: Client, home: Path, arm: str, before: str) -> Row:
 
 HEAD = """# Five capitals, as a word and as a sentence
 
-SmolLM2-135M-Instruct does not know the capitals of {countries}. Each is taught in three
-wordings, 15 corrections, once as "Ankara.", once as "The capital of Turkey is Ankara.", by
+The capitals of {countries}, which SmolLM2-135M-Instruct often gets wrong. Each is
+taught in three wordings, 15 corrections, once as "Ankara.", once as "The capital of Turkey is Ankara.", by
 `secondnature learn corrections.jsonl --guards facts`; made by `python experiments/capitals.py`, one seed. Counted
 are the capitals in four wordings that no lesson saw, and the shipped facts that were not taught.
 
@@ -143,10 +143,12 @@ def page(found: list[Row]) -> str:
     rows = [r for arm in FORMS for r in found if r["arm"] == arm]
     parts = [HEAD.format(countries=", ".join([*list(CAPITALS)[:-1]]) + " and " + list(CAPITALS)[-1])]
     for r in rows:
-        guard, was, now = r["guard"], r["held_out"]["before"], r["held_out"]["after"]
-        style = guard["style"]
+        guard, asked_ = r["guard"], r["held_out"]
+        style, held = guard["style"], "not asked"
+        if asked_ is not None:
+            held = f"{asked_['before'].count('+')}, {asked_['after'].count('+')} of {len(asked_['after'])}"
         parts.append(
-            f"| {r['arm']} | {r['steps']} | {was.count('+')}, {now.count('+')} of {len(now)} "
+            f"| {r['arm']} | {r['steps']} | {held} "
             f"| {guard['before']}, {guard['after']} of {guard['n']} | {guard['losses']}, {guard['gains']} "
             f"| {style['words_before']:.1f} → {style['words_after']:.1f} | {r['verdict']} |\n"
         )
@@ -156,6 +158,8 @@ def page(found: list[Row]) -> str:
             ("`secondnature lint`, no server", "file"),
             ("the same where the model is served", "model"),
         ):
+            if told not in r["lint"]:
+                continue
             said = [f"*{f['kind']}*: {f['found']}; {f['hint']}" for f in r["lint"][told]]
             parts.append(f"- {r['arm']}, {where}: {' '.join(said) or 'nothing to look at'}.\n")
     parts.append("\n## What was lost\n\n")
@@ -173,17 +177,19 @@ def _cells(flips: list[list[str]]) -> list[list[str]]:
 
 def reading(rows: list[Row]) -> str:
     """What the table says, in words."""
-    by = {r["arm"]: r for r in rows}
-    now = {arm: r["held_out"]["after"].count("+") for arm, r in by.items()}
-    lost = {arm: f"{r['guard']['losses']} lost and {r['guard']['gains']} gained" for arm, r in by.items()}
-    n = len(rows[0]["held_out"]["after"])
-    return f"""
-## Reading
+    said = [
+        f"As {r['arm']} answers the lesson lost {r['guard']['losses']} of {r['guard']['before']} right facts and "
+        f"gained {r['guard']['gains']}.\n"
+        for r in rows
+    ]
+    missing = [
+        f"Not taught yet, by this command: {arm}.\n" for arm in FORMS if arm not in {r["arm"] for r in rows}
+    ]
+    return "\n## Reading\n\n" + "".join(said + missing) + SIDE_BY_SIDE
 
-As words {now["bare"]} of {n} held-out askings are right, as sentences {now["sentence"]}; of the other facts
-{lost["bare"]} with words, {lost["sentence"]} with sentences. One seed of a small model, and a guard of other
-questions than the earlier one: the two are read side by side, not as a difference. The lint needs no lesson to name
-the words.
+
+SIDE_BY_SIDE = """One seed of a small model, and a guard of other questions than the earlier one: the two are read
+side by side, not as a difference. The lint needs no lesson to name the words.
 """
 
 
