@@ -63,7 +63,7 @@ DTYPES = {
     "float32": _Float(np.uint32, 23, 8),
 }
 """Of weights, by the names that manifests have for them; their places are the numbers that files have for them."""
-PACKED_BYTES = 1 << 20
+PACKED_BYTES = 1 << 19
 """So many bytes of a tensor are packed at a time: that takes some 30 times as many, a moment long."""
 _STORED, _CODED = 0, 1
 """First byte of a packed block: the bytes' XOR as it is, or coded."""

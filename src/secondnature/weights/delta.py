@@ -7,7 +7,7 @@ part can be checked, or sent, alone, and weights that a delta is not of are refu
 are written and read in a stream, blocks on several threads: at most one tensor is in memory, beside blocks, and a
 chain of deltas is applied tensor by tensor.
 
-On disk a delta is a safetensors file of bytes. Format 3, per tensor: a head (`_HEAD`), then of each MiB the
+On disk a delta is a safetensors file of bytes. Format 3, per tensor: a head (`_HEAD`), then of each 512 KiB the
 number of packed bytes (4 bytes, little-endian; 0: nothing changed) and these. Format 2 has no heads and packs
 XORs of 4 MiB (`xor`); format 1, of the first homes, one frame per tensor. Both are read.
 """
