@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from guards import COMMAND, asked, learned, served
+from guards import COMMAND, asked, judged_and_kept, served, write_corrections
 
 from secondnature.records import Losses, Probe
 from secondnature.wire import Client
@@ -69,16 +69,10 @@ def linted(file: Path, home: Path, *options: str) -> list[Row]:
 
 def lesson(client: Client, home: Path, arm: str, before: str) -> Row:
     """One lesson by the commands, its verdict, and the held-out wordings."""
-    file = home.parent / "corrections.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in corrections(arm)), encoding="utf-8")
+    file = write_corrections(home, corrections(arm))
     lint = {"file": linted(file, home.parent / "none"), "model": linted(file, home, "--url", client.url)}
-    said, seconds = learned(file, home, client.url, "--guards", "facts")
+    said, seconds, kept = judged_and_kept(file, home, client.url, arm)
     made, evidence = said["lesson"], said["evidence"]
-    kept = made
-    if made["state"] != "kept":
-        kept = learned(file, home, client.url, "--keep")[0]["lesson"]
-        if kept["state"] != "kept" or kept["version"] != made["version"]:
-            raise SystemExit(f"{arm}: made again, and not the same weights: {kept}")
     found = asked(client, held_out())
     client.revert(kept["id"])
     (guard,) = evidence["comparisons"]

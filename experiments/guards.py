@@ -128,17 +128,33 @@ def learned(corrections: Path, home: Path, url: str, *options: str) -> tuple[Row
     return json.loads(done.stdout), time.monotonic() - begun
 
 
+def judged_and_kept(file: Path, home: Path, url: str, label: str) -> tuple[Row, float, Row]:
+    """A lesson guarded by the facts: (what `learn` says, its seconds, the lesson whose weights are served now).
+
+    One that was undone is made again and kept unjudged, so that the truth can be asked of the same weights.
+    """
+    said, seconds = learned(file, home, url, "--guards", "facts")
+    made = said["lesson"]
+    if made["state"] == "kept":
+        return said, seconds, made
+    kept = learned(file, home, url, "--keep")[0]["lesson"]
+    if kept["state"] != "kept" or kept["version"] != made["version"]:
+        raise SystemExit(f"{label}: made again, and not the same weights: {kept}")
+    return said, seconds, kept
+
+
+def write_corrections(home: Path, rows: Sequence[object]) -> Path:
+    """A file of them beside the home."""
+    file = home.parent / "corrections.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
 def lesson(client: Client, home: Path, behaviour: Behaviour, seed: int, before: Row) -> Row:
     """One lesson by the command, its verdict, and the truth."""
-    file = home.parent / "corrections.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in behaviour.corrections(seed)), encoding="utf-8")
-    said, seconds = learned(file, home, client.url, "--guards", "facts")
+    file = write_corrections(home, behaviour.corrections(seed))
+    said, seconds, kept = judged_and_kept(file, home, client.url, f"{behaviour.name}, seed {seed}")
     made, evidence = said["lesson"], said["evidence"]
-    kept = made
-    if made["state"] != "kept":
-        kept = learned(file, home, client.url, "--keep")[0]["lesson"]
-        if kept["state"] != "kept" or kept["version"] != made["version"]:
-            raise SystemExit(f"{behaviour.name}, seed {seed}: made again, and not the same weights: {kept}")
     after = passes(client, behaviour)
     client.revert(kept["id"])
     guard = next(c for c in evidence["comparisons"] if c["role"] == "guard")

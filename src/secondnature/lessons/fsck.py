@@ -286,13 +286,6 @@ class _Reader:
         path = directory / MOVED_FILE
         moved = self._json(path)
         self._records(path, enumerate(cast("list[Any]", moved) if isinstance(moved, list) else []), Moved)
-        path = directory / PROBES_FILE
-        if path.is_file():
-            self._found.num_files += 1
-            try:
-                read_jsonl(path, Probe, own=True)
-            except PROBLEMS as e:
-                self._wrong(path, e)
         path = directory / "answers.jsonl"
         if path.is_file():
             self._found.num_files += 1
